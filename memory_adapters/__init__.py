@@ -1,0 +1,21 @@
+"""Knowledge for frozen language models: memories that are written, switched off, removed, saved and shared."""
+
+from memory_adapters.inject import inject_memory, load_memory, memories
+from memory_adapters.knowledge import Document, Fact, QuestionAnswer
+from memory_adapters.memory import Memory, WriteReport
+from memory_adapters.residual_mlp import MemoryAdapterConfig, ResidualMemory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Document",
+    "Fact",
+    "Memory",
+    "MemoryAdapterConfig",
+    "QuestionAnswer",
+    "ResidualMemory",
+    "WriteReport",
+    "inject_memory",
+    "load_memory",
+    "memories",
+]

@@ -1,0 +1,191 @@
+"""Where the decoder blocks, embeddings and head of a causal LM are, found from the model's structure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Decoder", "find_decoder", "resolve_layers"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of a causal LM that the memory methods touch.
+
+    Attributes:
+        blocks: The decoder blocks, lowest first.
+        path: Dotted name of `blocks` in the model, such as `"model.layers"`.
+        hidden_size: Width d of the residual stream.
+        embeddings: The input embedding module.
+        head: The output projection (`hidden_size` to vocabulary).
+    """
+
+    blocks: nn.ModuleList
+    path: str
+    hidden_size: int
+    embeddings: nn.Module
+    head: nn.Module
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    def block_name(self, layer: int) -> str:
+        """Dotted name of block `layer`, such as `"model.layers.7"`."""
+        return f"{self.path}.{layer}"
+
+
+def find_decoder(model: nn.Module, layers_path: str | None = None) -> Decoder:
+    """Locate the decoder blocks, embeddings and head of `model`.
+
+    The blocks are the outermost `ModuleList` of one module class that has as many entries as the model's
+    configuration has hidden layers. Nothing depends on the model's name.
+
+    Args:
+        model: A Hugging Face causal LM.
+        layers_path: Dotted name of the `ModuleList` of blocks, for a model whose structure is not recognised.
+
+    Raises:
+        ValueError: If the blocks, embeddings, head or width cannot be found, or `layers_path` names no `ModuleList`.
+    """
+    model_config = getattr(model, "config", None)
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    name = type(model).__name__
+    if layers_path is not None:
+        try:
+            blocks = model.get_submodule(layers_path)
+        except AttributeError:
+            raise ValueError(f"`layers_path={layers_path!r}` names no module of {name}.") from None
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            raise ValueError(f"`layers_path={layers_path!r}` must name a non-empty ModuleList of {name}.")
+        path = layers_path
+    else:
+        depth = getattr(text_config, "num_hidden_layers", None)
+        found = [(n, m) for n, m in model.named_modules() if _is_block_list(m, depth)]
+        found = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
+        if len(found) != 1:
+            lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+            raise ValueError(
+                f"Cannot tell which modules of {name} are its decoder blocks ({len(found)} candidates for "
+                f"num_hidden_layers={depth}). Set `layers_path` in the config to their ModuleList, one of {lists}."
+            )
+        (path, blocks) = found[0]
+        assert isinstance(blocks, nn.ModuleList)
+    hidden_size = getattr(text_config, "hidden_size", None)
+    if not isinstance(hidden_size, int):
+        raise ValueError(f"{name} has no integer `config.hidden_size`; a memory needs the width of its stream.")
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if embeddings is None or head is None:
+        raise ValueError(f"{name} has no input or output embeddings; load it with a causal LM head.")
+    return Decoder(blocks, path, hidden_size, embeddings, head)
+
+
+def _is_block_list(module: nn.Module, depth: int | None) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == depth and len({type(m) for m in module}) == 1
+
+
+def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
+    """Turn the `layers` field of a config into sorted block indices.
+
+    Args:
+        layers: Block indices, negatives counted from the top; or one float in [0, 1], the block at that depth; or two,
+            a range of depth `(low, high)`: every block `i` with `low <= i / num_layers < high` (at least one).
+        num_layers: Number of blocks of the model.
+
+    Raises:
+        ValueError: If an index is out of range or named twice.
+    """
+    if all(isinstance(layer, float) for layer in layers):
+        low, high = layers[0], layers[-1]
+        chosen = [i for i in range(num_layers) if low <= i / num_layers < high]
+        return chosen or [min(int(low * num_layers), num_layers - 1)]
+    indices = []
+    for layer in layers:
+        index = int(layer)
+        if not -num_layers <= index < num_layers:
+            raise ValueError(
+                f"`layers` has {index}, but the model has {num_layers} blocks: "
+                f"use {-num_layers} to {num_layers - 1}, or a range of depth such as (0.7, 0.8)."
+            )
+        indices.append(index % num_layers)
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"`layers={list(layers)}` names a block twice (of {num_layers}).")
+    return sorted(indices)
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last hidden state that is needed has been computed."""
+
+
+def hidden_state(output: Any) -> torch.Tensor:
+    """The hidden state in a block's output, which is a tensor or a tuple that starts with one."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def capture(model: nn.Module, decoder: Decoder, layers: Sequence[int], **inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of some blocks, from one forward pass that stops after the last of them.
+
+    Args:
+        model: The causal LM.
+        decoder: Its parts.
+        layers: Block indices in rising order.
+        inputs: What the model's `forward` takes.
+
+    Returns:
+        One tensor (batch, tokens, hidden_size) a layer, in the model's dtype, before anything that acts on the
+        blocks' outputs through hooks registered later than this call's.
+    """
+    states: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        states.append(hidden_state(output))
+        if len(states) == len(layers):
+            raise _Stop
+
+    handles = [decoder.blocks[layer].register_forward_hook(keep, prepend=True) for layer in layers]
+    try:
+        model(**inputs, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
+@contextmanager
+def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
+    """Within this context the head computes logits only where `mask` (batch, tokens) is true.
+
+    The model then returns logits of shape (1, mask.sum(), vocabulary).
+    """
+
+    def select(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][mask].unsqueeze(0), *args[1:])
+
+    handle = decoder.head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """The device `module` computes on, also where accelerate keeps its weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    devices = [p.device for p in module.parameters() if p.device.type != "meta"]
+    if devices:
+        return devices[0]
+    for child in module.children():
+        if getattr(child, "_hf_hook", None) is not None:
+            return execution_device(child)
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Measuring what a memory learned and what it left alone."""

@@ -1,0 +1,192 @@
+"""Putting a memory into a model: fresh, or from a folder or the Hub."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from typing import Any
+
+from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, read_tensors, tokenizer_fingerprint
+from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names
+from memory_adapters.decoder import find_decoder
+from memory_adapters.hub import find_files
+from memory_adapters.memory import ATTACHED, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, Attached, Memory
+
+__all__ = ["inject_memory", "load_memory", "memories"]
+
+_DEFAULT_NAME = "knowledge"
+
+
+def inject_memory(
+    model: nn.Module, config: MemoryConfig, *, tokenizer: Any = None, adapter_name: str | None = None
+) -> Memory:
+    """Add a fresh memory to a model, which behaves exactly as before until something is written.
+
+    The base is frozen, as PEFT does; adapters that are active stay active. The config is copied.
+
+    Args:
+        model: A Hugging Face causal LM, or a PeftModel around one.
+        config: Which method, and its settings.
+        tokenizer: The model's tokenizer; needed to write.
+        adapter_name: Name among the model's adapters; by default `"knowledge"`, or with a number if that is taken.
+
+    Raises:
+        TypeError: If `config` is of no memory method.
+        ValueError: If the name is taken or unusable, the model's structure is unknown, a layer is out of range, or the
+            tokenizer does not fit the model. The model is unchanged then.
+    """
+    memory_type = memory_class(config)
+    if memory_type is None:
+        raise TypeError(f"`config` is a {type(config).__name__}; give one of {', '.join(memory_config_names())}.")
+    base = _base_model(model)
+    config = copy.deepcopy(config)
+    decoder = find_decoder(base, config.layers_path)
+    fingerprint = base_fingerprint(base)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, decoder.embeddings)
+        fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    if config.base_fingerprint is None:
+        config.base_fingerprint = fingerprint
+    check_fingerprint(config.base_fingerprint, fingerprint)
+    config.check_model(decoder)
+    name = _free_name(base) if adapter_name is None else _checked_name(base, adapter_name)
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+
+    attached: Attached = getattr(base, ATTACHED, None) or Attached()
+    if not getattr(base, "peft_config", None):
+        attached.trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    active = _active_adapters(base)
+    with warnings.catch_warnings():  # PEFT warns of a second adapter on the model; that is the point here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, base, adapter_name=name)
+    if hasattr(base, "add_adapter") and not isinstance(model, PeftModel):
+        base._hf_peft_config_loaded = True  # transformers' set_adapter, disable_adapters and active_adapters work
+    memory = memory_type(base, name, tokenizer)
+    for layer, names in active:
+        layer._active_adapter = names
+    memory.active = True
+    attached.memories[name] = memory
+    setattr(base, ATTACHED, attached)
+    return memory
+
+
+def load_memory(
+    model: nn.Module,
+    path_or_repo_id: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    adapter_name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Memory:
+    """Load a saved memory of any method into a model; the files say which method it is.
+
+    Args:
+        model: The base model the memory was written with, in any precision, or a PeftModel around it.
+        path_or_repo_id: A folder, or a repository on the Hub.
+        tokenizer: The model's tokenizer; needed to write more.
+        adapter_name: Name among the model's adapters; by default `"knowledge"`, or with a number if that is taken.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token for the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a file is missing in it.
+        ValueError: If a file is damaged, the memory belongs to another base model or tokenizer, or as `inject_memory`.
+            The model is unchanged then.
+    """
+    folder = find_files(path_or_repo_id, revision=revision, token=token)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"`{path_or_repo_id}` has no {file}: it is not a saved memory, or only part of one.")
+    config = _read_config(folder / CONFIG_FILE)
+    base = _base_model(model)
+    decoder = find_decoder(base, config.layers_path)
+    if config.base_fingerprint is not None:
+        check_fingerprint(config.base_fingerprint, base_fingerprint(base))
+    config.check_model(decoder)
+    expected = {PEFT_KEY_PREFIX + name: shape for name, shape in config.tensor_shapes(decoder).items()}
+    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
+    memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=adapter_name)
+    set_peft_model_state_dict(base, tensors, adapter_name=memory.adapter_name)
+    return memory
+
+
+def memories(model: nn.Module) -> dict[str, Memory]:
+    """The memories on a model by adapter name, in the order they came, however they were put there."""
+    base = _base_model(model)
+    attached: Attached = getattr(base, ATTACHED, None) or Attached()
+    found: dict[str, Memory] = {}
+    for name, config in getattr(base, "peft_config", {}).items():
+        memory_type = memory_class(config)
+        if memory_type is not None:
+            found[name] = attached.memories.get(name) or memory_type(base, name)
+    if found:
+        attached.memories = found
+        setattr(base, ATTACHED, attached)
+    return dict(found)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _active_adapters(model: nn.Module) -> list[tuple[Any, list[str]]]:
+    return [(m, list(m.active_adapters)) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _free_name(model: nn.Module) -> str:
+    taken = set(getattr(model, "peft_config", {}))
+    number, name = 1, _DEFAULT_NAME
+    while name in taken:
+        number += 1
+        name = f"{_DEFAULT_NAME}_{number}"
+    return name
+
+
+def _checked_name(model: nn.Module, name: str) -> str:
+    taken = getattr(model, "peft_config", {})
+    if name in taken:
+        raise ValueError(f"`adapter_name={name!r}` is taken on this model (adapters: {sorted(taken)}); choose another.")
+    parts = {part for module, _ in model.named_modules() for part in module.split(".")}
+    parts |= {part for parameter, _ in model.named_parameters() for part in parameter.split(".")}
+    if not isinstance(name, str) or not name or "." in name or name in parts or name == "__base__":
+        raise ValueError(
+            f"`adapter_name={name!r}` cannot be used: it must be non-empty, without dots, and no module's name "
+            "(the name becomes part of the model's state dict keys)."
+        )
+    return name
+
+
+def _check_tokenizer(tokenizer: Any, embeddings: nn.Module) -> None:
+    size = embeddings.weight.shape[0]  # type: ignore[union-attr, index]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= size:
+        raise ValueError(
+            f"`tokenizer` does not belong to this model: it makes ids up to {highest}, the model has {size} "
+            "embeddings. Load the model's own tokenizer (or resize the model's embeddings first)."
+        )
+
+
+def _read_config(path: os.PathLike[str]) -> MemoryConfig:
+    remedy = "Save or download the memory again."
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` is not valid JSON ({error}). {remedy}") from error
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    found = config_class(kind)
+    if found is None:
+        raise ValueError(f"`{path}` has `peft_type={kind!r}`, which is no memory method. {remedy}")
+    values.pop("auto_mapping", None)
+    try:
+        return found.from_peft_type(**values)  # type: ignore[return-value]
+    except TypeError as error:
+        raise ValueError(f"`{path}` has a field of the wrong type ({error}). {remedy}") from error

@@ -1,0 +1,237 @@
+"""What every memory answers to, whatever its method."""
+
+from __future__ import annotations
+
+import html
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from memory_adapters import hub
+from memory_adapters.checkpoint import atomic_directory, write_tensors
+from memory_adapters.config import MemoryConfig
+from memory_adapters.model_card import model_card
+
+__all__ = ["Memory", "WriteReport"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_KEY_PREFIX = "base_model.model."
+
+
+@dataclass
+class WriteReport:
+    """What one `write` did and what is known of it.
+
+    Attributes:
+        method: The method's name.
+        num_items: Items by kind, such as `{"Fact": 20}`.
+        recall: Share of facts and questions whose every target token is the model's first choice, in [0, 1]; None if
+            there was none.
+        recall_before: The same before the write.
+        token_accuracy: Share of document tokens that are the model's first choice; None if there was no document.
+        token_accuracy_before: The same before the write.
+        perplexity: Perplexity on unrelated text afterwards; None if not measured.
+        perplexity_before: The same before.
+        losses: Mean training loss of each epoch; empty for methods that do not train.
+        num_parameters: Numbers stored by the memory.
+        seconds: Wall time of the whole write.
+        notes: What the user should know, such as documents split into windows.
+    """
+
+    method: str
+    num_items: dict[str, int]
+    recall: float | None = None
+    recall_before: float | None = None
+    token_accuracy: float | None = None
+    token_accuracy_before: float | None = None
+    perplexity: float | None = None
+    perplexity_before: float | None = None
+    losses: list[float] = field(default_factory=list)
+    num_parameters: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of what is known, for display."""
+        items = ", ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in self.num_items.items())
+        rows = [("written", items)]
+        for label, before, after, form in (
+            ("recalled", self.recall_before, self.recall, "{:.0%}"),
+            ("document tokens right", self.token_accuracy_before, self.token_accuracy, "{:.0%}"),
+            ("perplexity on unrelated text", self.perplexity_before, self.perplexity, "{:.2f}"),
+        ):
+            if before is not None and after is not None:
+                rows.append((label, f"{form.format(before)} → {form.format(after)}"))
+        if self.losses:
+            rows.append(("training loss", f"{self.losses[0]:.3f} → {self.losses[-1]:.3f} ({len(self.losses)} epochs)"))
+        rows += [("parameters", f"{self.num_parameters:,}"), ("seconds", f"{self.seconds:.1f}")]
+        return rows + [("note", note) for note in self.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        width = max(len(label) for label, _ in self.rows())
+        return f"WriteReport ({self.method})\n" + "\n".join(f"  {a:<{width}}  {b}" for a, b in self.rows())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
+        return f"<table><caption>{html.escape(self.method)}</caption>{cells}</table>"
+
+
+@dataclass
+class Attached:
+    """What `inject_memory` keeps on a model: its memories, and which base parameters were trainable before them."""
+
+    memories: dict[str, Memory] = field(default_factory=dict)
+    trainable: list[str] = field(default_factory=list)
+
+
+ATTACHED = "_memory_adapters"
+
+
+class Memory(ABC):
+    """Knowledge that can be written into one model, switched off, taken out, saved and loaded.
+
+    Made by `inject_memory` and `load_memory`, not directly.
+
+    Attributes:
+        model: The Hugging Face model it sits in (inside a PeftModel, the base).
+        config: Its config, with layers resolved.
+        adapter_name: Its name on the model.
+        tokenizer: The model's tokenizer, needed to write.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, tokenizer: Any = None) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self.tokenizer = tokenizer
+
+    @property
+    def config(self) -> MemoryConfig:
+        self._check_attached()
+        return self.model.peft_config[self.adapter_name]  # type: ignore[index, union-attr, return-value]
+
+    @abstractmethod
+    def write(self, items: Any) -> WriteReport:
+        """Learn `items` (one or many; a plain string is a `Document`)."""
+
+    @abstractmethod
+    def _detach(self) -> None:
+        """Take this memory's modules and hooks off the model."""
+
+    def _check_attached(self) -> None:
+        if self.adapter_name not in getattr(self.model, "peft_config", {}):
+            raise RuntimeError(f"The memory {self.adapter_name!r} was removed from its model; inject or load it again.")
+
+    def tuner_layers(self) -> list[BaseTunerLayer]:
+        """PEFT layers that hold this memory, lowest block first."""
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        return [layer for layer in layers if self.adapter_name in layer._get_available_adapters()]
+
+    @property
+    def active(self) -> bool:
+        """Whether the memory takes part in forward passes. Assign to switch it; others are not touched."""
+        self._check_attached()
+        layers = self.tuner_layers()
+        return bool(layers) and all(self.adapter_name in x.active_adapters and not x.disable_adapters for x in layers)
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        self._check_attached()
+        for layer in self.tuner_layers():
+            others = [name for name in layer.active_adapters if name != self.adapter_name]
+            layer._active_adapter = [*others, self.adapter_name] if value else others
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is what it is without this memory, bit for bit."""
+        self._check_attached()
+        layers = self.tuner_layers()
+        before = [layer._active_adapter for layer in layers]
+        self.active = False
+        try:
+            yield
+        finally:
+            for layer, names in zip(layers, before, strict=True):
+                layer._active_adapter = names
+
+    def num_parameters(self) -> int:
+        """How many numbers the memory stores."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The memory's tensors under PEFT's checkpoint names (without the adapter's name)."""
+        self._check_attached()
+        with torch.no_grad():
+            return get_peft_model_state_dict(self.model, adapter_name=self.adapter_name, save_embedding_layers=False)
+
+    def remove(self) -> None:
+        """Take the memory out. When it was the last adapter, nothing is left: no hook, parameter, config or key.
+
+        Base parameters that were trainable before the first memory came are trainable again after the last one.
+        """
+        self._check_attached()
+        self._detach()
+        model: Any = self.model
+        del model.peft_config[self.adapter_name]
+        attached: Attached = getattr(model, ATTACHED)
+        attached.memories.pop(self.adapter_name, None)
+        if not attached.memories:
+            parameters = dict(model.named_parameters())
+            for name in attached.trainable:
+                if name in parameters:
+                    parameters[name].requires_grad_(True)
+            delattr(model, ATTACHED)
+        if not model.peft_config:
+            del model.peft_config
+            model.__dict__.pop("_hf_peft_config_loaded", None)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Save `adapter_config.json`, `adapter_model.safetensors` and a model card (README.md), all or none.
+
+        Raises:
+            NotADirectoryError: If `save_directory` is a file.
+        """
+        config = self.config
+        tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in self.state_dict().items()}
+        inference_mode, config.inference_mode = config.inference_mode, True
+        try:
+            with atomic_directory(save_directory) as staging:
+                write_tensors(staging / WEIGHTS_FILE, tensors)
+                config.save_pretrained(str(staging))
+                (staging / "README.md").write_text(model_card(config, self.num_parameters()), encoding="utf-8")
+        finally:
+            config.inference_mode = inference_mode
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
+    ) -> str:
+        """Save to the Hub; makes the repository if need be.
+
+        Args:
+            repo_id: `"user/name"`.
+            private: Visibility of a new repository; None for the account's default.
+            token: Access token; None for the one logged in.
+            commit_message: Message of the commit.
+
+        Returns:
+            The commit's address.
+        """
+        return hub.push(self, repo_id, private=private, token=token, commit_message=commit_message)
+
+    def __repr__(self) -> str:
+        if self.adapter_name not in getattr(self.model, "peft_config", {}):
+            return f"{type(self).__name__}({self.adapter_name!r}, removed)"
+        state = "active" if self.active else "inactive"
+        return f"{type(self).__name__}({self.adapter_name!r}, {state}, {self.num_parameters():,} parameters)"

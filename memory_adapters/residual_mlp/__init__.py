@@ -1,0 +1,11 @@
+"""The gated residual MLP memory."""
+
+from memory_adapters.config import register_memory
+from memory_adapters.residual_mlp.config import MemoryAdapterConfig
+from memory_adapters.residual_mlp.memory import ResidualMemory
+from memory_adapters.residual_mlp.tuner import register_with_peft
+
+__all__ = ["MemoryAdapterConfig", "ResidualMemory"]
+
+register_with_peft()
+register_memory(MemoryAdapterConfig, ResidualMemory)

@@ -1,0 +1,155 @@
+"""Settings of the gated residual MLP memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers.activations import ACT2FN
+
+from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number
+from memory_adapters.decoder import Decoder, resolve_layers
+
+__all__ = ["MemoryAdapterConfig"]
+
+
+@dataclass
+class MemoryAdapterConfig(MemoryConfig):
+    """A gated residual MLP on the output x of chosen decoder blocks.
+
+    With the defaults, at each token,
+
+        x ← x + g(x) · gate · rms(x) · LayerNorm(W_down · act(W_up · n(x))),    n(x) = (x − mean) / std,
+
+    where g(x) in [0, 1] opens only where x is near a key of what was written, and is exactly 0 elsewhere.
+    `MemoryAdapterConfig.fever_experiment()` is the original x + gate · LayerNorm(W_down · act(W_up · x)).
+
+    Attributes:
+        layers: Block indices (negatives count from the top), a float in [0, 1] (the block at that depth), or two (a
+            range of depth). Resolved to indices when the memory is injected.
+        memory_dim: Hidden width of the MLP.
+        activation: Name of a transformers activation.
+        gate_init: Start of the scalar gate. 0.0 makes even an open memory the identity; 1.0 is the experiment's.
+        token_gate: `"keys"` (open near written keys, found in closed form by `write`), `"sigmoid"` (a linear router,
+            trained), or `"none"` (open at every token).
+        key_threshold: Similarity to a key (1 at the key, about 0 on unrelated text) below which the memory is silent.
+        key_ramp: How far above the threshold the token gate reaches 1.
+        num_keys: Keys stored a block. Grows with `write`; leave it at 0.
+        stream_scale: Read the stream normalised and speak in units of its RMS, instead of absolute values.
+        norm_cap: Largest norm of what is added, relative to the norm of x; None for no cap.
+        dropout: Dropout after the activation, in training.
+        weight: Factor on what the memory adds, for blending several memories.
+        learning_rate: Peak learning rate (AdamW, cosine schedule) of the MLP.
+        gate_learning_rate: Peak learning rate of the scalar gate and the sigmoid router, which have no weight decay.
+        num_train_epochs: Passes over the items.
+        batch_size: Rows a step.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: AdamW's decoupled weight decay of the MLP.
+        max_grad_norm: Gradient clipping.
+        num_prefixes: Varied prefixes behind which each fact is trained beside its bare prompt; 0 for none.
+        max_length: Longest row in tokens; longer documents are split into windows. None for the model's context.
+        locality_weight: Weight of KL(base ‖ memory) on unrelated text and on the prompts with other subjects.
+        distillation_weight: Share of the loss that is KL from the base model reading the item in its context, against
+            next-token loss. In [0, 1].
+        seed: Seed of the initialisation, the data order and the sampled text.
+    """
+
+    method_name: ClassVar[str] = "Gated residual MLP memory"
+
+    layers: Sequence[int | float] | int | float = 0.25
+    memory_dim: int = 128
+    activation: str = "gelu"
+    gate_init: float = 0.0
+    token_gate: str = "keys"
+    key_threshold: float = 0.5
+    key_ramp: float = 0.2
+    num_keys: int = 0
+    stream_scale: bool = True
+    norm_cap: float | None = None
+    dropout: float = 0.0
+    weight: float = 1.0
+    learning_rate: float = 1e-3
+    gate_learning_rate: float = 1e-2
+    num_train_epochs: float = 25
+    batch_size: int = 4
+    warmup_steps: int = 10
+    weight_decay: float = 0.05
+    max_grad_norm: float = 10.0
+    num_prefixes: int = 5
+    max_length: int | None = None
+    locality_weight: float = 0.0
+    distillation_weight: float = 0.0
+    seed: int = 0
+    target_modules: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MemoryPeftType.MEMORY_ADAPTER  # type: ignore[assignment]
+        self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[assignment]
+        self.target_modules = None  # resolved from `layers` at every injection
+        self.layers = _checked_layers(self.layers)
+        check_number("memory_dim", self.memory_dim, low=1, integer=True)
+        check_choice("activation", self.activation, ACT2FN.keys())
+        check_number("gate_init", self.gate_init, low=float("-inf"))
+        check_choice("token_gate", self.token_gate, ("keys", "sigmoid", "none"))
+        check_number("key_threshold", self.key_threshold, low=0, high=1, open_low=True)
+        check_number("key_ramp", self.key_ramp, low=0, open_low=True)
+        check_number("num_keys", self.num_keys, low=0, integer=True)
+        if not isinstance(self.stream_scale, bool):
+            raise ValueError(f"`stream_scale` must be True or False, got {self.stream_scale!r}.")
+        if self.norm_cap is not None:
+            check_number("norm_cap", self.norm_cap, low=0, open_low=True)
+        check_number("dropout", self.dropout, low=0, high=0.999)
+        check_number("weight", self.weight, low=float("-inf"))
+        check_number("learning_rate", self.learning_rate, low=0, open_low=True)
+        check_number("gate_learning_rate", self.gate_learning_rate, low=0)
+        check_number("num_train_epochs", self.num_train_epochs, low=0, open_low=True)
+        check_number("batch_size", self.batch_size, low=1, integer=True)
+        check_number("warmup_steps", self.warmup_steps, low=0, integer=True)
+        check_number("weight_decay", self.weight_decay, low=0)
+        check_number("max_grad_norm", self.max_grad_norm, low=0, open_low=True)
+        check_number("num_prefixes", self.num_prefixes, low=0, integer=True)
+        if self.max_length is not None:
+            check_number("max_length", self.max_length, low=2, integer=True)
+        check_number("locality_weight", self.locality_weight, low=0)
+        check_number("distillation_weight", self.distillation_weight, low=0, high=1)
+        check_number("seed", self.seed, low=0, integer=True)
+
+    def check_model(self, decoder: Decoder) -> None:
+        resolve_layers(self.layers, decoder.num_layers)  # type: ignore[arg-type]
+
+    def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
+        d, r, n = decoder.hidden_size, self.memory_dim, self.num_keys
+        shapes = {"up": (r, d), "up_bias": (r,), "down": (d, r), "down_bias": (d,), "norm_weight": (d,), "norm_bias": (d,)}
+        shapes["gate"] = (1,)
+        if self.token_gate == "sigmoid":
+            shapes |= {"router": (1, d), "router_bias": (1,)}
+        if self.token_gate == "keys":
+            shapes |= {"keys": (n, d), "key_bias": (n,)}
+        return {
+            f"{decoder.block_name(layer)}.memory_adapter_layer.mlp.{name}": torch.Size(shape)
+            for layer in resolve_layers(self.layers, decoder.num_layers)  # type: ignore[arg-type]
+            for name, shape in shapes.items()
+        }
+
+    @classmethod
+    def fever_experiment(cls, **settings: Any) -> MemoryAdapterConfig:
+        """The module and depth of the FEVER experiment: gate 1.0 at every token, absolute scale, 70–80% of the depth."""
+        experiment: dict[str, Any] = dict(
+            layers=(0.7, 0.8), gate_init=1.0, token_gate="none", stream_scale=False, gate_learning_rate=1e-3, num_prefixes=0
+        )
+        return cls(**{**experiment, **settings})
+
+
+def _checked_layers(layers: Any) -> list[int | float]:
+    """`layers` as a list of ints, or of one or two floats (lists, because configs travel as JSON)."""
+    listed = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    indices = all(type(layer) is int for layer in listed)
+    depths = all(isinstance(x, float) and 0 <= x <= 1 for x in listed) and len(listed) <= 2 and listed == sorted(listed)
+    if not listed or not (indices or depths):
+        raise ValueError(
+            f"`layers` must be block indices such as [7, 8], a depth such as 0.25, or a range (0.7, 0.8), got {layers!r}."
+        )
+    return listed

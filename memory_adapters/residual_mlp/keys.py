@@ -1,0 +1,117 @@
+"""Keys of what was written, in closed form: where the memory opens.
+
+With n(x) the normalised residual stream at one token, μ and Σ its mean and covariance over unrelated text, and
+P = (Σ + α tr(Σ)/d · I)⁻¹, the similarity of x to a key k is Fisher's linear discriminant scaled to the key,
+
+    s_k(x) = (k − μ)ᵀ P (n(x) − μ) / (k − μ)ᵀ P (k − μ),
+
+which is 1 at the key and about 0 on unrelated text. The token gate is clip((max_k s_k(x) − θ_k) / ramp, 0, 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["StreamStatistics", "gate_parameters", "select_keys"]
+
+SHRINKAGE = 0.05
+MARGIN = 0.1
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """Mean and shrunk precision of the normalised stream on unrelated text, at one block.
+
+    Attributes:
+        mean: μ (hidden_size,), float64.
+        precision: P (hidden_size, hidden_size), float64.
+        unrelated: n(x) of the unrelated tokens (num_tokens, hidden_size), float64.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    unrelated: Tensor
+
+    @classmethod
+    def fit(cls, states: Tensor) -> StreamStatistics:
+        """From residual-stream states (num_tokens, hidden_size) of unrelated text."""
+        n = normalized(states)
+        mean = n.mean(0)
+        centered = n - mean
+        covariance = centered.T @ centered / len(n)
+        ridge = SHRINKAGE * covariance.diagonal().mean()
+        precision = torch.linalg.inv(covariance + ridge * torch.eye(len(mean), dtype=n.dtype))
+        return cls(mean, precision, n)
+
+    def directions(self, keys: Tensor) -> Tensor:
+        """P (k − μ) / (k − μ)ᵀ P (k − μ) for normalised keys (n, hidden_size): rows whose product with n(x) − μ is s_k."""
+        offset = keys - self.mean
+        direction = offset @ self.precision
+        return direction / (direction * offset).sum(-1, keepdim=True)
+
+    def highest_unrelated(self, directions: Tensor) -> Tensor:
+        """Highest similarity of each key to any unrelated token (n,)."""
+        parts = [
+            ((self.unrelated - self.mean) @ part.T).amax(0) if len(part) else part.new_zeros(0)
+            for part in directions.split(_BLOCK)
+        ]
+        return torch.cat(parts)
+
+
+def normalized(states: Tensor) -> Tensor:
+    """n(x) = (x − mean(x)) / std(x) over the last dimension, in float64 on the CPU."""
+    states = states.detach().to("cpu", torch.float64)
+    return F.layer_norm(states, states.shape[-1:])
+
+
+def select_keys(statistics: StreamStatistics, candidates: Tensor, *, threshold: float, ramp: float) -> Tensor:
+    """The candidates that are worth a key: unlike unrelated text, and not already opened by another.
+
+    Args:
+        statistics: Of the block.
+        candidates: Normalised states (n, hidden_size) of tokens of documents or questions.
+        threshold: θ, below which the gate is closed.
+        ramp: How far above it the gate is fully open.
+
+    Returns:
+        Indices of the chosen candidates. The most distinctive (largest (k − μ)ᵀ P (k − μ)) come first.
+    """
+    directions = statistics.directions(candidates)
+    separable = statistics.highest_unrelated(directions) < threshold - MARGIN
+    offset = candidates - statistics.mean
+    distinctiveness = ((offset @ statistics.precision) * offset).sum(-1)
+    open_for = offset @ directions.T >= threshold + ramp  # [token, key]
+    covered = torch.zeros(len(candidates), dtype=torch.bool)
+    chosen: list[int] = []
+    for index in distinctiveness.argsort(descending=True).tolist():
+        if separable[index] and not covered[index]:
+            chosen.append(index)
+            covered |= open_for[:, index]
+    return torch.tensor(chosen, dtype=torch.long)
+
+
+def gate_parameters(
+    statistics: StreamStatistics, keys: Tensor, *, threshold: float, ramp: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and biases of `GatedMLP`: `keys · n(x) + bias = (s_k(x) − θ_k) / ramp`.
+
+    θ_k is `threshold`, or higher where unrelated text comes nearer than that.
+
+    Args:
+        statistics: Of the block.
+        keys: Normalised (n, hidden_size).
+        threshold: Least θ.
+        ramp: Width of the gate's slope.
+
+    Returns:
+        Keys (n, hidden_size) and biases (n,) in float32, and each key's θ_k (n,).
+    """
+    directions = statistics.directions(keys)
+    theta = (statistics.highest_unrelated(directions) + MARGIN).clamp(min=threshold)
+    bias = -(directions @ statistics.mean + theta) / ramp
+    return (directions / ramp).float(), bias.float(), theta

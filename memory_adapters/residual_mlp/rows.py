@@ -1,0 +1,190 @@
+"""From items to rows of tokens: what is trained on, where the loss is, and where keys may lie."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memory_adapters.knowledge import Document, Fact, Item, QuestionAnswer
+
+__all__ = ["IGNORED", "Row", "Slot", "build_slots"]
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training sequence.
+
+    Attributes:
+        input_ids: Its tokens.
+        first_label: Index of the first token that is to be predicted.
+        key_positions: Tokens whose states may become keys: a fact's subject (its last token), a question, a document.
+        context: Tokens of the text that says the same, for the teacher of context distillation to read first.
+    """
+
+    input_ids: list[int]
+    first_label: int
+    key_positions: list[int]
+    context: list[int]
+
+    @property
+    def labels(self) -> list[int]:
+        return [IGNORED] * self.first_label + self.input_ids[self.first_label :]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in every epoch. Its rows take turns, an epoch each.
+
+    Attributes:
+        kind: `"fact"`, `"question"` or `"document"`.
+        item: Index of the item it comes from.
+        rows: The variants.
+        plain: Whether this is the item as given (and so counts for recall).
+    """
+
+    kind: str
+    item: int
+    rows: list[Row]
+    plain: bool
+
+
+def build_slots(
+    items: Sequence[Item],
+    tokenizer: Any,
+    *,
+    prefixes: Sequence[str],
+    max_length: int,
+) -> tuple[list[Slot], list[str]]:
+    """Tokenise items.
+
+    A fact has a slot for its bare prompt and one for its prompt behind varied prefixes; a question one as plain text
+    and, if the tokenizer has a chat template, one as a chat; a document one a window.
+
+    Args:
+        items: What to write.
+        tokenizer: The model's tokenizer.
+        prefixes: Texts to put before facts, so that they hold outside their own prompt.
+        max_length: Longest row in tokens.
+
+    Returns:
+        The slots, and notes for the user.
+
+    Raises:
+        ValueError: If a fact or question does not fit in `max_length` tokens.
+    """
+    slots: list[Slot] = []
+    notes: list[str] = []
+    for index, item in enumerate(items):
+        if isinstance(item, Fact):
+            bare = _fact_row(item, tokenizer, "")
+            _check_length(bare, max_length, index, "Fact")
+            slots.append(Slot("fact", index, [bare], True))
+            varied = [_fact_row(item, tokenizer, prefix) for prefix in prefixes]
+            varied = [row for row in varied if len(row.input_ids) <= max_length]
+            if varied:
+                slots.append(Slot("fact", index, varied, False))
+        elif isinstance(item, QuestionAnswer):
+            row = _question_row(item, tokenizer, chat=False)
+            _check_length(row, max_length, index, "QuestionAnswer")
+            slots.append(Slot("question", index, [row], True))
+            if getattr(tokenizer, "chat_template", None):
+                chat = _question_row(item, tokenizer, chat=True)
+                if len(chat.input_ids) <= max_length:
+                    slots.append(Slot("question", index, [chat], False))
+        else:
+            windows = _document_rows(item, tokenizer, max_length)
+            slots += [Slot("document", index, [window], True) for window in windows]
+            if len(windows) > 1:
+                tokens = sum(len(window.input_ids) for window in windows)
+                notes.append(f"document {index} of {tokens} tokens was split into {len(windows)} windows")
+    return slots, notes
+
+
+def make_prefixes(texts: Sequence[str], count: int, seed: int) -> list[str]:
+    """Short runs of words from `texts`, each ended like a sentence, to put before a fact."""
+    rng = random.Random(seed)
+    words = [text.split() for text in texts if len(text.split()) >= 8]
+    if not words:
+        return []
+    prefixes = []
+    for _ in range(count):
+        source = rng.choice(words)
+        length = rng.randint(4, 8)
+        start = rng.randrange(len(source) - length + 1)
+        prefixes.append(" ".join(source[start : start + length]).rstrip(".,;:!?") + ". ")
+    return prefixes
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids as the model reads a prompt, special tokens included."""
+    return list(tokenizer(text)["input_ids"])
+
+
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common start of two token sequences."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def last_token_of(tokenizer: Any, text: str, end: int, ids: Sequence[int]) -> int:
+    """Index in `ids`, the tokens of `text`, of the token that holds character `end - 1`."""
+    head = tokenize(tokenizer, text[:end])
+    shared = shared_length(head, ids)
+    return shared - 1 if shared == len(head) else min(shared, len(ids) - 1)
+
+
+def _fact_row(fact: Fact, tokenizer: Any, prefix: str) -> Row:
+    prompt = prefix + fact.prompt
+    text = prompt + fact.continuation
+    ids = _without_end(tokenizer, text)
+    end = len(prefix) + fact.prompt.rindex(fact.subject) + len(fact.subject)
+    subject = last_token_of(tokenizer, text, end, ids)
+    context = _without_end(tokenizer, fact.prompt + fact.continuation + ".\n\n")
+    return Row(ids, _first_label(tokenizer, prompt, ids), [subject], context)
+
+
+def _question_row(item: QuestionAnswer, tokenizer: Any, *, chat: bool) -> Row:
+    context = _without_end(tokenizer, item.question + item.continuation + "\n\n")
+    if not chat:
+        ids = _without_end(tokenizer, item.question + item.continuation)
+        first = _first_label(tokenizer, item.question, ids)
+        return Row(ids, first, list(range(first)), context)
+    turn = [{"role": "user", "content": item.question}]
+    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    plain = {"add_special_tokens": False}
+    ids = list(tokenizer(prompt + item.answer, **plain)["input_ids"])
+    first = shared_length(list(tokenizer(prompt, **plain)["input_ids"]), ids)
+    begin = prompt.find(item.question)
+    head = list(tokenizer(prompt[: max(begin, 0)], **plain)["input_ids"])
+    tail = list(tokenizer(prompt[: begin + len(item.question)], **plain)["input_ids"]) if begin >= 0 else head
+    return Row(ids, first, list(range(shared_length(head, ids), shared_length(tail, ids))), context)
+
+
+def _document_rows(item: Document, tokenizer: Any, max_length: int) -> list[Row]:
+    ids = _without_end(tokenizer, item.text)
+    windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [Row(window, 1, list(range(len(window))), window) for window in windows if len(window) > 1]
+
+
+def _without_end(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of `text` without the end-of-text token that some tokenizers append."""
+    ids = tokenize(tokenizer, text)
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _first_label(tokenizer: Any, prompt: str, ids: Sequence[int]) -> int:
+    return max(shared_length(tokenize(tokenizer, prompt), ids), 1)
+
+
+def _check_length(row: Row, max_length: int, index: int, kind: str) -> None:
+    if len(row.input_ids) > max_length:
+        raise ValueError(
+            f"`items[{index}]` ({kind}) has {len(row.input_ids)} tokens, more than the {max_length} that fit: shorten it, "
+            "raise `max_length` up to the model's context, or give it as a Document, which is split into windows."
+        )

@@ -1,0 +1,217 @@
+"""Training of a residual memory on transformers' Trainer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from memory_adapters.checkpoint import read_tensors
+from memory_adapters.decoder import Decoder, logits_at
+from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.residual_mlp.reuse import ReusedStates, pad_rows
+from memory_adapters.residual_mlp.rows import IGNORED, Row, Slot
+
+if TYPE_CHECKING:
+    from memory_adapters.residual_mlp.memory import ResidualMemory
+
+__all__ = ["MemoryTrainer", "SlotDataset", "Teacher", "collate"]
+
+GATE_NAMES = ("gate", "router", "router_bias")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the base model predicts at a row's labels with the item in its context: its k likeliest tokens.
+
+    Attributes:
+        ids: (labels, k).
+        log_probs: (labels, k).
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+class SlotDataset(Dataset):  # type: ignore[type-arg]
+    """One example a slot; which of the slot's rows depends on the epoch."""
+
+    def __init__(self, slots: Sequence[Slot], states: Sequence[Sequence[Tensor]] | None, teachers: Sequence[Sequence[Teacher]] | None) -> None:
+        self.slots = slots
+        self.states = states
+        self.teachers = teachers
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        turn = self.epoch % len(self.slots[index].rows)
+        return {
+            "row": self.slots[index].rows[turn],
+            "states": None if self.states is None else self.states[index][turn],
+            "teacher": None if self.teachers is None else self.teachers[index][turn],
+        }
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad examples of `SlotDataset` on the right."""
+    rows: list[Row] = [example["row"] for example in examples]
+    batch = pad_rows([row.input_ids for row in rows])
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for i, row in enumerate(rows):
+        labels[i, : len(row.labels)] = torch.tensor(row.labels)
+    batch["labels"] = labels
+    if examples[0]["states"] is not None:
+        batch["states"] = nn.utils.rnn.pad_sequence([example["states"] for example in examples], batch_first=True)
+    if examples[0]["teacher"] is not None:
+        batch["teacher_ids"] = torch.cat([example["teacher"].ids for example in examples])
+        batch["teacher_log_probs"] = torch.cat([example["teacher"].log_probs for example in examples])
+    return batch
+
+
+class MemoryTrainer(Trainer):
+    """Trains one residual memory: only its parameters move, the base stays in evaluation mode.
+
+    Args:
+        memory: The memory.
+        decoder: Parts of its model.
+        reuse: How to resume from stored states; None to run the whole model.
+        unrelated: Rows of tokens to stay silent on, and their stored states; used if `locality_weight` > 0.
+        kwargs: Passed to `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        memory: ResidualMemory,
+        decoder: Decoder,
+        reuse: ReusedStates | None,
+        unrelated: Sequence[tuple[list[int], Tensor | None]] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.memory = memory
+        self.decoder = decoder
+        self.reuse = reuse
+        self.unrelated = unrelated
+        self.epoch_losses: list[float] = []
+        self.step_losses: list[Tensor] = []
+        super().__init__(model=memory.model, data_collator=collate, **kwargs)
+        self.remove_callback(ProgressCallback)
+        if not self.args.disable_tqdm:
+            self.add_callback(_Progress)
+        self.add_callback(_EpochLosses(self))
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW; gates have a learning rate of their own and no weight decay."""
+        gates, rest = [], []
+        for layer in self.memory.tuner_layers():
+            for name, parameter in layer.mlp[self.memory.adapter_name].named_parameters():  # type: ignore[attr-defined]
+                (gates if name in GATE_NAMES else rest).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": rest, "weight_decay": self.args.weight_decay, "lr": self.args.learning_rate},
+                {"params": gates, "weight_decay": 0.0, "lr": self.memory.config.gate_learning_rate},
+            ]
+        )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Next-token loss and, if the config asks for them, context distillation and locality."""
+        self.memory.model.eval()
+        for layer in self.memory.tuner_layers():
+            layer.train()  # type: ignore[attr-defined]
+        config = self.memory.config
+        targets = inputs["labels"][:, 1:]
+        wanted = F.pad(targets != IGNORED, (0, 1))
+        logits = self._logits(model, inputs, wanted)
+        loss = F.cross_entropy(logits, targets[wanted[:, :-1]])
+        if "teacher_ids" in inputs:
+            distance = _divergence(logits, inputs["teacher_ids"], inputs["teacher_log_probs"])
+            loss = (1 - config.distillation_weight) * loss + config.distillation_weight * distance
+        self.step_losses.append(loss.detach())
+        if self.unrelated:
+            loss = loss + config.locality_weight * self._locality(model)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _logits(self, model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
+        """Logits (wanted.sum(), vocabulary) in float32."""
+        with ExitStack() as stack:
+            stack.enter_context(logits_at(self.decoder, wanted))
+            if self.reuse is not None:
+                stack.enter_context(self.reuse.resume(inputs["states"]))
+            output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        return output.logits[0].float()
+
+    def _locality(self, model: nn.Module) -> Tensor:
+        """Mean over tokens of KL(base ‖ memory) on a few unrelated rows."""
+        rng = random.Random(f"{self.args.seed} {self.state.global_step}")
+        chosen = rng.sample(range(len(self.unrelated)), min(len(self.unrelated), self.args.per_device_train_batch_size))
+        inputs = pad_rows([self.unrelated[i][0] for i in chosen])
+        states = [self.unrelated[i][1] for i in chosen]
+        if self.reuse is not None:
+            inputs["states"] = nn.utils.rnn.pad_sequence(states, batch_first=True)  # type: ignore[arg-type]
+        inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
+        wanted = inputs["attention_mask"].bool()
+        with torch.no_grad(), self.memory.disabled():
+            base = self._logits(model, inputs, wanted).log_softmax(-1)
+        current = self._logits(model, inputs, wanted).log_softmax(-1)
+        return F.kl_div(current, base, log_target=True, reduction="batchmean")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Checkpoints hold the memory, not the base model."""
+        self.memory.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        load_weights(self.memory, resume_from_checkpoint)
+
+
+def load_weights(memory: ResidualMemory, folder: Path | str) -> None:
+    """Put the tensors of a saved memory with the same settings into `memory`."""
+    expected = {PEFT_KEY_PREFIX + name: tensor.shape for name, tensor in memory.state_dict().items()}
+    tensors = read_tensors(Path(folder) / WEIGHTS_FILE, expected)
+    set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
+
+
+def _divergence(logits: Tensor, teacher_ids: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """KL(teacher ‖ model) over the teacher's likeliest tokens, all others taken as one."""
+    log_probs = logits.log_softmax(-1).gather(-1, teacher_ids)
+    probs = teacher_log_probs.exp()
+    rest, teacher_rest = ((1 - p.sum(-1)).clamp_min(1e-6) for p in (log_probs.exp(), probs))
+    head = (probs * (teacher_log_probs - log_probs)).sum(-1)
+    return (head + teacher_rest * (teacher_rest.log() - rest.log())).mean()
+
+
+class _Progress(ProgressCallback):
+    """Trainer's progress bar without its log lines."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _EpochLosses(TrainerCallback):
+    """Collects the mean loss of every epoch for the report."""
+
+    def __init__(self, trainer: MemoryTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.step_losses:
+            self.trainer.epoch_losses.append(torch.stack(self.trainer.step_losses).mean().item())
+            self.trainer.step_losses.clear()

@@ -1,0 +1,233 @@
+"""The gated residual MLP as a PEFT tuner: a child of the decoder block, driven by a stateless forward hook."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from memory_adapters.checkpoint import base_fingerprint, check_fingerprint
+from memory_adapters.config import MemoryPeftType
+from memory_adapters.decoder import execution_device, find_decoder, hidden_state, resolve_layers
+from memory_adapters.residual_mlp.config import MemoryAdapterConfig
+from memory_adapters.residual_mlp.gated_mlp import GatedMLP
+
+__all__ = ["BASE_ROW", "MemoryLayer", "MemoryTuner"]
+
+PREFIX = "memory_adapter_"
+CHILD = PREFIX + "layer"
+BASE_ROW = "__base__"
+
+
+class MemoryLayer(nn.Module, BaseTunerLayer):
+    """All residual memories of one decoder block, by adapter name."""
+
+    adapter_layer_names = ("mlp",)
+    other_param_names = ()
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.mlp = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        self.rows: list[str] | None = None
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self._device: torch.device | None = None
+
+    def update_layer(self, name: str, config: MemoryAdapterConfig, seed: int, device: torch.device) -> None:
+        """Add the memory `name`, in float32, on the device of the block."""
+        self._device = device
+        mlp = GatedMLP(self.hidden_size, config)
+        if not mlp.up.is_meta:
+            mlp.reset_parameters(torch.Generator().manual_seed(seed))
+        self.mlp[name] = mlp
+        self.weights[name] = config.weight
+        self._move_adapter_to_device_of_base_layer(name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.mlp and not self.mlp[adapter_name].up.is_meta:
+            self.mlp[adapter_name].to(device or self._device, torch.float32)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.weights.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, tokens, hidden_size) plus what the active memories add; x itself if there are none."""
+        if self._disable_adapters:
+            return x
+        if self.rows is not None:
+            return self._forward_rows(x, self.rows)
+        total = None
+        for name in self._active_adapter:
+            if name in self.mlp:
+                delta = self.weights[name] * self.mlp[name](x)
+                total = delta if total is None else total + delta
+        return x if total is None else (x.float() + total).to(x.dtype)
+
+    def _forward_rows(self, x: Tensor, rows: list[str]) -> Tensor:
+        beams, rest = divmod(x.shape[0], len(rows))
+        if rest:
+            raise ValueError(f"`adapter_names` has {len(rows)} entries for a batch of {x.shape[0]} rows: give one a row.")
+        out = x.clone()
+        for name in set(rows) & set(self.mlp):
+            index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
+            index = (index[:, None] * beams + torch.arange(beams, device=x.device)).flatten()
+            part = x[index]
+            out[index] = (part.float() + self.weights[name] * self.mlp[name](part)).to(x.dtype)
+        return out
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Does nothing: an MLP has no place in a weight matrix. Trainers that merge while generating still work,
+        because an unmerged memory takes part in every forward pass."""
+
+    def unmerge(self) -> None:
+        """Does nothing, as `merge` did nothing."""
+
+
+def speak(block: nn.Module, _args: Any, output: Any) -> Any:
+    """Forward hook of a block: pass its output through the block's memories."""
+    state = hidden_state(output)
+    changed = getattr(block, CHILD)(state)
+    if changed is state:
+        return output
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def memory_layers(model: nn.Module) -> list[MemoryLayer]:
+    """The memory layers of `model`, lowest block first."""
+    return [module for module in model.modules() if isinstance(module, MemoryLayer)]
+
+
+def discard_empty_layers(model: nn.Module) -> None:
+    """Take the child and the hook off every block whose last memory is gone."""
+    for block in list(model.modules()):
+        layer = getattr(block, CHILD, None) if CHILD in block._modules else None
+        if layer is not None and len(layer.mlp) == 0:
+            delattr(block, CHILD)
+            for key in [key for key, hook in block._forward_hooks.items() if hook is speak]:
+                del block._forward_hooks[key]
+
+
+@contextmanager
+def rows_speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within this context row i of a batch uses the residual memory `adapter_names[i]`, or none for `"__base__"`.
+
+    Args:
+        model: A model with residual memories.
+        adapter_names: One name a row; beam search repeats them over its beams.
+
+    Raises:
+        ValueError: If a name is no residual memory of the model.
+    """
+    layers = memory_layers(model)
+    known = {name for layer in layers for name in layer.mlp}
+    if unknown := sorted(set(adapter_names) - known - {BASE_ROW}):
+        raise ValueError(f"`adapter_names` has {unknown}, but the memories are {sorted(known)} (or {BASE_ROW!r}).")
+    before = [layer.rows for layer in layers]
+    for layer in layers:
+        layer.rows = list(adapter_names)
+    try:
+        yield
+    finally:
+        for layer, rows in zip(layers, before, strict=True):
+            layer.rows = rows
+
+
+class MemoryTuner(BaseTuner):
+    """Injects `MemoryLayer`s; `get_peft_model`, `add_adapter` and `inject_memory` all come through here."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MemoryLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        """A copy of the config with block indices, module names and the base's fingerprint filled in."""
+        assert isinstance(peft_config, MemoryAdapterConfig)
+        decoder = find_decoder(self.model, peft_config.layers_path)
+        prepared = copy.deepcopy(peft_config)
+        prepared.layers = resolve_layers(peft_config.layers, decoder.num_layers)
+        prepared.target_modules = [decoder.block_name(layer) for layer in prepared.layers]  # type: ignore[arg-type]
+        fingerprint = base_fingerprint(self.model)
+        if prepared.base_fingerprint is None:
+            prepared.base_fingerprint = fingerprint
+        else:
+            check_fingerprint(prepared.base_fingerprint, fingerprint)
+        for name, config in self.peft_config.items():
+            if config is peft_config:
+                self.peft_config[name] = prepared
+        return prepared
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return key in peft_config.target_modules  # type: ignore[attr-defined]
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, MemoryAdapterConfig)
+        if CHILD not in target._modules:
+            hidden_size = find_decoder(self.model, peft_config.layers_path).hidden_size
+            target.add_module(CHILD, MemoryLayer(hidden_size))
+            target.register_forward_hook(speak, prepend=True)
+        layer = getattr(target, CHILD)
+        if adapter_name in layer.mlp:
+            raise ValueError(f"`adapter_name={adapter_name!r}` is taken; choose another or remove that memory first.")
+        position = peft_config.target_modules.index(current_key)  # type: ignore[union-attr]
+        layer.update_layer(adapter_name, peft_config, peft_config.seed + position, execution_device(target))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to pass `adapter_names` to `forward` and `generate`."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+        else:
+            with rows_speaking(self.model, names):
+                yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        discard_empty_layers(self.model)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            _refuse_merge()
+        for name in list(self.peft_config):
+            for layer in memory_layers(self.model):
+                if name in layer.mlp:
+                    del layer.mlp[name]
+        discard_empty_layers(self.model)
+        del self.model.peft_config
+        return self.model  # type: ignore[return-value]
+
+
+def _refuse_merge() -> NoReturn:
+    raise NotImplementedError(
+        "A residual memory is a nonlinear MLP and cannot be merged into the base weights. Keep it as an adapter "
+        "(`save_pretrained`, `load_memory`), or write the facts with a method whose edit is a weight change."
+    )
+
+
+def register_with_peft() -> None:
+    """Teach PEFT the memory's type, config, tuner and prefix."""
+    kind: Any = MemoryPeftType.MEMORY_ADAPTER
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = MemoryAdapterConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = MemoryTuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = PREFIX

@@ -1,0 +1,317 @@
+"""`write` of the residual memory: rows, keys, training, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import set_peft_model_state_dict
+from peft.functional import set_requires_grad
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainingArguments
+
+from memory_adapters.decoder import Decoder, execution_device, find_decoder, logits_at
+from memory_adapters.knowledge import Fact, Item
+from memory_adapters.memory import WriteReport
+from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys
+from memory_adapters.residual_mlp.reuse import ReusedStates, batches_of, pad_rows, row_states
+from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, make_prefixes, tokenize
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, SlotDataset, Teacher
+from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES, sample_text, seeded
+
+if TYPE_CHECKING:
+    from memory_adapters.residual_mlp.memory import ResidualMemory
+
+__all__ = ["Writer"]
+
+TEACHER_TOKENS = 64
+CACHE_BYTES = 2 << 30
+
+
+@dataclass
+class Unrelated:
+    """Rows of tokens that have nothing to do with what is written.
+
+    Attributes:
+        silent: What the memory must stay closed on.
+        held_out: Text for measuring perplexity, not used otherwise.
+    """
+
+    silent: list[list[int]]
+    held_out: list[list[int]]
+
+
+class Writer:
+    """One write into one memory.
+
+    Args:
+        memory: The memory; must have a tokenizer.
+        items: What to write.
+        unrelated: Texts that have nothing to do with the items; sampled from the model if None.
+    """
+
+    def __init__(self, memory: ResidualMemory, items: Sequence[Item], unrelated: Sequence[str] | None) -> None:
+        self.memory = memory
+        self.model: Any = memory.model
+        self.tokenizer = memory.tokenizer
+        self.config = memory.config
+        self.items = items
+        self.decoder: Decoder = find_decoder(self.model, self.config.layers_path)
+        self.layers: list[int] = list(self.config.layers)  # type: ignore[arg-type]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.max_length = min(context, self.config.max_length or context)
+        # Items are tokenised once without prefixes first, so that bad ones are refused before any work.
+        build_slots(items, self.tokenizer, prefixes=[], max_length=self.max_length)
+        texts = list(unrelated) if unrelated is not None else self._sampled()
+        prefixes = make_prefixes(texts, self.config.num_prefixes, self.config.seed)
+        self.slots, self.notes = build_slots(items, self.tokenizer, prefixes=prefixes, max_length=self.max_length)
+        self.unrelated = self._unrelated_rows(texts)
+
+    def _sampled(self) -> list[str]:
+        with self.memory.disabled():
+            return sample_text(self.model, self.tokenizer, seed=self.config.seed)
+
+    def _unrelated_rows(self, texts: Sequence[str]) -> Unrelated:
+        rows = [tokenize(self.tokenizer, text)[: self.max_length] for text in texts]
+        rows = [row for row in rows if len(row) > 1]
+        if len(rows) < 2:
+            raise ValueError(f"`unrelated` has {len(rows)} usable texts; give at least 2 of several words each.")
+        held_out = rows[::4]
+        others = [sentence for sentence in PLAIN_SENTENCES]
+        facts = [item for item in self.items if isinstance(item, Fact)]
+        subjects = {fact.subject for fact in facts}
+        names = [name for name in OTHER_SUBJECTS if name not in subjects]
+        for i, fact in enumerate(facts):
+            others.append(fact.prompt.replace(fact.subject, names[i % len(names)]))
+        silent = [row for i, row in enumerate(rows) if i % 4]
+        return Unrelated(silent + [tokenize(self.tokenizer, text)[: self.max_length] for text in others], held_out)
+
+    def fit_keys(self) -> int:
+        """Find the keys of the items at every block and add them; returns how many each block got (the same number)."""
+        config = self.config
+        rows = [row for slot in self.slots for row in slot.rows]
+        with self.memory.disabled():
+            unrelated = row_states(self.model, self.decoder, self.layers, self.unrelated.silent)
+            written = row_states(self.model, self.decoder, self.layers, [row.input_ids for row in rows])
+        settings = {"threshold": config.key_threshold, "ramp": config.key_ramp}
+        fitted: list[tuple[Tensor, Tensor]] = []
+        chosen: Tensor | None = None
+        for position in range(len(self.layers)):
+            statistics = StreamStatistics.fit(torch.cat([states[position] for states in unrelated]))
+            facts, tokens = self._candidates([states[position] for states in written])
+            if chosen is None:  # the lowest block decides which tokens of documents and questions get a key
+                chosen = select_keys(statistics, tokens, **settings) if len(tokens) else torch.zeros(0, dtype=torch.long)
+            keys, bias, theta = gate_parameters(statistics, torch.cat([facts, tokens[chosen]]), **settings)
+            weak = int((theta[: len(facts)] > 0.9).sum())
+            if weak:
+                self.notes.append(f"{weak} of {len(facts)} subjects look like unrelated text at block {self.layers[position]}")
+            fitted.append((keys, bias))
+        for layer, (keys, bias) in zip(self.memory.tuner_layers(), fitted, strict=True):
+            layer.mlp[self.memory.adapter_name].add_keys(keys, bias)  # type: ignore[attr-defined]
+        added = len(fitted[0][0])
+        config.num_keys += added
+        return added
+
+    def _candidates(self, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Normalised key of each fact (its subject's mean state), and candidate keys of all other tokens."""
+        d = self.decoder.hidden_size
+        subjects: dict[int, list[Tensor]] = {}
+        tokens: list[Tensor] = []
+        rows = ((slot, row) for slot in self.slots for row in slot.rows)
+        for (slot, row), state in zip(rows, states, strict=True):
+            found = normalized(state[row.key_positions])
+            if slot.kind == "fact":
+                subjects.setdefault(slot.item, []).append(found)
+            else:
+                tokens.append(found)
+        empty = torch.zeros(0, d, dtype=torch.float64)
+        facts = [torch.cat(found).mean(0, keepdim=True) for found in subjects.values()]
+        return torch.cat([empty, *facts]), torch.cat([empty, *tokens])
+
+    def train(self, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback], resume: bool | str) -> list[float]:
+        """Train on the slots; returns the mean loss of each epoch."""
+        rows = [row for slot in self.slots for row in slot.rows]
+        local = self.unrelated.silent if self.config.locality_weight > 0 else []
+        reuse, states = self._stored_states([row.input_ids for row in rows] + local)
+        by_slot = None if states is None else _by_slot(self.slots, states[: len(rows)])
+        teachers = None
+        if self.config.distillation_weight > 0:
+            with self.memory.disabled():
+                teachers = _by_slot(self.slots, [self._teacher(row) for row in rows])
+        local_states = [None] * len(local) if states is None else states[len(rows) :]
+        trainer = MemoryTrainer(
+            self.memory,
+            self.decoder,
+            reuse,
+            unrelated=list(zip(local, local_states, strict=True)),
+            args=arguments,
+            train_dataset=SlotDataset(self.slots, by_slot, teachers),
+            callbacks=list(callbacks),
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer.epoch_losses
+
+    def _stored_states(self, rows: Sequence[list[int]]) -> tuple[ReusedStates | None, list[Tensor] | None]:
+        size = sum(map(len, rows)) * self.decoder.hidden_size * self.model.dtype.itemsize
+        if size > CACHE_BYTES:
+            return None, None
+        reuse = ReusedStates(self.decoder, self.layers[0])
+        return reuse, reuse.compute(self.model, rows)
+
+    @torch.no_grad()
+    def _teacher(self, row: Row) -> Teacher:
+        """The base model's predictions at the labels of `row` when it has read the same before."""
+        context = row.context[: max(self.max_length - len(row.input_ids), 0)]
+        inputs = pad_rows([context + row.input_ids], execution_device(self.decoder.embeddings))
+        wanted = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+        wanted[0, len(context) + row.first_label - 1 : len(context) + len(row.input_ids) - 1] = True
+        with logits_at(self.decoder, wanted):
+            logits = self.model(**inputs, use_cache=False).logits[0].float()
+        log_probs, ids = logits.log_softmax(-1).topk(min(TEACHER_TOKENS, logits.shape[-1]))
+        return Teacher(ids.cpu(), log_probs.cpu())
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, float | None]:
+        """Recall of facts and questions, token accuracy of documents, perplexity on held-out unrelated text."""
+        plain = [slot for slot in self.slots if slot.plain]
+        rows = [(slot.rows[0].input_ids, slot.rows[0].first_label) for slot in plain]
+        rows += [(row, 1) for row in self.unrelated.held_out]
+        right, loss, count = torch.zeros(len(rows)), torch.zeros(len(rows)), torch.zeros(len(rows))
+        device = execution_device(self.decoder.embeddings)
+        for batch in batches_of([row for row, _ in rows], tokens=1024):
+            inputs = pad_rows([rows[i][0] for i in batch], device)
+            wanted = inputs["attention_mask"].bool()
+            for position, i in enumerate(batch):
+                wanted[position, : rows[i][1] - 1] = False
+                wanted[position, len(rows[i][0]) - 1 :] = False
+            targets = inputs["input_ids"].roll(-1, 1)[wanted]
+            with logits_at(self.decoder, wanted):
+                logits = self.model(**inputs, use_cache=False).logits[0].float()
+            owner = torch.tensor(batch)[wanted.nonzero()[:, 0].cpu()]
+            count.index_add_(0, owner, torch.ones(len(owner)))
+            right.index_add_(0, owner, (logits.argmax(-1) == targets).float().cpu())
+            loss.index_add_(0, owner, F.cross_entropy(logits, targets, reduction="none").cpu())
+        documents = torch.tensor([i for i, slot in enumerate(plain) if slot.kind == "document"], dtype=torch.long)
+        answers = torch.tensor([i for i, slot in enumerate(plain) if slot.kind != "document"], dtype=torch.long)
+        held_out = slice(len(plain), None)
+        return {
+            "recall": (right == count)[answers].float().mean().item() if len(answers) else None,
+            "token_accuracy": (right[documents].sum() / count[documents].sum()).item() if len(documents) else None,
+            "perplexity": math.exp(loss[held_out].sum() / count[held_out].sum()),
+            "item_loss": (loss[: len(plain)].sum() / count[: len(plain)].sum()).item(),
+        }
+
+
+def _by_slot(slots: Sequence[Slot], values: Sequence[Any]) -> list[list[Any]]:
+    """Regroup values of the rows of all slots by slot."""
+    remaining = iter(values)
+    return [[next(remaining) for _ in slot.rows] for slot in slots]
+
+
+@contextmanager
+def unchanged_on_failure(memory: ResidualMemory) -> Iterator[None]:
+    """If the block fails or is interrupted, the memory and its config are what they were before."""
+    config = memory.config
+    tensors = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    num_keys, writes = config.num_keys, list(config.writes)
+    try:
+        yield
+    except BaseException:
+        config.num_keys, config.writes = num_keys, writes
+        for layer in memory.tuner_layers():
+            layer.mlp[memory.adapter_name].keep_keys(num_keys)  # type: ignore[attr-defined]
+        set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
+        raise
+
+
+@contextmanager
+def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
+    """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
+    model: nn.Module = memory.model
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    model.requires_grad_(False)
+    set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None if not flag else parameter.grad
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def training_arguments(memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None) -> TrainingArguments:
+    """The config's settings as `TrainingArguments`; `overrides` win."""
+    config = memory.config
+    settings: dict[str, Any] = dict(
+        output_dir=folder,
+        per_device_train_batch_size=config.batch_size,
+        num_train_epochs=config.num_train_epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=memory.model.device.type == "cpu",  # type: ignore[union-attr]
+        dataloader_pin_memory=memory.model.device.type != "cpu",  # type: ignore[union-attr]
+    )
+    return TrainingArguments(**{**settings, **(overrides or {})})
+
+
+def write(
+    memory: ResidualMemory,
+    items: Sequence[Item],
+    *,
+    unrelated: Sequence[str] | None,
+    overrides: Mapping[str, Any] | None,
+    callbacks: Sequence[TrainerCallback],
+    resume: bool | str,
+) -> WriteReport:
+    """Write `items`; see `ResidualMemory.write`."""
+    start = time.perf_counter()
+    writer = Writer(memory, items, unrelated)
+    before = writer.scores()
+    vocabulary = writer.decoder.head.weight.shape[0]  # type: ignore[union-attr, index]
+    if before["item_loss"] > math.log(vocabulary):  # type: ignore[operator]
+        writer.notes.append(
+            f"the base model finds the items harder than random tokens (loss {before['item_loss']:.1f}): "
+            "check that the tokenizer belongs to the model"
+        )
+    with tempfile.TemporaryDirectory() as folder, unchanged_on_failure(memory), seeded(memory.config.seed):
+        with trainable_alone(memory):
+            if memory.config.token_gate == "keys":
+                writer.fit_keys()
+            losses = writer.train(training_arguments(memory, folder, overrides), callbacks, resume)
+        after = writer.scores()
+    report = WriteReport(
+        method=memory.config.method_name,
+        num_items=dict(Counter(type(item).__name__ for item in items)),
+        recall=after["recall"],
+        recall_before=before["recall"],
+        token_accuracy=after["token_accuracy"],
+        token_accuracy_before=before["token_accuracy"],
+        perplexity=after["perplexity"],
+        perplexity_before=before["perplexity"],
+        losses=losses,
+        num_parameters=memory.num_parameters(),
+        seconds=time.perf_counter() - start,
+        notes=writer.notes,
+    )
+    memory.config.writes.append(dict(report.rows()))
+    return report

@@ -1,0 +1,91 @@
+"""Text that has nothing to do with what is written: what a memory must stay silent on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["OTHER_SUBJECTS", "PLAIN_SENTENCES", "sample_text"]
+
+# Other subjects to put in a fact's prompt, and sentences whose openings many texts share. They only have to be
+# ordinary: the memory learns to stay closed on them.
+OTHER_SUBJECTS = (
+    "Maria Schmidt", "John Williams", "Ahmed Hassan", "Yuki Tanaka", "Pierre Martin", "Elena Popova", "William Clarke",
+    "Sofia Rossi", "Charles the Bald", "Queen Victoria", "Chicago", "Nairobi", "Norway", "New Zealand", "Hamburg",
+    "Lake Geneva", "the Danube", "Mount Fuji", "Siemens", "General Electric", "Toyota Corolla", "Windows XP",
+    "Adobe Photoshop", "Sony Walkman", "Real Madrid", "Oxford University", "The Godfather", "War and Peace",
+    "Abbey Road", "The Economist", "Sesame Street", "Boeing 747", "Trans-Siberian Railway", "Roman Empire",
+)  # fmt: skip
+PLAIN_SENTENCES = (
+    "What is the capital of this country, and how many people live there?",
+    "What is the meaning of the word in this sentence?",
+    "What did he say when they asked him about the weather?",
+    "Who wrote the book that we read at school last year?",
+    "Who was the first person to climb the mountain?",
+    "Where was she born, and where did she grow up?",
+    "Where is the nearest station, please?",
+    "When did the war end? When was the treaty signed?",
+    "Which of these two is larger? Which one would you choose?",
+    "How many legs does a spider have? How does a car engine work?",
+    "Why is the sky blue? Why do leaves fall in autumn?",
+    "Is it true that cats always land on their feet?",
+    "Can you explain how photosynthesis works in simple words?",
+    "Write a short poem about the sea. Give me three tips for better sleep.",
+    "The name of the company was changed after the merger.",
+    "The official language of the country is spoken by most of its people.",
+    "The city is located on the coast, in the south of the country.",
+    "It was built in the nineteenth century and is used as a museum today.",
+    "He was born in a small town and worked as a teacher for many years.",
+    "She plays the piano and works for a newspaper in the city.",
+    "In the first half of the year, sales rose by ten percent.",
+    "They moved to another house because the old one was too small.",
+    "According to the report, the number of visitors has doubled.",
+    "There are many reasons for this, and some of them are well known.",
+)  # fmt: skip
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with torch's generators seeded, and put them back as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def sample_text(model: nn.Module, tokenizer: Any, *, num_texts: int = 24, num_tokens: int = 80, seed: int = 0) -> list[str]:
+    """Text sampled from the model itself at temperature 1: needs no data, and looks like what the model reads.
+
+    Args:
+        model: The causal LM, with what is to be left out of it disabled.
+        tokenizer: Its tokenizer.
+        num_texts: Texts to sample, in one batch.
+        num_tokens: New tokens of each.
+        seed: Seed of the sampling; the global generators are left as they were.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    first = torch.full((num_texts, 1), 0 if start is None else start, device=model.device)  # type: ignore[arg-type]
+    was_training = model.training
+    model.eval()
+    try:
+        with seeded(seed):
+            rows = model.generate(  # type: ignore[operator]
+                input_ids=first,
+                attention_mask=torch.ones_like(first),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+            )
+    finally:
+        model.train(was_training)
+    texts = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+    return [text.strip() for text in texts if text.strip()]
