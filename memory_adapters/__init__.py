@@ -3,7 +3,7 @@
 from memory_adapters.inject import inject_memory, load_memory, memories
 from memory_adapters.knowledge import Document, Fact, QuestionAnswer
 from memory_adapters.memory import Memory, WriteReport
-from memory_adapters.residual_mlp import MemoryAdapterConfig, ResidualMemory
+from memory_adapters.residual_mlp import MemoryAdapterConfig, ResidualMemory, speaking_by_row
 
 __version__ = "0.1.0"
 
@@ -18,4 +18,5 @@ __all__ = [
     "inject_memory",
     "load_memory",
     "memories",
+    "speaking_by_row",
 ]

@@ -28,7 +28,7 @@ _COMMITTED = ".memory-adapters-committed"
 _PROBE = "The quick brown fox: 1234.56 + (x_1 != y2)\n\tnaïve café, Grüße, Ελλάδα, Привет, 你好，안녕하세요, नमस्ते! 🙂"
 
 
-def base_fingerprint(model: nn.Module) -> dict[str, Any]:
+def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[str, Any]:
     """What identifies a base model, whatever precision it is loaded in.
 
     Only signs of weights are hashed: they survive a change between float32, bfloat16 and float16. Quantised weights
@@ -39,7 +39,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
         embedding rows) and `blocks` (SHA-256 of the signs of the first row of every floating matrix of the first and
         last block; None if there is none).
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, layers_path)
     with align_module_device(decoder.embeddings):
         rows = _plain(decoder.embeddings).weight[:1024:16]
         embeddings = _sign_hash([rows])
@@ -172,7 +172,12 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors to a safetensors file with their SHA-256 in its metadata. The same tensors give the same bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.write_bytes(to_bytes(plain, metadata={"format": "pt", "sha256": _digest(plain)}))
+    data = to_bytes(plain, metadata={"format": "pt", "sha256": _digest(plain)})
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in any order
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
 def read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

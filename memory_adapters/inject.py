@@ -47,7 +47,7 @@ def inject_memory(
     base = _base_model(model)
     config = copy.deepcopy(config)
     decoder = find_decoder(base, config.layers_path)
-    fingerprint = base_fingerprint(base)
+    fingerprint = base_fingerprint(base, config.layers_path)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, decoder.embeddings)
         fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
@@ -109,7 +109,7 @@ def load_memory(
     base = _base_model(model)
     decoder = find_decoder(base, config.layers_path)
     if config.base_fingerprint is not None:
-        check_fingerprint(config.base_fingerprint, base_fingerprint(base))
+        check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
     config.check_model(decoder)
     expected = {PEFT_KEY_PREFIX + name: shape for name, shape in config.tensor_shapes(decoder).items()}
     tensors = read_tensors(folder / WEIGHTS_FILE, expected)

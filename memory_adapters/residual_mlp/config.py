@@ -129,7 +129,7 @@ class MemoryAdapterConfig(MemoryConfig):
         if self.token_gate == "keys":
             shapes |= {"keys": (n, d), "key_bias": (n,)}
         return {
-            f"{decoder.block_name(layer)}.memory_adapter_layer.mlp.{name}": torch.Size(shape)
+            f"{decoder.block_name(layer)}.residual_memory.memory_adapter_mlp.{name}": torch.Size(shape)
             for layer in resolve_layers(self.layers, decoder.num_layers)  # type: ignore[arg-type]
             for name, shape in shapes.items()
         }

@@ -100,7 +100,8 @@ def gate_parameters(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and biases of `GatedMLP`: `keys · n(x) + bias = (s_k(x) − θ_k) / ramp`.
 
-    θ_k is `threshold`, or higher where unrelated text comes nearer than that.
+    θ_k is `threshold`, or higher where unrelated text comes nearer than that, but never so high that the gate would
+    not open at the key itself.
 
     Args:
         statistics: Of the block.
@@ -109,9 +110,10 @@ def gate_parameters(
         ramp: Width of the gate's slope.
 
     Returns:
-        Keys (n, hidden_size) and biases (n,) in float32, and each key's θ_k (n,).
+        Keys (n, hidden_size) and biases (n,) in float32, and for each key whether unrelated text opens it too (n,).
     """
     directions = statistics.directions(keys)
-    theta = (statistics.highest_unrelated(directions) + MARGIN).clamp(min=threshold)
+    highest = statistics.highest_unrelated(directions)
+    theta = (highest + MARGIN).clamp(min=threshold, max=max(threshold, 1 - ramp))
     bias = -(directions @ statistics.mean + theta) / ramp
-    return (directions / ramp).float(), bias.float(), theta
+    return (directions / ramp).float(), bias.float(), highest > theta

@@ -14,7 +14,7 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from memory_adapters.checkpoint import read_tensors
 from memory_adapters.decoder import Decoder, logits_at
@@ -111,6 +111,7 @@ class MemoryTrainer(Trainer):
         self.step_losses: list[Tensor] = []
         super().__init__(model=memory.model, data_collator=collate, **kwargs)
         self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.add_callback(_Progress)
         self.add_callback(_EpochLosses(self))
@@ -120,7 +121,7 @@ class MemoryTrainer(Trainer):
         """AdamW; gates have a learning rate of their own and no weight decay."""
         gates, rest = [], []
         for layer in self.memory.tuner_layers():
-            for name, parameter in layer.mlp[self.memory.adapter_name].named_parameters():  # type: ignore[attr-defined]
+            for name, parameter in layer.memory_adapter_mlp[self.memory.adapter_name].named_parameters():  # type: ignore[attr-defined]
                 (gates if name in GATE_NAMES else rest).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [

@@ -19,23 +19,23 @@ from memory_adapters.decoder import execution_device, find_decoder, hidden_state
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 
-__all__ = ["BASE_ROW", "MemoryLayer", "MemoryTuner"]
+__all__ = ["BASE_ROW", "MemoryLayer", "MemoryTuner", "speaking_by_row"]
 
 PREFIX = "memory_adapter_"
-CHILD = PREFIX + "layer"
+CHILD = "residual_memory"  # must not contain the prefix: PEFT skips such modules when it deletes an adapter
 BASE_ROW = "__base__"
 
 
 class MemoryLayer(nn.Module, BaseTunerLayer):
     """All residual memories of one decoder block, by adapter name."""
 
-    adapter_layer_names = ("mlp",)
+    adapter_layer_names = ("memory_adapter_mlp",)
     other_param_names = ()
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.mlp = nn.ModuleDict()
+        self.memory_adapter_mlp = nn.ModuleDict()
         self.weights: dict[str, float] = {}
         self.rows: list[str] | None = None
         self.merged_adapters: list[str] = []
@@ -49,13 +49,13 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         mlp = GatedMLP(self.hidden_size, config)
         if not mlp.up.is_meta:
             mlp.reset_parameters(torch.Generator().manual_seed(seed))
-        self.mlp[name] = mlp
+        self.memory_adapter_mlp[name] = mlp
         self.weights[name] = config.weight
         self._move_adapter_to_device_of_base_layer(name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self.mlp and not self.mlp[adapter_name].up.is_meta:
-            self.mlp[adapter_name].to(device or self._device, torch.float32)
+        if adapter_name in self.memory_adapter_mlp and not self.memory_adapter_mlp[adapter_name].up.is_meta:
+            self.memory_adapter_mlp[adapter_name].to(device or self._device, torch.float32)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.weights.pop(adapter_name, None)
@@ -69,8 +69,8 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
             return self._forward_rows(x, self.rows)
         total = None
         for name in self._active_adapter:
-            if name in self.mlp:
-                delta = self.weights[name] * self.mlp[name](x)
+            if name in self.memory_adapter_mlp:
+                delta = self.weights[name] * self.memory_adapter_mlp[name](x)
                 total = delta if total is None else total + delta
         return x if total is None else (x.float() + total).to(x.dtype)
 
@@ -79,11 +79,11 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         if rest:
             raise ValueError(f"`adapter_names` has {len(rows)} entries for a batch of {x.shape[0]} rows: give one a row.")
         out = x.clone()
-        for name in set(rows) & set(self.mlp):
+        for name in set(rows) & set(self.memory_adapter_mlp):
             index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
             index = (index[:, None] * beams + torch.arange(beams, device=x.device)).flatten()
             part = x[index]
-            out[index] = (part.float() + self.weights[name] * self.mlp[name](part)).to(x.dtype)
+            out[index] = (part.float() + self.weights[name] * self.memory_adapter_mlp[name](part)).to(x.dtype)
         return out
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -112,14 +112,14 @@ def discard_empty_layers(model: nn.Module) -> None:
     """Take the child and the hook off every block whose last memory is gone."""
     for block in list(model.modules()):
         layer = getattr(block, CHILD, None) if CHILD in block._modules else None
-        if layer is not None and len(layer.mlp) == 0:
+        if layer is not None and len(layer.memory_adapter_mlp) == 0:
             delattr(block, CHILD)
             for key in [key for key, hook in block._forward_hooks.items() if hook is speak]:
                 del block._forward_hooks[key]
 
 
 @contextmanager
-def rows_speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within this context row i of a batch uses the residual memory `adapter_names[i]`, or none for `"__base__"`.
 
     Args:
@@ -130,7 +130,7 @@ def rows_speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[No
         ValueError: If a name is no residual memory of the model.
     """
     layers = memory_layers(model)
-    known = {name for layer in layers for name in layer.mlp}
+    known = {name for layer in layers for name in layer.memory_adapter_mlp}
     if unknown := sorted(set(adapter_names) - known - {BASE_ROW}):
         raise ValueError(f"`adapter_names` has {unknown}, but the memories are {sorted(known)} (or {BASE_ROW!r}).")
     before = [layer.rows for layer in layers]
@@ -157,7 +157,7 @@ class MemoryTuner(BaseTuner):
         prepared = copy.deepcopy(peft_config)
         prepared.layers = resolve_layers(peft_config.layers, decoder.num_layers)
         prepared.target_modules = [decoder.block_name(layer) for layer in prepared.layers]  # type: ignore[arg-type]
-        fingerprint = base_fingerprint(self.model)
+        fingerprint = base_fingerprint(self.model, peft_config.layers_path)
         if prepared.base_fingerprint is None:
             prepared.base_fingerprint = fingerprint
         else:
@@ -187,7 +187,7 @@ class MemoryTuner(BaseTuner):
             target.add_module(CHILD, MemoryLayer(hidden_size))
             target.register_forward_hook(speak, prepend=True)
         layer = getattr(target, CHILD)
-        if adapter_name in layer.mlp:
+        if adapter_name in layer.memory_adapter_mlp:
             raise ValueError(f"`adapter_name={adapter_name!r}` is taken; choose another or remove that memory first.")
         position = peft_config.target_modules.index(current_key)  # type: ignore[union-attr]
         layer.update_layer(adapter_name, peft_config, peft_config.seed + position, execution_device(target))
@@ -199,7 +199,7 @@ class MemoryTuner(BaseTuner):
         if names is None:
             yield
         else:
-            with rows_speaking(self.model, names):
+            with speaking_by_row(self.model, names):
                 yield
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -211,8 +211,8 @@ class MemoryTuner(BaseTuner):
             _refuse_merge()
         for name in list(self.peft_config):
             for layer in memory_layers(self.model):
-                if name in layer.mlp:
-                    del layer.mlp[name]
+                if name in layer.memory_adapter_mlp:
+                    del layer.memory_adapter_mlp[name]
         discard_empty_layers(self.model)
         del self.model.peft_config
         return self.model  # type: ignore[return-value]

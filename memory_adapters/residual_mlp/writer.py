@@ -109,13 +109,13 @@ class Writer:
             facts, tokens = self._candidates([states[position] for states in written])
             if chosen is None:  # the lowest block decides which tokens of documents and questions get a key
                 chosen = select_keys(statistics, tokens, **settings) if len(tokens) else torch.zeros(0, dtype=torch.long)
-            keys, bias, theta = gate_parameters(statistics, torch.cat([facts, tokens[chosen]]), **settings)
-            weak = int((theta[: len(facts)] > 0.9).sum())
-            if weak:
-                self.notes.append(f"{weak} of {len(facts)} subjects look like unrelated text at block {self.layers[position]}")
+            keys, bias, leaky = gate_parameters(statistics, torch.cat([facts, tokens[chosen]]), **settings)
+            if leaks := int(leaky.sum()):
+                block = self.layers[position]
+                self.notes.append(f"{leaks} of {len(keys)} keys also open on some unrelated text at block {block}")
             fitted.append((keys, bias))
         for layer, (keys, bias) in zip(self.memory.tuner_layers(), fitted, strict=True):
-            layer.mlp[self.memory.adapter_name].add_keys(keys, bias)  # type: ignore[attr-defined]
+            layer.memory_adapter_mlp[self.memory.adapter_name].add_keys(keys, bias)  # type: ignore[attr-defined]
         added = len(fitted[0][0])
         config.num_keys += added
         return added
@@ -227,7 +227,7 @@ def unchanged_on_failure(memory: ResidualMemory) -> Iterator[None]:
     except BaseException:
         config.num_keys, config.writes = num_keys, writes
         for layer in memory.tuner_layers():
-            layer.mlp[memory.adapter_name].keep_keys(num_keys)  # type: ignore[attr-defined]
+            layer.memory_adapter_mlp[memory.adapter_name].keep_keys(num_keys)  # type: ignore[attr-defined]
         set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
         raise
 
@@ -238,6 +238,7 @@ def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
     model: nn.Module = memory.model
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
+    attributes = set(model.__dict__)
     model.requires_grad_(False)
     set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
     model.eval()
@@ -249,6 +250,8 @@ def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
             parameter.grad = None if not flag else parameter.grad
         for module, mode in modes.items():
             module.training = mode
+        for name in set(model.__dict__) - attributes:  # accelerate marks the models that it prepared
+            del model.__dict__[name]
 
 
 def training_arguments(memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None) -> TrainingArguments:

@@ -1,0 +1,26 @@
+"""Fixtures: data folder, the embedded model, quiet progress bars."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of evaluation data, named by MEMORY_ADAPTERS_DATA."""
+    folder = os.environ.get("MEMORY_ADAPTERS_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("MEMORY_ADAPTERS_DATA names no folder with evaluation data")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
