@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from memory_adapters.memory import Memory
 
 
+FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
 def push(memory: Memory, repo_id: str, *, private: bool | None, token: str | None, commit_message: str | None) -> str:
     """Upload what `memory.save_pretrained` writes, in one commit; returns the commit's address."""
     api = HfApi(token=token)
@@ -28,10 +31,12 @@ def push(memory: Memory, repo_id: str, *, private: bool | None, token: str | Non
 def find_files(path_or_repo_id: str | os.PathLike[str], *, revision: str | None, token: str | None) -> Path:
     """The local folder of a saved memory: a folder given as such, or downloaded from the Hub.
 
-    Only JSON, safetensors and the model card are downloaded.
+    Only a memory's own three files are downloaded.
 
     Raises:
-        FileNotFoundError: If a path was given (absolute, starting with a dot, or with more than one slash) that is no folder.
+        OSError: What huggingface_hub raises: repository or revision not found, no access, not in the offline cache.
+        FileNotFoundError: If a path was given (absolute, starting with a dot, or with more than one slash) that is no
+            folder.
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
@@ -41,6 +46,9 @@ def find_files(path_or_repo_id: str | os.PathLike[str], *, revision: str | None,
     name = str(path_or_repo_id)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"`{name}` is not a folder with a saved memory.")
-    return Path(
-        snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "*.safetensors", "README.md"])
-    )
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
+    except OSError as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"There is no local folder `{name}` either.")
+        raise

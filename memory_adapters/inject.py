@@ -98,13 +98,16 @@ def load_memory(
 
     Raises:
         FileNotFoundError: If there is no such folder, or a file is missing in it.
+        OSError: What huggingface_hub raises if the repository or revision cannot be had.
         ValueError: If a file is damaged, the memory belongs to another base model or tokenizer, or as `inject_memory`.
             The model is unchanged then.
     """
     folder = find_files(path_or_repo_id, revision=revision, token=token)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"`{path_or_repo_id}` has no {file}: it is not a saved memory, or only part of one.")
+            raise FileNotFoundError(
+                f"`{path_or_repo_id}` has no {file}: it is not a saved memory, or only part of one."
+            )
     config = _read_config(folder / CONFIG_FILE)
     base = _base_model(model)
     decoder = find_decoder(base, config.layers_path)

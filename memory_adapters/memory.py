@@ -221,7 +221,7 @@ class Memory(ABC):
 
         Args:
             repo_id: `"user/name"`.
-            private: Visibility of a new repository; None for the account's default.
+            private: Visibility of a new repository, None for the account's default; one that exists keeps its own.
             token: Access token; None for the one logged in.
             commit_message: Message of the commit.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,33 +52,44 @@ PLAIN_SENTENCES = (
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run with torch's generators seeded, and put them back as they were."""
+    """Run with torch's generators seeded; put them, Python's and NumPy's back as they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @torch.no_grad()
-def sample_text(model: nn.Module, tokenizer: Any, *, num_texts: int = 24, num_tokens: int = 80, seed: int = 0) -> list[str]:
+def sample_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num_tokens: int, seed: int) -> list[str]:
     """Text sampled from the model itself at temperature 1: needs no data, and looks like what the model reads.
 
     Args:
         model: The causal LM, with what is to be left out of it disabled.
         tokenizer: Its tokenizer.
-        num_texts: Texts to sample, in one batch.
+        prompts: One text to continue each; an empty one starts from the beginning-of-text token.
         num_tokens: New tokens of each.
         seed: Seed of the sampling; the global generators are left as they were.
+
+    Returns:
+        Each prompt with its continuation.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    first = torch.full((num_texts, 1), 0 if start is None else start, device=model.device)  # type: ignore[arg-type]
+    rows = [list(tokenizer(prompt)["input_ids"]) if prompt else [start or 0] for prompt in prompts]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     was_training = model.training
     model.eval()
     try:
         with seeded(seed):
-            rows = model.generate(  # type: ignore[operator]
-                input_ids=first,
-                attention_mask=torch.ones_like(first),
+            sampled = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(model.device),  # type: ignore[arg-type]
+                attention_mask=mask.to(model.device),  # type: ignore[arg-type]
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
@@ -87,5 +100,5 @@ def sample_text(model: nn.Module, tokenizer: Any, *, num_texts: int = 24, num_to
             )
     finally:
         model.train(was_training)
-    texts = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
-    return [text.strip() for text in texts if text.strip()]
+    tails = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=True)
+    return [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]

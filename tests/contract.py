@@ -66,7 +66,9 @@ class MemoryContract:
 
     @architectures
     @dtypes
-    def test_identity_until_written_exact_when_off_gone_when_removed(self, architecture: str, dtype: torch.dtype) -> None:
+    def test_identity_until_written_exact_when_off_gone_when_removed(
+        self, architecture: str, dtype: torch.dtype
+    ) -> None:
         model = tiny_model(architecture, dtype)
         base, before = logits(model), fingerprint(model)
         memory = inject_memory(model, self.make_config(), tokenizer=byte_tokenizer())
@@ -105,7 +107,11 @@ class MemoryContract:
         memory = self.speaking(model)
         spoken = logits(model)
         memory.save_pretrained(tmp_path)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
         memory.remove()
         loaded = load_memory(model, tmp_path, tokenizer=byte_tokenizer())
         assert torch.equal(logits(model), spoken)

@@ -61,4 +61,3 @@ def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
             "{% if add_generation_prompt %}<s>assistant: {% endif %}"
         )
     return fast
-

@@ -7,7 +7,14 @@ import torch
 
 from memory_adapters import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
-from memory_adapters.residual_mlp.keys import MARGIN, SHRINKAGE, StreamStatistics, gate_parameters, normalized, select_keys
+from memory_adapters.residual_mlp.keys import (
+    MARGIN,
+    SHRINKAGE,
+    StreamStatistics,
+    gate_parameters,
+    normalized,
+    select_keys,
+)
 
 
 def plain_similarity(unrelated: np.ndarray, key: np.ndarray, x: np.ndarray) -> float:
@@ -30,7 +37,7 @@ def test_gate_is_the_formula() -> None:
     keys = torch.randn(3, 12, generator=generator) * 20
     x = torch.cat([keys + torch.randn(3, 12, generator=generator), unrelated[:5]])
     statistics = StreamStatistics.fit(unrelated)
-    weights, bias, leaky = gate_parameters(statistics, normalized(keys), threshold=0.5, ramp=0.2)
+    weights, bias, leaky = gate_parameters(statistics, normalized(keys), None, threshold=0.5, ramp=0.2)
     mlp = GatedMLP(12, MemoryAdapterConfig())
     mlp.add_keys(weights, bias)
     got = mlp.token_gate(x)
@@ -51,7 +58,7 @@ def test_keys_open_at_themselves_and_stay_shut_elsewhere() -> None:
     generator = torch.Generator().manual_seed(1)
     unrelated = torch.randn(3000, 64, generator=generator)
     keys = torch.randn(40, 64, generator=generator)
-    weights, bias, leaky = gate_parameters(StreamStatistics.fit(unrelated), normalized(keys), threshold=0.5, ramp=0.2)
+    weights, bias, leaky = gate_parameters(StreamStatistics.fit(unrelated), normalized(keys), None, threshold=0.5, ramp=0.2)
     assert not leaky.any()
     mlp = GatedMLP(64, MemoryAdapterConfig())
     mlp.add_keys(weights, bias)

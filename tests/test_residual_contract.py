@@ -9,12 +9,18 @@ import torch
 from memory_adapters import Fact, Memory, MemoryAdapterConfig, WriteReport
 from tests.contract import MemoryContract
 
-UNRELATED = ["Some text about the sea and ships.", "Birds sing in the early morning.", "He sold the house at last."]
+UNRELATED = [
+    "Some text about the sea, the wind and all the ships.",
+    "The birds in the garden sing in the early morning.",
+    "He sold the house at last and moved to town.",
+]
 
 
 class TestResidualMemory(MemoryContract):
     def make_config(self, **settings: Any) -> MemoryAdapterConfig:
-        return MemoryAdapterConfig(**{"layers": [1, 2], "memory_dim": 8, "num_train_epochs": 2, "num_prefixes": 1} | settings)
+        return MemoryAdapterConfig(
+            **{"layers": [1, 2], "memory_dim": 8, "num_train_epochs": 2, "num_prefixes": 1} | settings
+        )
 
     def speak(self, memory: Memory) -> None:
         for layer in memory.tuner_layers():

@@ -168,7 +168,9 @@ def test_merging_is_refused_and_unloading_works() -> None:
     assert (fingerprint(bare)[0], fingerprint(bare)[2:4]) == (before[0], before[2:4])
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # what add_adapter of a second kind says
+@pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config`:UserWarning"
+)  # what add_adapter of a second kind says
 @pytest.mark.parametrize("lora_first", [True, False])
 def test_beside_lora(lora_first: bool, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)

@@ -50,7 +50,8 @@ class MemoryAdapterConfig(MemoryConfig):
         max_grad_norm: Gradient clipping.
         num_prefixes: Varied prefixes behind which each fact is trained beside its bare prompt; 0 for none.
         max_length: Longest row in tokens; longer documents are split into windows. None for the model's context.
-        locality_weight: Weight of KL(base ‖ memory) on unrelated text and on the prompts with other subjects.
+        locality_weight: Weight of KL(base ‖ memory) on text that must not change: what the base says of each subject
+            in other contexts, the prompts with other subjects, and unrelated text. 0 for none.
         distillation_weight: Share of the loss that is KL from the base model reading the item in its context, against
             next-token loss. In [0, 1].
         seed: Seed of the initialisation, the data order and the sampled text.
@@ -58,13 +59,13 @@ class MemoryAdapterConfig(MemoryConfig):
 
     method_name: ClassVar[str] = "Gated residual MLP memory"
 
-    layers: Sequence[int | float] | int | float = 0.25
+    layers: Sequence[int | float] | int | float = 0.18
     memory_dim: int = 128
     activation: str = "gelu"
     gate_init: float = 0.0
     token_gate: str = "keys"
-    key_threshold: float = 0.5
-    key_ramp: float = 0.2
+    key_threshold: float = 0.6
+    key_ramp: float = 0.1
     num_keys: int = 0
     stream_scale: bool = True
     norm_cap: float | None = None
@@ -122,7 +123,14 @@ class MemoryAdapterConfig(MemoryConfig):
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         d, r, n = decoder.hidden_size, self.memory_dim, self.num_keys
-        shapes = {"up": (r, d), "up_bias": (r,), "down": (d, r), "down_bias": (d,), "norm_weight": (d,), "norm_bias": (d,)}
+        shapes = {
+            "up": (r, d),
+            "up_bias": (r,),
+            "down": (d, r),
+            "down_bias": (d,),
+            "norm_weight": (d,),
+            "norm_bias": (d,),
+        }
         shapes["gate"] = (1,)
         if self.token_gate == "sigmoid":
             shapes |= {"router": (1, d), "router_bias": (1,)}
@@ -138,7 +146,12 @@ class MemoryAdapterConfig(MemoryConfig):
     def fever_experiment(cls, **settings: Any) -> MemoryAdapterConfig:
         """The module and depth of the FEVER experiment: gate 1.0 at every token, absolute scale, 70–80% of the depth."""
         experiment: dict[str, Any] = dict(
-            layers=(0.7, 0.8), gate_init=1.0, token_gate="none", stream_scale=False, gate_learning_rate=1e-3, num_prefixes=0
+            layers=(0.7, 0.8),
+            gate_init=1.0,
+            token_gate="none",
+            stream_scale=False,
+            gate_learning_rate=1e-3,
+            num_prefixes=0,
         )
         return cls(**{**experiment, **settings})
 

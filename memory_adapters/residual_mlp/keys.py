@@ -1,11 +1,13 @@
 """Keys of what was written, in closed form: where the memory opens.
 
-With n(x) the normalised residual stream at one token, μ and Σ its mean and covariance over unrelated text, and
-P = (Σ + α tr(Σ)/d · I)⁻¹, the similarity of x to a key k is Fisher's linear discriminant scaled to the key,
+With n(x) the normalised residual stream at one token, μ and Σ its mean and covariance over unrelated text, the
+similarity of x to a key k is Fisher's linear discriminant scaled to the key,
 
-    s_k(x) = (k − μ)ᵀ P (n(x) − μ) / (k − μ)ᵀ P (k − μ),
+    s_k(x) = (k − μ)ᵀ P_k (n(x) − μ) / (k − μ)ᵀ P_k (k − μ),    P_k = (Σ + α tr(Σ)/d · I + c (u_k − μ)(u_k − μ)ᵀ)⁻¹,
 
-which is 1 at the key and about 0 on unrelated text. The token gate is clip((max_k s_k(x) − θ_k) / ramp, 0, 1).
+which is 1 at the key and about 0 on unrelated text. u_k is the state at the last word of the key's subject without
+the rest of it ("Empire" for "Timurid Empire"): counting it among the unrelated keeps common last words from opening
+the memory. The token gate is clip((max_k s_k(x) − θ_k) / ramp, 0, 1).
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["StreamStatistics", "gate_parameters", "select_keys"]
+__all__ = ["StreamStatistics", "gate_parameters", "normalized", "select_keys", "uncovered"]
 
 SHRINKAGE = 0.05
+LAST_WORD_SHARE = 0.003
 MARGIN = 0.1
 _BLOCK = 1024
 
@@ -48,10 +51,20 @@ class StreamStatistics:
         precision = torch.linalg.inv(covariance + ridge * torch.eye(len(mean), dtype=n.dtype))
         return cls(mean, precision, n)
 
-    def directions(self, keys: Tensor) -> Tensor:
-        """P (k − μ) / (k − μ)ᵀ P (k − μ) for normalised keys (n, hidden_size): rows whose product with n(x) − μ is s_k."""
+    def directions(self, keys: Tensor, last_words: Tensor | None = None) -> Tensor:
+        """P_k (k − μ) / (k − μ)ᵀ P_k (k − μ): rows whose product with n(x) − μ is s_k(x).
+
+        Args:
+            keys: Normalised keys (n, hidden_size).
+            last_words: Their u_k (n, hidden_size); μ for a key that has none. None if no key has one.
+        """
         offset = keys - self.mean
         direction = offset @ self.precision
+        if last_words is not None:  # Sherman–Morrison
+            u = last_words - self.mean
+            Pu = u @ self.precision
+            weight = (Pu * offset).sum(-1, keepdim=True) / (1 / LAST_WORD_SHARE + (Pu * u).sum(-1, keepdim=True))
+            direction = direction - weight * Pu
         return direction / (direction * offset).sum(-1, keepdim=True)
 
     def highest_unrelated(self, directions: Tensor) -> Tensor:
@@ -95,8 +108,18 @@ def select_keys(statistics: StreamStatistics, candidates: Tensor, *, threshold: 
     return torch.tensor(chosen, dtype=torch.long)
 
 
+def uncovered(statistics: StreamStatistics, mean: Tensor, states: Tensor, *, threshold: float, ramp: float) -> Tensor:
+    """Which states of one subject (n, hidden_size) its mean key does not open fully, and that are worth a key too.
+
+    A subject that opens its prompt has another state than behind other text.
+    """
+    directions = statistics.directions(torch.cat([mean, states]))
+    closed = (states - statistics.mean) @ directions[0] < threshold + ramp
+    return closed & (statistics.highest_unrelated(directions[1:]) < threshold - MARGIN)
+
+
 def gate_parameters(
-    statistics: StreamStatistics, keys: Tensor, *, threshold: float, ramp: float
+    statistics: StreamStatistics, keys: Tensor, last_words: Tensor | None, *, threshold: float, ramp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and biases of `GatedMLP`: `keys · n(x) + bias = (s_k(x) − θ_k) / ramp`.
 
@@ -106,13 +129,14 @@ def gate_parameters(
     Args:
         statistics: Of the block.
         keys: Normalised (n, hidden_size).
+        last_words: As in `StreamStatistics.directions`.
         threshold: Least θ.
         ramp: Width of the gate's slope.
 
     Returns:
         Keys (n, hidden_size) and biases (n,) in float32, and for each key whether unrelated text opens it too (n,).
     """
-    directions = statistics.directions(keys)
+    directions = statistics.directions(keys, last_words)
     highest = statistics.highest_unrelated(directions)
     theta = (highest + MARGIN).clamp(min=threshold, max=max(threshold, 1 - ramp))
     bias = -(directions @ statistics.mean + theta) / ramp

@@ -39,7 +39,9 @@ def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> I
         yield batch
 
 
-def row_states(model: nn.Module, decoder: Decoder, layers: Sequence[int], rows: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+def row_states(
+    model: nn.Module, decoder: Decoder, layers: Sequence[int], rows: Sequence[Sequence[int]]
+) -> list[list[Tensor]]:
     """Outputs of some blocks for rows of tokens, on the CPU in the model's dtype.
 
     Returns:

@@ -22,7 +22,8 @@ class Row:
         input_ids: Its tokens.
         first_label: Index of the first token that is to be predicted.
         key_positions: Tokens whose states may become keys: a fact's subject (its last token), a question, a document.
-        context: Tokens of the text that says the same, for the teacher of context distillation to read first.
+        context: Tokens of the text that says the same, for the teacher of context distillation to read first; empty
+            where the base model alone is the teacher.
     """
 
     input_ids: list[int]
@@ -40,7 +41,7 @@ class Slot:
     """A place in every epoch. Its rows take turns, an epoch each.
 
     Attributes:
-        kind: `"fact"`, `"question"` or `"document"`.
+        kind: `"fact"`, `"question"`, `"document"`, or `"locality"` for text on which the base must be kept.
         item: Index of the item it comes from.
         rows: The variants.
         plain: Whether this is the item as given (and so counts for recall).
@@ -102,6 +103,29 @@ def build_slots(
                 tokens = sum(len(window.input_ids) for window in windows)
                 notes.append(f"document {index} of {tokens} tokens was split into {len(windows)} windows")
     return slots, notes
+
+
+def locality_slots(items: Sequence[Item], tokenizer: Any, said: Sequence[str], silent: Sequence[list[int]]) -> list[Slot]:
+    """Rows on which the memory must answer as the base does, a slot for each item.
+
+    Args:
+        items: What is written.
+        tokenizer: The model's tokenizer.
+        said: Texts in which the base continues each fact's subject, in turns, as many for each.
+        silent: Unrelated rows of tokens.
+    """
+    facts = [i for i, item in enumerate(items) if isinstance(item, Fact)]
+    slots = []
+    for index, item in enumerate(items):
+        rows = []
+        if isinstance(item, Fact):
+            for text in said[facts.index(index) :: len(facts)]:
+                ids = tokenize(tokenizer, text)
+                end = text.index(item.subject) + len(item.subject)
+                rows.append(Row(ids, last_token_of(tokenizer, text, end, ids) + 1, [], []))
+        rows.append(Row(silent[index % len(silent)], 1, [], []))
+        slots.append(Slot("locality", index, [row for row in rows if row.first_label < len(row.input_ids)], False))
+    return slots
 
 
 def make_prefixes(texts: Sequence[str], count: int, seed: int) -> list[str]:

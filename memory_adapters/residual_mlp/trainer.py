@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ GATE_NAMES = ("gate", "router", "router_bias")
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the base model predicts at a row's labels with the item in its context: its k likeliest tokens.
+    """What the base model predicts at a row's labels, with the item in its context or without: its likeliest tokens.
 
     Attributes:
         ids: (labels, k).
@@ -44,12 +43,26 @@ class Teacher:
 
 
 class SlotDataset(Dataset):  # type: ignore[type-arg]
-    """One example a slot; which of the slot's rows depends on the epoch."""
+    """One example a slot; which of the slot's rows depends on the epoch.
 
-    def __init__(self, slots: Sequence[Slot], states: Sequence[Sequence[Tensor]] | None, teachers: Sequence[Sequence[Teacher]] | None) -> None:
-        self.slots = slots
-        self.states = states
-        self.teachers = teachers
+    Args:
+        slots: The slots.
+        states: Stored state of every row of all slots, in order; None to run the whole model.
+        teachers: Teacher of every row, or None for a row without one.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], states: Sequence[Tensor] | None, teachers: Sequence[Teacher | None]
+    ) -> None:
+        self.examples: list[list[dict[str, Any]]] = []
+        position = 0
+        for slot in slots:
+            turns = []
+            for row in slot.rows:
+                state = None if states is None else states[position]
+                turns.append({"row": row, "state": state, "teacher": teachers[position], "kept": slot.kind == "locality"})
+                position += 1
+            self.examples.append(turns)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -57,30 +70,37 @@ class SlotDataset(Dataset):  # type: ignore[type-arg]
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        turn = self.epoch % len(self.slots[index].rows)
-        return {
-            "row": self.slots[index].rows[turn],
-            "states": None if self.states is None else self.states[index][turn],
-            "teacher": None if self.teachers is None else self.teachers[index][turn],
-        }
+        turns = self.examples[index]
+        return turns[self.epoch % len(turns)]
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad examples of `SlotDataset` on the right."""
+    """Pad examples of `SlotDataset` on the right.
+
+    Returns:
+        `input_ids`, `attention_mask`, `labels` (batch, tokens); `states` (batch, tokens, hidden_size) if stored; for
+        every label in order, `kept` (whether it belongs to a locality row), and `teacher_ids` and
+        `teacher_log_probs` (labels, k), with log-probabilities of −inf where there is no teacher.
+    """
     rows: list[Row] = [example["row"] for example in examples]
     batch = pad_rows([row.input_ids for row in rows])
-    labels = torch.full_like(batch["input_ids"], IGNORED)
+    batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
     for i, row in enumerate(rows):
-        labels[i, : len(row.labels)] = torch.tensor(row.labels)
-    batch["labels"] = labels
-    if examples[0]["states"] is not None:
-        batch["states"] = nn.utils.rnn.pad_sequence([example["states"] for example in examples], batch_first=True)
-    if examples[0]["teacher"] is not None:
-        batch["teacher_ids"] = torch.cat([example["teacher"].ids for example in examples])
-        batch["teacher_log_probs"] = torch.cat([example["teacher"].log_probs for example in examples])
+        batch["labels"][i, : len(row.labels)] = torch.tensor(row.labels)
+    if examples[0]["state"] is not None:
+        batch["states"] = nn.utils.rnn.pad_sequence([example["state"] for example in examples], batch_first=True)
+    counts = [len(row.input_ids) - row.first_label for row in rows]
+    batch["kept"] = torch.cat([torch.full((n,), bool(e["kept"])) for n, e in zip(counts, examples, strict=True)])
+    taught = next((example["teacher"] for example in examples if example["teacher"] is not None), None)
+    if taught is not None:
+        k = taught.ids.shape[-1]
+        none = [Teacher(torch.zeros(n, k, dtype=torch.long), torch.full((n, k), -torch.inf)) for n in counts]
+        teachers = [example["teacher"] or blank for example, blank in zip(examples, none, strict=True)]
+        batch["teacher_ids"] = torch.cat([teacher.ids for teacher in teachers])
+        batch["teacher_log_probs"] = torch.cat([teacher.log_probs for teacher in teachers])
     return batch
 
 
@@ -91,7 +111,6 @@ class MemoryTrainer(Trainer):
         memory: The memory.
         decoder: Parts of its model.
         reuse: How to resume from stored states; None to run the whole model.
-        unrelated: Rows of tokens to stay silent on, and their stored states; used if `locality_weight` > 0.
         kwargs: Passed to `transformers.Trainer`.
     """
 
@@ -100,13 +119,11 @@ class MemoryTrainer(Trainer):
         memory: ResidualMemory,
         decoder: Decoder,
         reuse: ReusedStates | None,
-        unrelated: Sequence[tuple[list[int], Tensor | None]] = (),
         **kwargs: Any,
     ) -> None:
         self.memory = memory
         self.decoder = decoder
         self.reuse = reuse
-        self.unrelated = unrelated
         self.epoch_losses: list[float] = []
         self.step_losses: list[Tensor] = []
         super().__init__(model=memory.model, data_collator=collate, **kwargs)
@@ -142,13 +159,19 @@ class MemoryTrainer(Trainer):
         targets = inputs["labels"][:, 1:]
         wanted = F.pad(targets != IGNORED, (0, 1))
         logits = self._logits(model, inputs, wanted)
-        loss = F.cross_entropy(logits, targets[wanted[:, :-1]])
+        kept, share = inputs["kept"], config.distillation_weight
+        learned = F.cross_entropy(logits[~kept], targets[wanted[:, :-1]][~kept]) if not kept.all() else logits.sum() * 0
+        loss = (1 - share) * learned
         if "teacher_ids" in inputs:
             distance = _divergence(logits, inputs["teacher_ids"], inputs["teacher_log_probs"])
-            loss = (1 - config.distillation_weight) * loss + config.distillation_weight * distance
-        self.step_losses.append(loss.detach())
-        if self.unrelated:
-            loss = loss + config.locality_weight * self._locality(model)
+            if share > 0 and not kept.all():
+                loss = loss + share * distance[~kept].mean()
+            if not kept.all():
+                self.step_losses.append(loss.detach())
+            if kept.any():
+                loss = loss + config.locality_weight * distance[kept].mean()
+        else:
+            self.step_losses.append(loss.detach())
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _logits(self, model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
@@ -159,21 +182,6 @@ class MemoryTrainer(Trainer):
                 stack.enter_context(self.reuse.resume(inputs["states"]))
             output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return output.logits[0].float()
-
-    def _locality(self, model: nn.Module) -> Tensor:
-        """Mean over tokens of KL(base ‖ memory) on a few unrelated rows."""
-        rng = random.Random(f"{self.args.seed} {self.state.global_step}")
-        chosen = rng.sample(range(len(self.unrelated)), min(len(self.unrelated), self.args.per_device_train_batch_size))
-        inputs = pad_rows([self.unrelated[i][0] for i in chosen])
-        states = [self.unrelated[i][1] for i in chosen]
-        if self.reuse is not None:
-            inputs["states"] = nn.utils.rnn.pad_sequence(states, batch_first=True)  # type: ignore[arg-type]
-        inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
-        wanted = inputs["attention_mask"].bool()
-        with torch.no_grad(), self.memory.disabled():
-            base = self._logits(model, inputs, wanted).log_softmax(-1)
-        current = self._logits(model, inputs, wanted).log_softmax(-1)
-        return F.kl_div(current, base, log_target=True, reduction="batchmean")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Checkpoints hold the memory, not the base model."""
@@ -191,12 +199,12 @@ def load_weights(memory: ResidualMemory, folder: Path | str) -> None:
 
 
 def _divergence(logits: Tensor, teacher_ids: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """KL(teacher ‖ model) over the teacher's likeliest tokens, all others taken as one."""
+    """KL(teacher ‖ model) at each label (labels,), over the teacher's likeliest tokens and all others taken as one."""
     log_probs = logits.log_softmax(-1).gather(-1, teacher_ids)
     probs = teacher_log_probs.exp()
     rest, teacher_rest = ((1 - p.sum(-1)).clamp_min(1e-6) for p in (log_probs.exp(), probs))
-    head = (probs * (teacher_log_probs - log_probs)).sum(-1)
-    return (head + teacher_rest * (teacher_rest.log() - rest.log())).mean()
+    head = torch.where(probs > 0, probs * (teacher_log_probs - log_probs), 0).sum(-1)
+    return head + teacher_rest * (teacher_rest.log() - rest.log())
 
 
 class _Progress(ProgressCallback):

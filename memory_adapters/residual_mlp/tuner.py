@@ -77,7 +77,9 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
     def _forward_rows(self, x: Tensor, rows: list[str]) -> Tensor:
         beams, rest = divmod(x.shape[0], len(rows))
         if rest:
-            raise ValueError(f"`adapter_names` has {len(rows)} entries for a batch of {x.shape[0]} rows: give one a row.")
+            raise ValueError(
+                f"`adapter_names` has {len(rows)} entries for a batch of {x.shape[0]} rows: give one a row."
+            )
         out = x.clone()
         for name in set(rows) & set(self.memory_adapter_mlp):
             index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)

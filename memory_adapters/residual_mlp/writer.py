@@ -21,9 +21,10 @@ from transformers import TrainerCallback, TrainingArguments
 from memory_adapters.decoder import Decoder, execution_device, find_decoder, logits_at
 from memory_adapters.knowledge import Fact, Item
 from memory_adapters.memory import WriteReport
-from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys
+from memory_adapters.residual_mlp.gated_mlp import GatedMLP
+from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
 from memory_adapters.residual_mlp.reuse import ReusedStates, batches_of, pad_rows, row_states
-from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, make_prefixes, tokenize
+from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes, tokenize
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, SlotDataset, Teacher
 from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES, sample_text, seeded
 
@@ -71,13 +72,14 @@ class Writer:
         # Items are tokenised once without prefixes first, so that bad ones are refused before any work.
         build_slots(items, self.tokenizer, prefixes=[], max_length=self.max_length)
         texts = list(unrelated) if unrelated is not None else self._sampled()
-        prefixes = make_prefixes(texts, self.config.num_prefixes, self.config.seed)
-        self.slots, self.notes = build_slots(items, self.tokenizer, prefixes=prefixes, max_length=self.max_length)
+        self.prefixes = make_prefixes(texts, self.config.num_prefixes, self.config.seed)
+        self.slots, self.notes = build_slots(items, self.tokenizer, prefixes=self.prefixes, max_length=self.max_length)
         self.unrelated = self._unrelated_rows(texts)
 
     def _sampled(self) -> list[str]:
         with self.memory.disabled():
-            return sample_text(self.model, self.tokenizer, seed=self.config.seed)
+            texts = sample_text(self.model, self.tokenizer, [""] * 48, num_tokens=96, seed=self.config.seed)
+        return [text for text in texts if text.strip()]
 
     def _unrelated_rows(self, texts: Sequence[str]) -> Unrelated:
         rows = [tokenize(self.tokenizer, text)[: self.max_length] for text in texts]
@@ -95,69 +97,100 @@ class Writer:
         return Unrelated(silent + [tokenize(self.tokenizer, text)[: self.max_length] for text in others], held_out)
 
     def fit_keys(self) -> int:
-        """Find the keys of the items at every block and add them; returns how many each block got (the same number)."""
+        """Find the keys of the items at every block and add them; returns how many keys the block with most got."""
         config = self.config
-        rows = [row for slot in self.slots for row in slot.rows]
+        rows = [(slot, row) for slot in self.slots for row in slot.rows]
+        last_words = self._last_words()
         with self.memory.disabled():
             unrelated = row_states(self.model, self.decoder, self.layers, self.unrelated.silent)
-            written = row_states(self.model, self.decoder, self.layers, [row.input_ids for row in rows])
-        settings = {"threshold": config.key_threshold, "ramp": config.key_ramp}
+            written = row_states(self.model, self.decoder, self.layers, [row.input_ids for _, row in rows])
+            words = row_states(self.model, self.decoder, self.layers, [ids for _, ids in last_words])
         fitted: list[tuple[Tensor, Tensor]] = []
-        chosen: Tensor | None = None
-        for position in range(len(self.layers)):
+        for position, layer in enumerate(self.layers):
             statistics = StreamStatistics.fit(torch.cat([states[position] for states in unrelated]))
-            facts, tokens = self._candidates([states[position] for states in written])
-            if chosen is None:  # the lowest block decides which tokens of documents and questions get a key
-                chosen = select_keys(statistics, tokens, **settings) if len(tokens) else torch.zeros(0, dtype=torch.long)
-            keys, bias, leaky = gate_parameters(statistics, torch.cat([facts, tokens[chosen]]), **settings)
+            found = {index: [] for index in range(len(self.items))}  # type: dict[int, list[Tensor]]
+            for (slot, row), states in zip(rows, written, strict=True):
+                found[slot.item].append(normalized(states[position][row.key_positions]))
+            word_states = {index: normalized(states[position][-1]) for (index, _), states in zip(last_words, words, strict=True)}
+            keys, avoided = self._choose_keys(statistics, {i: torch.cat(parts) for i, parts in found.items()}, word_states)
+            weights, bias, leaky = gate_parameters(
+                statistics, keys, avoided, threshold=config.key_threshold, ramp=config.key_ramp
+            )
             if leaks := int(leaky.sum()):
-                block = self.layers[position]
-                self.notes.append(f"{leaks} of {len(keys)} keys also open on some unrelated text at block {block}")
-            fitted.append((keys, bias))
-        for layer, (keys, bias) in zip(self.memory.tuner_layers(), fitted, strict=True):
-            layer.memory_adapter_mlp[self.memory.adapter_name].add_keys(keys, bias)  # type: ignore[attr-defined]
-        added = len(fitted[0][0])
+                self.notes.append(f"{leaks} of {len(keys)} keys also open on some unrelated text at block {layer}")
+            fitted.append((weights, bias))
+        added = max(len(bias) for _, bias in fitted)
+        for module, (weights, bias) in zip(self._modules(), fitted, strict=True):
+            spare = added - len(bias)  # keys that never open, so that every block has as many
+            module.add_keys(F.pad(weights, (0, 0, 0, spare)), F.pad(bias, (0, spare), value=-1.0))
         config.num_keys += added
         return added
 
-    def _candidates(self, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Normalised key of each fact (its subject's mean state), and candidate keys of all other tokens."""
-        d = self.decoder.hidden_size
-        subjects: dict[int, list[Tensor]] = {}
-        tokens: list[Tensor] = []
-        rows = ((slot, row) for slot in self.slots for row in slot.rows)
-        for (slot, row), state in zip(rows, states, strict=True):
-            found = normalized(state[row.key_positions])
-            if slot.kind == "fact":
-                subjects.setdefault(slot.item, []).append(found)
-            else:
-                tokens.append(found)
-        empty = torch.zeros(0, d, dtype=torch.float64)
-        facts = [torch.cat(found).mean(0, keepdim=True) for found in subjects.values()]
-        return torch.cat([empty, *facts]), torch.cat([empty, *tokens])
+    def _modules(self) -> list[GatedMLP]:
+        return [layer.memory_adapter_mlp[self.memory.adapter_name] for layer in self.memory.tuner_layers()]  # type: ignore[attr-defined]
 
-    def train(self, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback], resume: bool | str) -> list[float]:
+    def _last_words(self) -> list[tuple[int, list[int]]]:
+        """Item and tokens of a prefix that ends in the last word of each subject of several words."""
+        found = []
+        for index, item in enumerate(self.items):
+            if isinstance(item, Fact) and len(item.subject.split()) > 1:
+                word = item.subject.split()[-1]
+                found += [(index, tokenize(self.tokenizer, f"{prefix.rstrip('. ')} {word}")) for prefix in self.prefixes[:1]]
+        return found
+
+    def _choose_keys(
+        self, statistics: StreamStatistics, found: Mapping[int, Tensor], last_words: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised keys (n, hidden_size) of all items, and what each must not open on (n, hidden_size).
+
+        A fact's key is its subject's mean state, and each of its states that this key does not open; documents and
+        questions get those of their tokens that are unlike unrelated text.
+        """
+        settings = {"threshold": self.config.key_threshold, "ramp": self.config.key_ramp}
+        keys = [statistics.mean.new_zeros(0, self.decoder.hidden_size)]
+        avoided = [keys[0]]
+        for index, item in enumerate(self.items):
+            if isinstance(item, Fact):
+                mean = found[index].mean(0, keepdim=True)
+                extra = found[index][uncovered(statistics, mean, found[index], **settings)]
+                keys.append(torch.cat([mean, extra]))
+                avoided.append(last_words.get(index, statistics.mean).expand_as(keys[-1]))
+        rest = [found[index] for index, item in enumerate(self.items) if not isinstance(item, Fact)]
+        if rest:
+            tokens = torch.cat(rest)
+            keys.append(tokens[select_keys(statistics, tokens, **settings)])
+            avoided.append(statistics.mean.expand_as(keys[-1]))
+        return torch.cat(keys), torch.cat(avoided)
+
+    def train(
+        self, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback], resume: bool | str
+    ) -> list[float]:
         """Train on the slots; returns the mean loss of each epoch."""
-        rows = [row for slot in self.slots for row in slot.rows]
-        local = self.unrelated.silent if self.config.locality_weight > 0 else []
-        reuse, states = self._stored_states([row.input_ids for row in rows] + local)
-        by_slot = None if states is None else _by_slot(self.slots, states[: len(rows)])
-        teachers = None
-        if self.config.distillation_weight > 0:
-            with self.memory.disabled():
-                teachers = _by_slot(self.slots, [self._teacher(row) for row in rows])
-        local_states = [None] * len(local) if states is None else states[len(rows) :]
+        slots = self.slots + (self._locality_slots() if self.config.locality_weight > 0 else [])
+        rows = [row for slot in slots for row in slot.rows]
+        reuse, states = self._stored_states([row.input_ids for row in rows])
+        teachers: list[Teacher | None] = [None] * len(rows)
+        with self.memory.disabled():
+            for i, slot in enumerate(slot for slot in slots for _ in slot.rows):
+                if slot.kind == "locality" or self.config.distillation_weight > 0:
+                    teachers[i] = self._teacher(rows[i])
         trainer = MemoryTrainer(
             self.memory,
             self.decoder,
             reuse,
-            unrelated=list(zip(local, local_states, strict=True)),
             args=arguments,
-            train_dataset=SlotDataset(self.slots, by_slot, teachers),
+            train_dataset=SlotDataset(slots, states, teachers),
             callbacks=list(callbacks),
         )
         trainer.train(resume_from_checkpoint=resume or None)
         return trainer.epoch_losses
+
+    def _locality_slots(self) -> list[Slot]:
+        subjects = [item.subject for item in self.items if isinstance(item, Fact)]
+        prompts = subjects + [prefix + subject for prefix in self.prefixes[:1] for subject in subjects]
+        with self.memory.disabled():
+            said = sample_text(self.model, self.tokenizer, prompts, num_tokens=12, seed=self.config.seed) if prompts else []
+        return locality_slots(self.items, self.tokenizer, said, self.unrelated.silent)
 
     def _stored_states(self, rows: Sequence[list[int]]) -> tuple[ReusedStates | None, list[Tensor] | None]:
         size = sum(map(len, rows)) * self.decoder.hidden_size * self.model.dtype.itemsize
@@ -168,7 +201,7 @@ class Writer:
 
     @torch.no_grad()
     def _teacher(self, row: Row) -> Teacher:
-        """The base model's predictions at the labels of `row` when it has read the same before."""
+        """The base model's predictions at the labels of `row`, when it has read the row's context before."""
         context = row.context[: max(self.max_length - len(row.input_ids), 0)]
         inputs = pad_rows([context + row.input_ids], execution_device(self.decoder.embeddings))
         wanted = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
@@ -184,6 +217,7 @@ class Writer:
         plain = [slot for slot in self.slots if slot.plain]
         rows = [(slot.rows[0].input_ids, slot.rows[0].first_label) for slot in plain]
         rows += [(row, 1) for row in self.unrelated.held_out]
+        rows += [(tokenize(self.tokenizer, sentence)[: self.max_length], 1) for sentence in PLAIN_SENTENCES[:8]]
         right, loss, count = torch.zeros(len(rows)), torch.zeros(len(rows)), torch.zeros(len(rows))
         device = execution_device(self.decoder.embeddings)
         for batch in batches_of([row for row, _ in rows], tokens=1024):
@@ -201,19 +235,13 @@ class Writer:
             loss.index_add_(0, owner, F.cross_entropy(logits, targets, reduction="none").cpu())
         documents = torch.tensor([i for i, slot in enumerate(plain) if slot.kind == "document"], dtype=torch.long)
         answers = torch.tensor([i for i, slot in enumerate(plain) if slot.kind != "document"], dtype=torch.long)
-        held_out = slice(len(plain), None)
+        held_out, english = slice(len(plain), -8), slice(-8, None)
         return {
             "recall": (right == count)[answers].float().mean().item() if len(answers) else None,
             "token_accuracy": (right[documents].sum() / count[documents].sum()).item() if len(documents) else None,
             "perplexity": math.exp(loss[held_out].sum() / count[held_out].sum()),
-            "item_loss": (loss[: len(plain)].sum() / count[: len(plain)].sum()).item(),
+            "english_loss": (loss[english].sum() / count[english].sum()).item(),
         }
-
-
-def _by_slot(slots: Sequence[Slot], values: Sequence[Any]) -> list[list[Any]]:
-    """Regroup values of the rows of all slots by slot."""
-    remaining = iter(values)
-    return [[next(remaining) for _ in slot.rows] for slot in slots]
 
 
 @contextmanager
@@ -291,9 +319,9 @@ def write(
     writer = Writer(memory, items, unrelated)
     before = writer.scores()
     vocabulary = writer.decoder.head.weight.shape[0]  # type: ignore[union-attr, index]
-    if before["item_loss"] > math.log(vocabulary):  # type: ignore[operator]
+    if before["english_loss"] > math.log(vocabulary):  # type: ignore[operator]
         writer.notes.append(
-            f"the base model finds the items harder than random tokens (loss {before['item_loss']:.1f}): "
+            f"the base model finds plain English harder than random tokens (loss {before['english_loss']:.1f}): "
             "check that the tokenizer belongs to the model"
         )
     with tempfile.TemporaryDirectory() as folder, unchanged_on_failure(memory), seeded(memory.config.seed):
