@@ -102,8 +102,8 @@ def check_number(
     open_low: bool = False,
 ) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is a number in [low, high] (or (low, high])."""
-    kinds: tuple[type, ...] = (int,) if integer else (int, float)
-    valid = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+    number = isinstance(value, int) or (isinstance(value, float) and not integer)
+    valid = number and not isinstance(value, bool) and low <= value <= high
     if not valid or (open_low and value == low):
         kind = "an integer" if integer else "a number"
         bounds = f"above {low}" if open_low else f"at least {low}"

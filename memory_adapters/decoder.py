@@ -35,6 +35,12 @@ class Decoder:
     def num_layers(self) -> int:
         return len(self.blocks)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embeddings: token ids must be below it."""
+        weight: Any = self.embeddings.weight
+        return int(weight.shape[0])
+
     def block_name(self, layer: int) -> str:
         """Dotted name of block `layer`, such as `"model.layers.7"`."""
         return f"{self.path}.{layer}"
@@ -54,7 +60,7 @@ def find_decoder(model: nn.Module, layers_path: str | None = None) -> Decoder:
         ValueError: If the blocks, embeddings, head or width cannot be found, or `layers_path` names no `ModuleList`.
     """
     model_config = getattr(model, "config", None)
-    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    text_config = getattr(model_config, "get_text_config", lambda: model_config)()
     name = type(model).__name__
     if layers_path is not None:
         try:
@@ -118,7 +124,7 @@ def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
     return sorted(indices)
 
 
-class _Stop(Exception):
+class _EnoughError(Exception):
     """Ends a forward pass once the last hidden state that is needed has been computed."""
 
 
@@ -146,12 +152,12 @@ def capture(model: nn.Module, decoder: Decoder, layers: Sequence[int], **inputs:
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         states.append(hidden_state(output))
         if len(states) == len(layers):
-            raise _Stop
+            raise _EnoughError
 
     handles = [decoder.blocks[layer].register_forward_hook(keep, prepend=True) for layer in layers]
     try:
         model(**inputs, use_cache=False)
-    except _Stop:
+    except _EnoughError:
         pass
     finally:
         for handle in handles:

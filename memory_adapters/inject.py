@@ -49,7 +49,7 @@ def inject_memory(
     decoder = find_decoder(base, config.layers_path)
     fingerprint = base_fingerprint(base, config.layers_path)
     if tokenizer is not None:
-        _check_tokenizer(tokenizer, decoder.embeddings)
+        _check_tokenizer(tokenizer, decoder.vocab_size)
         fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if config.base_fingerprint is None:
         config.base_fingerprint = fingerprint
@@ -67,7 +67,9 @@ def inject_memory(
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, base, adapter_name=name)
     if hasattr(base, "add_adapter") and not isinstance(model, PeftModel):
-        base._hf_peft_config_loaded = True  # transformers' set_adapter, disable_adapters and active_adapters work
+        base.__dict__["_hf_peft_config_loaded"] = (
+            True  # transformers' set_adapter, disable_adapters and active_adapters work
+        )
     memory = memory_type(base, name, tokenizer)
     for layer, names in active:
         layer._active_adapter = names
@@ -167,8 +169,7 @@ def _checked_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def _check_tokenizer(tokenizer: Any, embeddings: nn.Module) -> None:
-    size = embeddings.weight.shape[0]  # type: ignore[union-attr, index]
+def _check_tokenizer(tokenizer: Any, size: int) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= size:
         raise ValueError(
@@ -190,6 +191,6 @@ def _read_config(path: os.PathLike[str]) -> MemoryConfig:
         raise ValueError(f"`{path}` has `peft_type={kind!r}`, which is no memory method. {remedy}")
     values.pop("auto_mapping", None)
     try:
-        return found.from_peft_type(**values)  # type: ignore[return-value]
+        return found.from_peft_type(**values)
     except TypeError as error:
         raise ValueError(f"`{path}` has a field of the wrong type ({error}). {remedy}") from error

@@ -35,7 +35,8 @@ class Fact:
             object.__setattr__(self, "prompt", self.prompt.replace("{}", self.subject))
         if self.subject not in self.prompt:
             raise ValueError(
-                f"`subject={self.subject!r}` is not in `prompt={self.prompt!r}`: name it there as written, or put {{}} in its place."
+                f"`subject={self.subject!r}` is not in `prompt={self.prompt!r}`: "
+                "name it there as written, or put {} in its place."
             )
 
     @property
@@ -97,7 +98,7 @@ def as_items(items: object, accepted: tuple[type, ...] = (Fact, Document, Questi
         if not isinstance(item, accepted):
             names = ", ".join(kind.__name__ for kind in accepted)
             raise TypeError(f"`items` holds a {type(item).__name__}; this memory takes {names}.")
-    return converted
+    return converted  # type: ignore[return-value]
 
 
 def _joint(before: str, after: str) -> str:

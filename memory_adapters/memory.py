@@ -113,14 +113,14 @@ class Memory(ABC):
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, tokenizer: Any = None) -> None:
-        self.model = model
+        self.model: Any = model
         self.adapter_name = adapter_name
         self.tokenizer = tokenizer
 
     @property
     def config(self) -> MemoryConfig:
         self._check_attached()
-        return self.model.peft_config[self.adapter_name]  # type: ignore[index, union-attr, return-value]
+        return self.model.peft_config[self.adapter_name]
 
     @abstractmethod
     def write(self, items: Any) -> WriteReport:

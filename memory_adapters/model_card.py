@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import peft
@@ -50,7 +51,7 @@ def model_card(config: MemoryConfig, num_parameters: int) -> str:
         library_name="peft",
         base_model=base if is_repo_id else None,
         pipeline_tag="text-generation",
-        tags=["memory-adapters", str(config.peft_type.value).lower().replace("_", "-")],  # type: ignore[union-attr]
+        tags=["memory-adapters", str(config.peft_type.value).lower().replace("_", "-")],
     )
     card = _TEMPLATE.format(
         metadata=metadata.to_yaml(),
@@ -65,6 +66,6 @@ def model_card(config: MemoryConfig, num_parameters: int) -> str:
     return str(ModelCard(card))
 
 
-def _written(write: dict[str, object]) -> str:
+def _written(write: Mapping[str, str]) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in write.items())
     return f"| | |\n|---|---|\n{rows}"

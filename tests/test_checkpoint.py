@@ -197,9 +197,14 @@ def test_peft_loads_ours_and_we_load_pefts(saved: Path, tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_the_previous(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(RuntimeError, match="full"), atomic_directory(saved) as staging:
-        (staging / CONFIG).write_text("new")
-        raise RuntimeError("disk full")
+
+    def fail() -> None:
+        with atomic_directory(saved) as staging:
+            (staging / CONFIG).write_text("new")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        fail()
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 

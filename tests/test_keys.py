@@ -58,7 +58,9 @@ def test_keys_open_at_themselves_and_stay_shut_elsewhere() -> None:
     generator = torch.Generator().manual_seed(1)
     unrelated = torch.randn(3000, 64, generator=generator)
     keys = torch.randn(40, 64, generator=generator)
-    weights, bias, leaky = gate_parameters(StreamStatistics.fit(unrelated), normalized(keys), None, threshold=0.5, ramp=0.2)
+    weights, bias, leaky = gate_parameters(
+        StreamStatistics.fit(unrelated), normalized(keys), None, threshold=0.5, ramp=0.2
+    )
     assert not leaky.any()
     mlp = GatedMLP(64, MemoryAdapterConfig())
     mlp.add_keys(weights, bias)

@@ -87,8 +87,8 @@ class MemoryAdapterConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MemoryPeftType.MEMORY_ADAPTER  # type: ignore[assignment]
-        self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[assignment]
+        self.peft_type = MemoryPeftType.MEMORY_ADAPTER
+        self.task_type = "CAUSAL_LM"
         self.target_modules = None  # resolved from `layers` at every injection
         self.layers = _checked_layers(self.layers)
         check_number("memory_dim", self.memory_dim, low=1, integer=True)
@@ -118,8 +118,14 @@ class MemoryAdapterConfig(MemoryConfig):
         check_number("distillation_weight", self.distillation_weight, low=0, high=1)
         check_number("seed", self.seed, low=0, integer=True)
 
+    @property
+    def depths(self) -> list[int | float]:
+        """`layers` as the list that validation made of it."""
+        assert isinstance(self.layers, list)
+        return self.layers
+
     def check_model(self, decoder: Decoder) -> None:
-        resolve_layers(self.layers, decoder.num_layers)  # type: ignore[arg-type]
+        resolve_layers(self.depths, decoder.num_layers)
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         d, r, n = decoder.hidden_size, self.memory_dim, self.num_keys
@@ -138,13 +144,13 @@ class MemoryAdapterConfig(MemoryConfig):
             shapes |= {"keys": (n, d), "key_bias": (n,)}
         return {
             f"{decoder.block_name(layer)}.residual_memory.memory_adapter_mlp.{name}": torch.Size(shape)
-            for layer in resolve_layers(self.layers, decoder.num_layers)  # type: ignore[arg-type]
+            for layer in resolve_layers(self.depths, decoder.num_layers)
             for name, shape in shapes.items()
         }
 
     @classmethod
     def fever_experiment(cls, **settings: Any) -> MemoryAdapterConfig:
-        """The module and depth of the FEVER experiment: gate 1.0 at every token, absolute scale, 70–80% of the depth."""
+        """The FEVER experiment's module and depth: gate 1.0 at every token, absolute scale, blocks at 70–80%."""
         experiment: dict[str, Any] = dict(
             layers=(0.7, 0.8),
             gate_init=1.0,
@@ -163,6 +169,7 @@ def _checked_layers(layers: Any) -> list[int | float]:
     depths = all(isinstance(x, float) and 0 <= x <= 1 for x in listed) and len(listed) <= 2 and listed == sorted(listed)
     if not listed or not (indices or depths):
         raise ValueError(
-            f"`layers` must be block indices such as [7, 8], a depth such as 0.25, or a range (0.7, 0.8), got {layers!r}."
+            "`layers` must be block indices such as [7, 8], a depth such as 0.25, or a range such as (0.7, 0.8), "
+            f"got {layers!r}."
         )
     return listed

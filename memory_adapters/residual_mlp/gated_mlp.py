@@ -28,6 +28,9 @@ class GatedMLP(nn.Module):
             found in closed form, not trained.
     """
 
+    keys: Tensor
+    key_bias: Tensor
+
     def __init__(self, hidden_size: int, config: MemoryAdapterConfig) -> None:
         super().__init__()
         self.token_gate_kind = config.token_gate

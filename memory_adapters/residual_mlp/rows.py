@@ -105,7 +105,9 @@ def build_slots(
     return slots, notes
 
 
-def locality_slots(items: Sequence[Item], tokenizer: Any, said: Sequence[str], silent: Sequence[list[int]]) -> list[Slot]:
+def locality_slots(
+    items: Sequence[Item], tokenizer: Any, said: Sequence[str], silent: Sequence[list[int]]
+) -> list[Slot]:
     """Rows on which the memory must answer as the base does, a slot for each item.
 
     Args:
@@ -209,6 +211,6 @@ def _first_label(tokenizer: Any, prompt: str, ids: Sequence[int]) -> int:
 def _check_length(row: Row, max_length: int, index: int, kind: str) -> None:
     if len(row.input_ids) > max_length:
         raise ValueError(
-            f"`items[{index}]` ({kind}) has {len(row.input_ids)} tokens, more than the {max_length} that fit: shorten it, "
-            "raise `max_length` up to the model's context, or give it as a Document, which is split into windows."
+            f"`items[{index}]` ({kind}) has {len(row.input_ids)} tokens, more than the {max_length} that fit: "
+            "shorten it, raise `max_length` up to the model's context, or give it as a Document, which is split."
         )

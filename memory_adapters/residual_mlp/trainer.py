@@ -42,7 +42,7 @@ class Teacher:
     log_probs: Tensor
 
 
-class SlotDataset(Dataset):  # type: ignore[type-arg]
+class SlotDataset(Dataset):
     """One example a slot; which of the slot's rows depends on the epoch.
 
     Args:
@@ -60,7 +60,9 @@ class SlotDataset(Dataset):  # type: ignore[type-arg]
             turns = []
             for row in slot.rows:
                 state = None if states is None else states[position]
-                turns.append({"row": row, "state": state, "teacher": teachers[position], "kept": slot.kind == "locality"})
+                turns.append(
+                    {"row": row, "state": state, "teacher": teachers[position], "kept": slot.kind == "locality"}
+                )
                 position += 1
             self.examples.append(turns)
         self.epoch = 0
@@ -136,9 +138,10 @@ class MemoryTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; gates have a learning rate of their own and no weight decay."""
-        gates, rest = [], []
+        gates: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for layer in self.memory.tuner_layers():
-            for name, parameter in layer.memory_adapter_mlp[self.memory.adapter_name].named_parameters():  # type: ignore[attr-defined]
+            for name, parameter in layer.memory_adapter_mlp[self.memory.adapter_name].named_parameters():
                 (gates if name in GATE_NAMES else rest).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [
@@ -154,7 +157,7 @@ class MemoryTrainer(Trainer):
         """Next-token loss and, if the config asks for them, context distillation and locality."""
         self.memory.model.eval()
         for layer in self.memory.tuner_layers():
-            layer.train()  # type: ignore[attr-defined]
+            layer.train()
         config = self.memory.config
         targets = inputs["labels"][:, 1:]
         wanted = F.pad(targets != IGNORED, (0, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
@@ -150,15 +150,15 @@ class MemoryTuner(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = MemoryLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """A copy of the config with block indices, module names and the base's fingerprint filled in."""
         assert isinstance(peft_config, MemoryAdapterConfig)
         decoder = find_decoder(self.model, peft_config.layers_path)
         prepared = copy.deepcopy(peft_config)
-        prepared.layers = resolve_layers(peft_config.layers, decoder.num_layers)
-        prepared.target_modules = [decoder.block_name(layer) for layer in prepared.layers]  # type: ignore[arg-type]
+        prepared.layers = resolve_layers(peft_config.depths, decoder.num_layers)
+        prepared.target_modules = [decoder.block_name(layer) for layer in prepared.layers]
         fingerprint = base_fingerprint(self.model, peft_config.layers_path)
         if prepared.base_fingerprint is None:
             prepared.base_fingerprint = fingerprint
@@ -171,7 +171,7 @@ class MemoryTuner(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return key in peft_config.target_modules  # type: ignore[attr-defined]
+        return key in peft_config.target_modules
 
     def _create_and_replace(
         self,
@@ -191,7 +191,7 @@ class MemoryTuner(BaseTuner):
         layer = getattr(target, CHILD)
         if adapter_name in layer.memory_adapter_mlp:
             raise ValueError(f"`adapter_name={adapter_name!r}` is taken; choose another or remove that memory first.")
-        position = peft_config.target_modules.index(current_key)  # type: ignore[union-attr]
+        position = peft_config.target_modules.index(current_key)
         layer.update_layer(adapter_name, peft_config, peft_config.seed + position, execution_device(target))
 
     @contextmanager
@@ -217,7 +217,7 @@ class MemoryTuner(BaseTuner):
                     del layer.memory_adapter_mlp[name]
         discard_empty_layers(self.model)
         del self.model.peft_config
-        return self.model  # type: ignore[return-value]
+        return self.model
 
 
 def _refuse_merge() -> NoReturn:

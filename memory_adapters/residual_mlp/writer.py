@@ -6,15 +6,12 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import set_peft_model_state_dict
-from peft.functional import set_requires_grad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
@@ -22,6 +19,7 @@ from memory_adapters.decoder import Decoder, execution_device, find_decoder, log
 from memory_adapters.knowledge import Fact, Item
 from memory_adapters.memory import WriteReport
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
+from memory_adapters.residual_mlp.guards import trainable_alone, unchanged_on_failure
 from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
 from memory_adapters.residual_mlp.reuse import ReusedStates, batches_of, pad_rows, row_states
 from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes, tokenize
@@ -67,7 +65,8 @@ class Writer:
         self.items = items
         self.decoder: Decoder = find_decoder(self.model, self.config.layers_path)
         self.layers: list[int] = list(self.config.layers)  # type: ignore[arg-type]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        model_config: Any = self.model.config
+        context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.max_length = min(context, self.config.max_length or context)
         # Items are tokenised once without prefixes first, so that bad ones are refused before any work.
         build_slots(items, self.tokenizer, prefixes=[], max_length=self.max_length)
@@ -87,7 +86,7 @@ class Writer:
         if len(rows) < 2:
             raise ValueError(f"`unrelated` has {len(rows)} usable texts; give at least 2 of several words each.")
         held_out = rows[::4]
-        others = [sentence for sentence in PLAIN_SENTENCES]
+        others = list(PLAIN_SENTENCES)
         facts = [item for item in self.items if isinstance(item, Fact)]
         subjects = {fact.subject for fact in facts}
         names = [name for name in OTHER_SUBJECTS if name not in subjects]
@@ -111,8 +110,12 @@ class Writer:
             found = {index: [] for index in range(len(self.items))}  # type: dict[int, list[Tensor]]
             for (slot, row), states in zip(rows, written, strict=True):
                 found[slot.item].append(normalized(states[position][row.key_positions]))
-            word_states = {index: normalized(states[position][-1]) for (index, _), states in zip(last_words, words, strict=True)}
-            keys, avoided = self._choose_keys(statistics, {i: torch.cat(parts) for i, parts in found.items()}, word_states)
+            word_states = {
+                index: normalized(states[position][-1]) for (index, _), states in zip(last_words, words, strict=True)
+            }
+            keys, avoided = self._choose_keys(
+                statistics, {i: torch.cat(parts) for i, parts in found.items()}, word_states
+            )
             weights, bias, leaky = gate_parameters(
                 statistics, keys, avoided, threshold=config.key_threshold, ramp=config.key_ramp
             )
@@ -127,7 +130,7 @@ class Writer:
         return added
 
     def _modules(self) -> list[GatedMLP]:
-        return [layer.memory_adapter_mlp[self.memory.adapter_name] for layer in self.memory.tuner_layers()]  # type: ignore[attr-defined]
+        return [layer.memory_adapter_mlp[self.memory.adapter_name] for layer in self.memory.tuner_layers()]
 
     def _last_words(self) -> list[tuple[int, list[int]]]:
         """Item and tokens of a prefix that ends in the last word of each subject of several words."""
@@ -135,7 +138,9 @@ class Writer:
         for index, item in enumerate(self.items):
             if isinstance(item, Fact) and len(item.subject.split()) > 1:
                 word = item.subject.split()[-1]
-                found += [(index, tokenize(self.tokenizer, f"{prefix.rstrip('. ')} {word}")) for prefix in self.prefixes[:1]]
+                found += [
+                    (index, tokenize(self.tokenizer, f"{prefix.rstrip('. ')} {word}")) for prefix in self.prefixes[:1]
+                ]
         return found
 
     def _choose_keys(
@@ -171,8 +176,9 @@ class Writer:
         reuse, states = self._stored_states([row.input_ids for row in rows])
         teachers: list[Teacher | None] = [None] * len(rows)
         with self.memory.disabled():
-            for i, slot in enumerate(slot for slot in slots for _ in slot.rows):
-                if slot.kind == "locality" or self.config.distillation_weight > 0:
+            kinds = [slot.kind for slot in slots for _ in slot.rows]
+            for i, kind in enumerate(kinds):
+                if kind == "locality" or self.config.distillation_weight > 0:
                     teachers[i] = self._teacher(rows[i])
         trainer = MemoryTrainer(
             self.memory,
@@ -189,7 +195,11 @@ class Writer:
         subjects = [item.subject for item in self.items if isinstance(item, Fact)]
         prompts = subjects + [prefix + subject for prefix in self.prefixes[:1] for subject in subjects]
         with self.memory.disabled():
-            said = sample_text(self.model, self.tokenizer, prompts, num_tokens=12, seed=self.config.seed) if prompts else []
+            said = (
+                sample_text(self.model, self.tokenizer, prompts, num_tokens=12, seed=self.config.seed)
+                if prompts
+                else []
+            )
         return locality_slots(self.items, self.tokenizer, said, self.unrelated.silent)
 
     def _stored_states(self, rows: Sequence[list[int]]) -> tuple[ReusedStates | None, list[Tensor] | None]:
@@ -244,44 +254,6 @@ class Writer:
         }
 
 
-@contextmanager
-def unchanged_on_failure(memory: ResidualMemory) -> Iterator[None]:
-    """If the block fails or is interrupted, the memory and its config are what they were before."""
-    config = memory.config
-    tensors = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
-    num_keys, writes = config.num_keys, list(config.writes)
-    try:
-        yield
-    except BaseException:
-        config.num_keys, config.writes = num_keys, writes
-        for layer in memory.tuner_layers():
-            layer.memory_adapter_mlp[memory.adapter_name].keep_keys(num_keys)  # type: ignore[attr-defined]
-        set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
-        raise
-
-
-@contextmanager
-def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
-    """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
-    model: nn.Module = memory.model
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    attributes = set(model.__dict__)
-    model.requires_grad_(False)
-    set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
-    model.eval()
-    try:
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None if not flag else parameter.grad
-        for module, mode in modes.items():
-            module.training = mode
-        for name in set(model.__dict__) - attributes:  # accelerate marks the models that it prepared
-            del model.__dict__[name]
-
-
 def training_arguments(memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None) -> TrainingArguments:
     """The config's settings as `TrainingArguments`; `overrides` win."""
     config = memory.config
@@ -299,8 +271,8 @@ def training_arguments(memory: ResidualMemory, folder: str, overrides: Mapping[s
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
-        use_cpu=memory.model.device.type == "cpu",  # type: ignore[union-attr]
-        dataloader_pin_memory=memory.model.device.type != "cpu",  # type: ignore[union-attr]
+        use_cpu=memory.model.device.type == "cpu",
+        dataloader_pin_memory=memory.model.device.type != "cpu",
     )
     return TrainingArguments(**{**settings, **(overrides or {})})
 
@@ -318,8 +290,7 @@ def write(
     start = time.perf_counter()
     writer = Writer(memory, items, unrelated)
     before = writer.scores()
-    vocabulary = writer.decoder.head.weight.shape[0]  # type: ignore[union-attr, index]
-    if before["english_loss"] > math.log(vocabulary):  # type: ignore[operator]
+    if before["english_loss"] > math.log(writer.decoder.vocab_size):  # type: ignore[operator]
         writer.notes.append(
             f"the base model finds plain English harder than random tokens (loss {before['english_loss']:.1f}): "
             "check that the tokenizer belongs to the model"

