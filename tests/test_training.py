@@ -16,8 +16,8 @@ from memory_adapters import Document, Fact, MemoryAdapterConfig, QuestionAnswer,
 from memory_adapters.decoder import find_decoder
 from memory_adapters.residual_mlp.guards import trainable_alone
 from memory_adapters.residual_mlp.reuse import ReusedStates
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, collate
-from memory_adapters.residual_mlp.writer import Writer, training_arguments
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, collate, training_arguments
+from memory_adapters.residual_mlp.writer import Writer
 from tests.contract import architectures, encode, logits
 from tests.models import byte_tokenizer, tiny_model
 from tests.test_residual_contract import UNRELATED

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from memory_adapters.decoder import execution_device, find_decoder, logits_at
+from memory_adapters.decoder import find_decoder
 from memory_adapters.knowledge import Fact
-from memory_adapters.residual_mlp.reuse import batches_of, pad_rows
-from memory_adapters.residual_mlp.rows import shared_length, tokenize
+from memory_adapters.tokens import score_rows, shared_length, tokenize
 
 __all__ = ["EditRecord", "EditScores", "load_counterfact", "score_edits"]
 
@@ -110,7 +108,6 @@ def score_edits(model: nn.Module, tokenizer: Any, records: Sequence[EditRecord])
     return EditScores(efficacy, paraphrase, neighbourhood, score, exact_match, paraphrase_exact_match)
 
 
-@torch.no_grad()
 def score_continuations(
     model: nn.Module, tokenizer: Any, queries: Sequence[tuple[str, str]]
 ) -> list[tuple[float, bool]]:
@@ -119,30 +116,14 @@ def score_continuations(
     The continuation is joined with the space, if any, that its prompt needs, and is scored by its place in the joint
     tokenisation.
     """
-    decoder = find_decoder(model)
-    device = execution_device(decoder.embeddings)
-    rows, firsts = [], []
+    rows, first = [], []
     for prompt, target in queries:
         ids = tokenize(tokenizer, prompt + Fact(prompt, prompt, target).continuation)
         rows.append(ids)
-        firsts.append(max(shared_length(tokenize(tokenizer, prompt), ids), 1))
-    scores: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-    for batch in batches_of(rows, tokens=1024):
-        inputs = pad_rows([rows[i] for i in batch], device)
-        wanted = inputs["attention_mask"].bool()
-        for position, i in enumerate(batch):
-            wanted[position, : firsts[i] - 1] = False
-            wanted[position, len(rows[i]) - 1 :] = False
-        targets = inputs["input_ids"].roll(-1, 1)[wanted]
-        with logits_at(decoder, wanted):
-            logits = model(**inputs, use_cache=False).logits[0].float()
-        log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu()
-        right = (logits.argmax(-1) == targets).cpu()
-        owner = wanted.nonzero()[:, 0].cpu()
-        for position, i in enumerate(batch):
-            mine = owner == position
-            scores[i] = (log_probs[mine].mean().item(), bool(right[mine].all()))
-    return scores
+        first.append(max(shared_length(tokenize(tokenizer, prompt), ids), 1))
+    scores = score_rows(model, find_decoder(model), rows, first)
+    means, exact = scores.log_prob / scores.count, scores.right == scores.count
+    return list(zip(means.tolist(), exact.tolist(), strict=True))
 
 
 def _mean(values: Sequence[bool]) -> float:

@@ -10,33 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from memory_adapters.decoder import Decoder, capture, execution_device
+from memory_adapters.tokens import batches_of, pad_rows
 
-__all__ = ["ReusedStates", "pad_rows", "row_states"]
-
-TOKENS_A_BATCH = 4096
-
-
-def pad_rows(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (batch, tokens) of rows padded on the right (with id 0, which is masked)."""
-    length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> Iterator[list[int]]:
-    """Indices of rows in batches of like length and at most `tokens` tokens with padding (at least one row)."""
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if batch and (len(batch) + 1) * len(rows[index]) > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+__all__ = ["ReusedStates", "row_states"]
 
 
 def row_states(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memory_adapters.knowledge import Document, Fact, Item, QuestionAnswer
+from memory_adapters.tokens import last_token_of, shared_length, tokenize
 
 __all__ = ["IGNORED", "Row", "Slot", "build_slots"]
 
@@ -145,40 +146,20 @@ def make_prefixes(texts: Sequence[str], count: int, seed: int) -> list[str]:
     return prefixes
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids as the model reads a prompt, special tokens included."""
-    return list(tokenizer(text)["input_ids"])
-
-
-def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common start of two token sequences."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-def last_token_of(tokenizer: Any, text: str, end: int, ids: Sequence[int]) -> int:
-    """Index in `ids`, the tokens of `text`, of the token that holds character `end - 1`."""
-    head = tokenize(tokenizer, text[:end])
-    shared = shared_length(head, ids)
-    return shared - 1 if shared == len(head) else min(shared, len(ids) - 1)
-
-
 def _fact_row(fact: Fact, tokenizer: Any, prefix: str) -> Row:
     prompt = prefix + fact.prompt
     text = prompt + fact.continuation
-    ids = _without_end(tokenizer, text)
+    ids = tokenize(tokenizer, text)
     end = len(prefix) + fact.prompt.rindex(fact.subject) + len(fact.subject)
     subject = last_token_of(tokenizer, text, end, ids)
-    context = _without_end(tokenizer, fact.prompt + fact.continuation + ".\n\n")
+    context = tokenize(tokenizer, fact.prompt + fact.continuation + ".\n\n")
     return Row(ids, _first_label(tokenizer, prompt, ids), [subject], context)
 
 
 def _question_row(item: QuestionAnswer, tokenizer: Any, *, chat: bool) -> Row:
-    context = _without_end(tokenizer, item.question + item.continuation + "\n\n")
+    context = tokenize(tokenizer, item.question + item.continuation + "\n\n")
     if not chat:
-        ids = _without_end(tokenizer, item.question + item.continuation)
+        ids = tokenize(tokenizer, item.question + item.continuation)
         first = _first_label(tokenizer, item.question, ids)
         return Row(ids, first, list(range(first)), context)
     turn = [{"role": "user", "content": item.question}]
@@ -193,15 +174,9 @@ def _question_row(item: QuestionAnswer, tokenizer: Any, *, chat: bool) -> Row:
 
 
 def _document_rows(item: Document, tokenizer: Any, max_length: int) -> list[Row]:
-    ids = _without_end(tokenizer, item.text)
+    ids = tokenize(tokenizer, item.text)
     windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
     return [Row(window, 1, list(range(len(window))), window) for window in windows if len(window) > 1]
-
-
-def _without_end(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of `text` without the end-of-text token that some tokenizers append."""
-    ids = tokenize(tokenizer, text)
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _first_label(tokenizer: Any, prompt: str, ids: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,19 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from memory_adapters.checkpoint import read_tensors
 from memory_adapters.decoder import Decoder, logits_at
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.residual_mlp.reuse import ReusedStates, pad_rows
+from memory_adapters.residual_mlp.reuse import ReusedStates
 from memory_adapters.residual_mlp.rows import IGNORED, Row, Slot
+from memory_adapters.tokens import pad_rows
 
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
 
-__all__ = ["MemoryTrainer", "SlotDataset", "Teacher", "collate"]
+__all__ = ["MemoryTrainer", "SlotDataset", "Teacher", "collate", "training_arguments"]
 
 GATE_NAMES = ("gate", "router", "router_bias")
 
@@ -199,6 +200,29 @@ def load_weights(memory: ResidualMemory, folder: Path | str) -> None:
     expected = {PEFT_KEY_PREFIX + name: tensor.shape for name, tensor in memory.state_dict().items()}
     tensors = read_tensors(Path(folder) / WEIGHTS_FILE, expected)
     set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
+
+
+def training_arguments(memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None) -> TrainingArguments:
+    """The config's settings as `TrainingArguments`; `overrides` win."""
+    config = memory.config
+    settings: dict[str, Any] = dict(
+        output_dir=folder,
+        per_device_train_batch_size=config.batch_size,
+        num_train_epochs=config.num_train_epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=memory.model.device.type == "cpu",
+        dataloader_pin_memory=memory.model.device.type != "cpu",
+    )
+    return TrainingArguments(**{**settings, **(overrides or {})})
 
 
 def _divergence(logits: Tensor, teacher_ids: Tensor, teacher_log_probs: Tensor) -> Tensor:

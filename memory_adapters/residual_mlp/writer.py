@@ -21,9 +21,10 @@ from memory_adapters.memory import WriteReport
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 from memory_adapters.residual_mlp.guards import trainable_alone, unchanged_on_failure
 from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
-from memory_adapters.residual_mlp.reuse import ReusedStates, batches_of, pad_rows, row_states
-from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes, tokenize
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, SlotDataset, Teacher
+from memory_adapters.residual_mlp.reuse import ReusedStates, row_states
+from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, SlotDataset, Teacher, training_arguments
+from memory_adapters.tokens import pad_rows, score_rows, tokenize
 from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES, sample_text, seeded
 
 if TYPE_CHECKING:
@@ -221,60 +222,25 @@ class Writer:
         log_probs, ids = logits.log_softmax(-1).topk(min(TEACHER_TOKENS, logits.shape[-1]))
         return Teacher(ids.cpu(), log_probs.cpu())
 
-    @torch.no_grad()
     def scores(self) -> dict[str, float | None]:
         """Recall of facts and questions, token accuracy of documents, perplexity on held-out unrelated text."""
         plain = [slot for slot in self.slots if slot.plain]
         rows = [(slot.rows[0].input_ids, slot.rows[0].first_label) for slot in plain]
         rows += [(row, 1) for row in self.unrelated.held_out]
         rows += [(tokenize(self.tokenizer, sentence)[: self.max_length], 1) for sentence in PLAIN_SENTENCES[:8]]
-        right, loss, count = torch.zeros(len(rows)), torch.zeros(len(rows)), torch.zeros(len(rows))
-        device = execution_device(self.decoder.embeddings)
-        for batch in batches_of([row for row, _ in rows], tokens=1024):
-            inputs = pad_rows([rows[i][0] for i in batch], device)
-            wanted = inputs["attention_mask"].bool()
-            for position, i in enumerate(batch):
-                wanted[position, : rows[i][1] - 1] = False
-                wanted[position, len(rows[i][0]) - 1 :] = False
-            targets = inputs["input_ids"].roll(-1, 1)[wanted]
-            with logits_at(self.decoder, wanted):
-                logits = self.model(**inputs, use_cache=False).logits[0].float()
-            owner = torch.tensor(batch)[wanted.nonzero()[:, 0].cpu()]
-            count.index_add_(0, owner, torch.ones(len(owner)))
-            right.index_add_(0, owner, (logits.argmax(-1) == targets).float().cpu())
-            loss.index_add_(0, owner, F.cross_entropy(logits, targets, reduction="none").cpu())
-        documents = torch.tensor([i for i, slot in enumerate(plain) if slot.kind == "document"], dtype=torch.long)
-        answers = torch.tensor([i for i, slot in enumerate(plain) if slot.kind != "document"], dtype=torch.long)
-        held_out, english = slice(len(plain), -8), slice(-8, None)
-        return {
-            "recall": (right == count)[answers].float().mean().item() if len(answers) else None,
-            "token_accuracy": (right[documents].sum() / count[documents].sum()).item() if len(documents) else None,
-            "perplexity": math.exp(loss[held_out].sum() / count[held_out].sum()),
-            "english_loss": (loss[english].sum() / count[english].sum()).item(),
+        found = score_rows(self.model, self.decoder, [row for row, _ in rows], [first for _, first in rows])
+        documents = torch.tensor([slot.kind == "document" for slot in plain])
+        right, count = found.right[: len(plain)], found.count[: len(plain)]
+        loss = {
+            name: float(-found.log_prob[part].sum() / found.count[part].sum())
+            for name, part in (("held out", slice(len(plain), -8)), ("english", slice(-8, None)))
         }
-
-
-def training_arguments(memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None) -> TrainingArguments:
-    """The config's settings as `TrainingArguments`; `overrides` win."""
-    config = memory.config
-    settings: dict[str, Any] = dict(
-        output_dir=folder,
-        per_device_train_batch_size=config.batch_size,
-        num_train_epochs=config.num_train_epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=memory.model.device.type == "cpu",
-        dataloader_pin_memory=memory.model.device.type != "cpu",
-    )
-    return TrainingArguments(**{**settings, **(overrides or {})})
+        return {
+            "recall": None if documents.all() else (right == count)[~documents].float().mean().item(),
+            "token_accuracy": (right[documents].sum() / count[documents].sum()).item() if documents.any() else None,
+            "perplexity": math.exp(loss["held out"]),
+            "english_loss": loss["english"],
+        }
 
 
 def write(
