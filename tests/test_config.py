@@ -25,6 +25,7 @@ from memory_adapters.decoder import resolve_layers
         ("memory_dim", 1.5),
         ("memory_dim", True),
         ("activation", "gelurelu"),
+        ("target_loss", -1),
         ("gate_init", "one"),
         ("gate_init", float("nan")),
         ("token_gate", "open"),

@@ -31,7 +31,8 @@ class MemoryAdapterConfig(MemoryConfig):
             range of depth). Resolved to indices when the memory is injected.
         memory_dim: Hidden width of the MLP.
         activation: Name of a transformers activation.
-        gate_init: Start of the scalar gate. 0.0 makes even an open memory the identity; 1.0 is the experiment's.
+        gate_init: Start of the scalar gate. None for 1.0 with keys (a memory without keys is closed, so it still starts as
+            the identity) and 0.0 otherwise (the identity, though the memory is open). The experiment's is 1.0.
         token_gate: `"keys"` (open near written keys, found in closed form by `write`), `"sigmoid"` (a linear router,
             trained), or `"none"` (open at every token).
         key_threshold: Similarity to a key (1 at the key, about 0 on unrelated text) below which the memory is silent.
@@ -43,7 +44,8 @@ class MemoryAdapterConfig(MemoryConfig):
         weight: Factor on what the memory adds, for blending several memories.
         learning_rate: Peak learning rate (AdamW, cosine schedule) of the MLP.
         gate_learning_rate: Peak learning rate of the scalar gate and the sigmoid router, which have no weight decay.
-        num_train_epochs: Passes over the items.
+        num_train_epochs: Most passes over the items.
+        target_loss: Training ends after an epoch whose mean loss is below this; 0 to make all passes.
         batch_size: Rows a step.
         warmup_steps: Steps of linear warm-up.
         weight_decay: AdamW's decoupled weight decay of the MLP.
@@ -62,7 +64,7 @@ class MemoryAdapterConfig(MemoryConfig):
     layers: Sequence[int | float] | int | float = 0.18
     memory_dim: int = 128
     activation: str = "gelu"
-    gate_init: float = 0.0
+    gate_init: float | None = None
     token_gate: str = "keys"
     key_threshold: float = 0.6
     key_ramp: float = 0.1
@@ -74,6 +76,7 @@ class MemoryAdapterConfig(MemoryConfig):
     learning_rate: float = 1e-3
     gate_learning_rate: float = 1e-2
     num_train_epochs: float = 25
+    target_loss: float = 0.01
     batch_size: int = 4
     warmup_steps: int = 10
     weight_decay: float = 0.05
@@ -93,8 +96,10 @@ class MemoryAdapterConfig(MemoryConfig):
         self.layers = _checked_layers(self.layers)
         check_number("memory_dim", self.memory_dim, low=1, integer=True)
         check_choice("activation", self.activation, ACT2FN.keys())
-        check_number("gate_init", self.gate_init, low=float("-inf"))
         check_choice("token_gate", self.token_gate, ("keys", "sigmoid", "none"))
+        if self.gate_init is None:
+            self.gate_init = 1.0 if self.token_gate == "keys" else 0.0
+        check_number("gate_init", self.gate_init, low=float("-inf"))
         check_number("key_threshold", self.key_threshold, low=0, high=1, open_low=True)
         check_number("key_ramp", self.key_ramp, low=0, open_low=True)
         check_number("num_keys", self.num_keys, low=0, integer=True)
@@ -107,6 +112,7 @@ class MemoryAdapterConfig(MemoryConfig):
         check_number("learning_rate", self.learning_rate, low=0, open_low=True)
         check_number("gate_learning_rate", self.gate_learning_rate, low=0)
         check_number("num_train_epochs", self.num_train_epochs, low=0, open_low=True)
+        check_number("target_loss", self.target_loss, low=0)
         check_number("batch_size", self.batch_size, low=1, integer=True)
         check_number("warmup_steps", self.warmup_steps, low=0, integer=True)
         check_number("weight_decay", self.weight_decay, low=0)
@@ -158,6 +164,7 @@ class MemoryAdapterConfig(MemoryConfig):
             stream_scale=False,
             gate_learning_rate=1e-3,
             num_prefixes=0,
+            target_loss=0.0,
         )
         return cls(**{**experiment, **settings})
 

@@ -38,7 +38,7 @@ class GatedMLP(nn.Module):
         self.norm_cap = config.norm_cap
         self.dropout = config.dropout
         self.activation = ACT2FN[config.activation]
-        self.gate_init = config.gate_init
+        self.gate_init = float(config.gate_init or 0.0)
         self.up = nn.Parameter(torch.empty(config.memory_dim, hidden_size))
         self.up_bias = nn.Parameter(torch.empty(config.memory_dim))
         self.down = nn.Parameter(torch.empty(hidden_size, config.memory_dim))

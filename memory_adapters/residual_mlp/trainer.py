@@ -242,7 +242,7 @@ class _Progress(ProgressCallback):
 
 
 class _EpochLosses(TrainerCallback):
-    """Collects the mean loss of every epoch for the report."""
+    """Collects the mean loss of every epoch, and ends training when it is low enough."""
 
     def __init__(self, trainer: MemoryTrainer) -> None:
         self.trainer = trainer
@@ -251,3 +251,5 @@ class _EpochLosses(TrainerCallback):
         if self.trainer.step_losses:
             self.trainer.epoch_losses.append(torch.stack(self.trainer.step_losses).mean().item())
             self.trainer.step_losses.clear()
+            if self.trainer.epoch_losses[-1] < self.trainer.memory.config.target_loss:
+                control.should_training_stop = True

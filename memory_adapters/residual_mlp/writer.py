@@ -78,7 +78,7 @@ class Writer:
 
     def _sampled(self) -> list[str]:
         with self.memory.disabled():
-            texts = sample_text(self.model, self.tokenizer, [""] * 48, num_tokens=96, seed=self.config.seed)
+            texts = sample_text(self.model, self.tokenizer, [""] * 24, num_tokens=64, seed=self.config.seed)
         return [text for text in texts if text.strip()]
 
     def _unrelated_rows(self, texts: Sequence[str]) -> Unrelated:
