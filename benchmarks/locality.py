@@ -44,7 +44,7 @@ DESIGNS: dict[str, tuple[str, MemoryAdapterConfig]] = {
     ),
     "keys late": ("keys of the subjects, stream scale, 70–80%", MemoryAdapterConfig(layers=TOP)),
     "default": ("keys of the subjects, stream scale, block 5: the default", MemoryAdapterConfig()),
-    "default, gate 1.0": ("the default, gate starting open", MemoryAdapterConfig(gate_init=1.0)),
+    "default, gate 0.0": ("the default, gate starting at 0", MemoryAdapterConfig(gate_init=0.0)),
     "default + KL": ("the default with locality loss", MemoryAdapterConfig(**KL)),
     "default + distillation": (
         "the default, half of the loss from the model that has read the fact",
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("MEMORY_ADAPTERS_DATA"), help="folder with the data sets")
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
     parser.add_argument("--records", type=int, default=20)
-    parser.add_argument("--perplexity-tokens", type=int, default=32768)
+    parser.add_argument("--perplexity-tokens", type=int, default=8192)
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
     parser.add_argument("--output", type=Path, default=Path("docs/results/locality.json"))
     arguments = parser.parse_args()

