@@ -66,7 +66,7 @@ def compare(what: str, memory: ResidualMemory, facts: list[Fact], rounds: int) -
     times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     losses: dict[bool, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, trainable_alone(memory):
-        trainer = MemoryTrainer(memory, writer.decoder, reuse, args=training_arguments(memory, folder, None))
+        trainer = MemoryTrainer(memory, writer.decoder, reuse, args=training_arguments(memory, folder, None, len(rows)))
         for turn in range(rounds + 1):
             for reused in (True, False):
                 for name, tensor in memory.state_dict().items():

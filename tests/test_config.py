@@ -25,6 +25,7 @@ from memory_adapters.decoder import resolve_layers
         ("memory_dim", 1.5),
         ("memory_dim", True),
         ("activation", "gelurelu"),
+        ("min_steps", -1),
         ("target_loss", -1),
         ("gate_init", "one"),
         ("gate_init", float("nan")),

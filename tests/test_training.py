@@ -28,7 +28,16 @@ QUIET: dict[str, Any] = {"disable_tqdm": True}
 
 
 def config(**settings: Any) -> MemoryAdapterConfig:
-    start = dict(layers=[1, 2], memory_dim=16, num_train_epochs=6, num_prefixes=2, token_gate="none", batch_size=2)
+    start = dict(
+        layers=[1, 2],
+        memory_dim=16,
+        num_train_epochs=6,
+        num_prefixes=2,
+        token_gate="none",
+        batch_size=2,
+        min_steps=0,
+        target_loss=0.0,
+    )
     return MemoryAdapterConfig(**{**start, **settings})
 
 
@@ -53,7 +62,7 @@ def test_resuming_from_stored_states_is_the_whole_model(architecture: str, tmp_p
     inputs = collate(examples)
     plain = memory.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     expected = F.cross_entropy(plain.flatten(0, 1), inputs["labels"][:, 1:].flatten())
-    arguments = training_arguments(memory, str(tmp_path), QUIET)
+    arguments = training_arguments(memory, str(tmp_path), QUIET, len(rows))
     for how in (reuse, None):
         trainer = MemoryTrainer(memory, writer.decoder, how, args=arguments)
         loss = trainer.compute_loss(memory.model, dict(inputs))

@@ -45,6 +45,7 @@ class MemoryAdapterConfig(MemoryConfig):
         learning_rate: Peak learning rate (AdamW, cosine schedule) of the MLP.
         gate_learning_rate: Peak learning rate of the scalar gate and the sigmoid router, which have no weight decay.
         num_train_epochs: Most passes over the items.
+        min_steps: Small writes make more passes, up to this many steps.
         target_loss: Training ends after an epoch whose mean loss is below this; 0 to make all passes.
         batch_size: Rows a step.
         warmup_steps: Steps of linear warm-up.
@@ -76,6 +77,7 @@ class MemoryAdapterConfig(MemoryConfig):
     learning_rate: float = 1e-3
     gate_learning_rate: float = 1e-2
     num_train_epochs: float = 25
+    min_steps: int = 100
     target_loss: float = 0.01
     batch_size: int = 4
     warmup_steps: int = 10
@@ -112,6 +114,7 @@ class MemoryAdapterConfig(MemoryConfig):
         check_number("learning_rate", self.learning_rate, low=0, open_low=True)
         check_number("gate_learning_rate", self.gate_learning_rate, low=0)
         check_number("num_train_epochs", self.num_train_epochs, low=0, open_low=True)
+        check_number("min_steps", self.min_steps, low=0, integer=True)
         check_number("target_loss", self.target_loss, low=0)
         check_number("batch_size", self.batch_size, low=1, integer=True)
         check_number("warmup_steps", self.warmup_steps, low=0, integer=True)
@@ -164,6 +167,7 @@ class MemoryAdapterConfig(MemoryConfig):
             stream_scale=False,
             gate_learning_rate=1e-3,
             num_prefixes=0,
+            min_steps=0,
             target_loss=0.0,
         )
         return cls(**{**experiment, **settings})

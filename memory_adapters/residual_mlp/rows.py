@@ -165,7 +165,8 @@ def _question_row(item: QuestionAnswer, tokenizer: Any, *, chat: bool) -> Row:
     turn = [{"role": "user", "content": item.question}]
     prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     plain = {"add_special_tokens": False}
-    ids = list(tokenizer(prompt + item.answer, **plain)["input_ids"])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # the model's turn ends here
+    ids = list(tokenizer(prompt + item.answer, **plain)["input_ids"]) + end
     first = shared_length(list(tokenizer(prompt, **plain)["input_ids"]), ids)
     begin = prompt.find(item.question)
     head = list(tokenizer(prompt[: max(begin, 0)], **plain)["input_ids"])

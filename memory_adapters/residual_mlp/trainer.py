@@ -202,13 +202,16 @@ def load_weights(memory: ResidualMemory, folder: Path | str) -> None:
     set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
 
 
-def training_arguments(memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None) -> TrainingArguments:
-    """The config's settings as `TrainingArguments`; `overrides` win."""
+def training_arguments(
+    memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None, num_slots: int
+) -> TrainingArguments:
+    """The config's settings as `TrainingArguments`, for so many slots an epoch; `overrides` win."""
     config = memory.config
+    steps_an_epoch = -(-num_slots // config.batch_size)
     settings: dict[str, Any] = dict(
         output_dir=folder,
         per_device_train_batch_size=config.batch_size,
-        num_train_epochs=config.num_train_epochs,
+        num_train_epochs=max(config.num_train_epochs, -(-config.min_steps // steps_an_epoch)),
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,

@@ -265,7 +265,7 @@ def write(
         with trainable_alone(memory):
             if memory.config.token_gate == "keys":
                 writer.fit_keys()
-            losses = writer.train(training_arguments(memory, folder, overrides), callbacks, resume)
+            losses = writer.train(training_arguments(memory, folder, overrides, len(writer.slots)), callbacks, resume)
         after = writer.scores()
     report = WriteReport(
         method=memory.config.method_name,
