@@ -220,6 +220,19 @@ def test_a_fact_that_does_not_fit() -> None:
         write(fresh(max_length=20), [Fact("a b", "b", "c"), FACT])
 
 
+def test_a_silent_memory_is_written_and_stays_silent() -> None:
+    memory = fresh()
+    base = logits(memory.model)
+    memory.active = False
+    assert write(memory, FACT).losses
+    assert torch.equal(logits(memory.model), base)
+    memory.active = True
+    assert not torch.equal(logits(memory.model), base)
+    memory.model.disable_adapters()
+    with pytest.raises(RuntimeError, match="disabled"):
+        write(memory, FACT)
+
+
 def test_no_tokenizer() -> None:
     memory = inject_memory(tiny_model(), config())
     with pytest.raises(ValueError, match="`tokenizer` is needed to write"):

@@ -13,7 +13,24 @@ from torch import nn
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
 
-__all__ = ["trainable_alone", "unchanged_on_failure"]
+__all__ = ["speaking", "trainable_alone", "unchanged_on_failure"]
+
+
+@contextmanager
+def speaking(memory: ResidualMemory) -> Iterator[None]:
+    """The memory takes part within this context, whether or not it did before.
+
+    Raises:
+        RuntimeError: If all adapters of the model are switched off.
+    """
+    if any(layer.disable_adapters for layer in memory.tuner_layers()):
+        raise RuntimeError("All adapters of the model are disabled; enable them (`enable_adapters()`) before writing.")
+    was_active = memory.active
+    memory.active = True
+    try:
+        yield
+    finally:
+        memory.active = was_active
 
 
 @contextmanager

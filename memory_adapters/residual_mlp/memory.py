@@ -64,12 +64,9 @@ class ResidualMemory(Memory):
             ValueError: If there is no tokenizer, no item, or an item does not fit in the model's context.
         """
         self._check_attached()
-        listed = as_items(items)
-        if self.tokenizer is None:
-            raise ValueError("`tokenizer` is needed to write: pass it to `inject_memory` or `load_memory`.")
         return write(
             self,
-            listed,
+            as_items(items),
             unrelated=unrelated,
             overrides=training_args,
             callbacks=callbacks,

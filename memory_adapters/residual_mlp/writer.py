@@ -19,7 +19,7 @@ from memory_adapters.decoder import Decoder, execution_device, find_decoder, log
 from memory_adapters.knowledge import Fact, Item
 from memory_adapters.memory import WriteReport
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
-from memory_adapters.residual_mlp.guards import trainable_alone, unchanged_on_failure
+from memory_adapters.residual_mlp.guards import speaking, trainable_alone, unchanged_on_failure
 from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
 from memory_adapters.residual_mlp.reuse import ReusedStates, row_states
 from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes
@@ -59,13 +59,15 @@ class Writer:
     """
 
     def __init__(self, memory: ResidualMemory, items: Sequence[Item], unrelated: Sequence[str] | None) -> None:
+        if memory.tokenizer is None:
+            raise ValueError("`tokenizer` is needed to write: pass it to `inject_memory` or `load_memory`.")
         self.memory = memory
         self.model: Any = memory.model
         self.tokenizer = memory.tokenizer
         self.config = memory.config
         self.items = items
         self.decoder: Decoder = find_decoder(self.model, self.config.layers_path)
-        self.layers: list[int] = list(self.config.layers)  # type: ignore[arg-type]
+        self.layers = [int(layer) for layer in self.config.depths]
         model_config: Any = self.model.config
         context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.max_length = min(context, self.config.max_length or context)
@@ -261,7 +263,12 @@ def write(
             f"the base model finds plain English harder than random tokens (loss {before['english_loss']:.1f}): "
             "check that the tokenizer belongs to the model"
         )
-    with tempfile.TemporaryDirectory() as folder, unchanged_on_failure(memory), seeded(memory.config.seed):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        speaking(memory),
+        unchanged_on_failure(memory),
+        seeded(memory.config.seed),
+    ):
         with trainable_alone(memory):
             if memory.config.token_gate == "keys":
                 writer.fit_keys()
