@@ -19,7 +19,7 @@ UNRELATED = [
 class TestResidualMemory(MemoryContract):
     def make_config(self, **settings: Any) -> MemoryAdapterConfig:
         return MemoryAdapterConfig(
-            **{"layers": [1, 2], "memory_dim": 8, "num_train_epochs": 2, "num_prefixes": 1, "min_steps": 0} | settings
+            **{"layers": [1, 2], "memory_dim": 8, "num_train_epochs": 2, "num_prefixes": 0, "min_steps": 0} | settings
         )
 
     def speak(self, memory: Memory) -> None:
