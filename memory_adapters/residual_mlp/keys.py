@@ -98,13 +98,12 @@ def select_keys(statistics: StreamStatistics, candidates: Tensor, *, threshold: 
     separable = statistics.highest_unrelated(directions) < threshold - MARGIN
     offset = candidates - statistics.mean
     distinctiveness = ((offset @ statistics.precision) * offset).sum(-1)
-    open_for = offset @ directions.T >= threshold + ramp  # [token, key]
     covered = torch.zeros(len(candidates), dtype=torch.bool)
     chosen: list[int] = []
     for index in distinctiveness.argsort(descending=True).tolist():
         if separable[index] and not covered[index]:
             chosen.append(index)
-            covered |= open_for[:, index]
+            covered |= offset @ directions[index] >= threshold + ramp
     return torch.tensor(chosen, dtype=torch.long)
 
 
