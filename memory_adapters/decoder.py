@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-__all__ = ["Decoder", "find_decoder", "resolve_layers"]
+__all__ = ["Decoder", "Projection", "execution_device", "find_decoder", "mlp_projection", "resolve_layers"]
 
 
 @dataclass(frozen=True)
@@ -124,64 +124,6 @@ def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
     return sorted(indices)
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass once the last hidden state that is needed has been computed."""
-
-
-def hidden_state(output: Any) -> torch.Tensor:
-    """The hidden state in a block's output, which is a tensor or a tuple that starts with one."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@torch.no_grad()
-def capture(model: nn.Module, decoder: Decoder, layers: Sequence[int], **inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Outputs of some blocks, from one forward pass that stops after the last of them.
-
-    Args:
-        model: The causal LM.
-        decoder: Its parts.
-        layers: Block indices in rising order.
-        inputs: What the model's `forward` takes.
-
-    Returns:
-        One tensor (batch, tokens, hidden_size) a layer, in the model's dtype, before anything that acts on the
-        blocks' outputs through hooks registered later than this call's.
-    """
-    states: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(hidden_state(output))
-        if len(states) == len(layers):
-            raise _EnoughError
-
-    handles = [decoder.blocks[layer].register_forward_hook(keep, prepend=True) for layer in layers]
-    try:
-        model(**inputs, use_cache=False)
-    except _EnoughError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return states
-
-
-@contextmanager
-def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
-    """Within this context the head computes logits only where `mask` (batch, tokens) is true.
-
-    The model then returns logits of shape (1, mask.sum(), vocabulary).
-    """
-
-    def select(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][mask].unsqueeze(0), *args[1:])
-
-    handle = decoder.head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def execution_device(module: nn.Module) -> torch.device:
     """The device `module` computes on, also where accelerate keeps its weights elsewhere."""
     hook = getattr(module, "_hf_hook", None)
@@ -195,3 +137,72 @@ def execution_device(module: nn.Module) -> torch.device:
         if getattr(child, "_hf_hook", None) is not None:
             return execution_device(child)
     return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The last matrix of a block's MLP, whose input is the key and whose output joins the residual stream.
+
+    Attributes:
+        module: The linear module (or the adapter layer around it).
+        name: Its dotted name in the model, such as `"model.layers.7.mlp.down_proj"`.
+        in_features: Width d_in of the keys.
+        out_features: Width of what it adds to the stream.
+        transposed: Whether its weight is stored (in, out), as GPT-2's Conv1D does.
+    """
+
+    module: nn.Module
+    name: str
+    in_features: int
+    out_features: int
+    transposed: bool
+
+
+def mlp_projection(decoder: Decoder, layer: int) -> Projection:
+    """Locate the output projection of the MLP of block `layer`: the matrix onto the stream with the widest input.
+
+    Raises:
+        ValueError: If the block is a mixture of experts, or has no matrix onto the stream.
+    """
+    block = decoder.blocks[layer]
+    name = decoder.block_name(layer)
+    experts = [n for n, p in block.named_parameters() if p.ndim == 3]
+    experts += [n for n, m in block.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    if experts:
+        raise ValueError(
+            f"Block {layer} is a mixture of experts (`{name}.{experts[0]}`), which closed-form editing does not cover: "
+            "choose `layers` with a dense MLP, or use MemoryAdapterConfig, which takes any block."
+        )
+    found = []
+    for path, module in _base_linears(block):
+        weight = getattr(_unwrapped(module), "weight", None)
+        inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        transposed = inputs is None and isinstance(weight, torch.Tensor) and weight.ndim == 2
+        if transposed:
+            assert weight is not None
+            inputs, outputs = weight.shape
+        if isinstance(inputs, int) and outputs == decoder.hidden_size:
+            transposed = transposed or type(_unwrapped(module)).__name__ == "Conv1D"
+            found.append(Projection(module, f"{name}.{path}", inputs, outputs, transposed))
+    if not found:
+        raise ValueError(
+            f"Block {layer} (`{name}`, {type(block).__name__}) has no matrix onto the residual stream of width "
+            f"{decoder.hidden_size}: its MLP cannot be edited in closed form."
+        )
+    widest = max(projection.in_features for projection in found)
+    return [projection for projection in found if projection.in_features == widest][-1]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _base_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Leaf modules of a block with a matrix, and adapter layers around them, by dotted name, in order."""
+    for name, child in block.named_children():
+        inner = f"{path}.{name}" if path else name
+        wrapped = isinstance(child, BaseTunerLayer) and child.get_base_layer() is not child
+        if wrapped or next(child.children(), None) is None:
+            yield inner, child
+        else:
+            yield from _base_linears(child, inner)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memory_adapters.decoder import Decoder, execution_device, logits_at
+from memory_adapters.decoder import Decoder, execution_device
+from memory_adapters.forward_passes import logits_at
 
 __all__ = ["RowScores", "batches_of", "last_token_of", "pad_rows", "score_rows", "shared_length", "tokenize"]
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from memory_adapters import MemoryAdapterConfig, inject_memory, memories
-from memory_adapters.decoder import capture, find_decoder, logits_at
+from memory_adapters.decoder import find_decoder
+from memory_adapters.forward_passes import capture, logits_at
 from tests.contract import architectures, encode, logits
 from tests.models import byte_tokenizer, tiny_model
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor, nn
 
-from memory_adapters.decoder import Decoder, capture, execution_device
+from memory_adapters.decoder import Decoder, execution_device
+from memory_adapters.forward_passes import block_returns_tuple, capture, resumed
 from memory_adapters.tokens import batches_of, pad_rows
 
 __all__ = ["ReusedStates", "row_states"]
@@ -32,18 +31,6 @@ def row_states(
     return found
 
 
-def returns_tuple(model: nn.Module, decoder: Decoder, layer: int) -> bool:
-    """Whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
-    kinds: list[bool] = []
-    handle = decoder.blocks[layer].register_forward_hook(lambda _m, _a, output: kinds.append(isinstance(output, tuple)))
-    try:
-        with torch.no_grad():
-            model(**pad_rows([[0]], execution_device(decoder.embeddings)), use_cache=False)
-    finally:
-        handle.remove()
-    return kinds[0]
-
-
 class ReusedStates:
     """Runs a model from the output of one block on, with everything up to it taken from stored states.
 
@@ -64,30 +51,9 @@ class ReusedStates:
         """States (tokens, hidden_size) of each row at the output of the block."""
 
         found = row_states(model, self.decoder, [self.layer], rows)
-        self.returns_tuple = returns_tuple(model, self.decoder, self.layer)
+        self.returns_tuple = block_returns_tuple(model, self.decoder, self.layer)
         return [states[0] for states in found]
 
-    @contextmanager
-    def resume(self, states: Tensor) -> Iterator[None]:
+    def resume(self, states: Tensor) -> AbstractContextManager[None]:
         """Within this context the block at `layer` puts out `states` (batch, tokens, hidden_size)."""
-
-        def passed_on(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden,) if self.returns_tuple else hidden
-
-        def stored(*_args: Any, **_kwargs: Any) -> Any:
-            return (states,) if self.returns_tuple else states
-
-        blocks = [self.decoder.blocks[i] for i in range(self.layer + 1)]
-        before = [block.__dict__.get("forward") for block in blocks]
-        for block in blocks[:-1]:
-            block.forward = passed_on
-        blocks[-1].forward = stored
-        try:
-            yield
-        finally:
-            for block, forward in zip(blocks, before, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
+        return resumed(self.decoder, self.layer, states, as_tuple=self.returns_tuple)

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from memory_adapters.checkpoint import read_tensors
-from memory_adapters.decoder import Decoder, logits_at
+from memory_adapters.decoder import Decoder
+from memory_adapters.forward_passes import logits_at
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.residual_mlp.reuse import ReusedStates
 from memory_adapters.residual_mlp.rows import IGNORED, Row, Slot

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint
 from memory_adapters.config import MemoryPeftType
-from memory_adapters.decoder import execution_device, find_decoder, hidden_state, resolve_layers
+from memory_adapters.decoder import execution_device, find_decoder, resolve_layers
+from memory_adapters.forward_passes import hidden_state
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
-from memory_adapters.decoder import Decoder, execution_device, find_decoder, logits_at
+from memory_adapters.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.forward_passes import logits_at
 from memory_adapters.knowledge import Fact, Item
 from memory_adapters.memory import WriteReport
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
