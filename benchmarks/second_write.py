@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemoryAdapterConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.editing import EditRecord, load_counterfact, score_edits
+from memory_adapters.evaluation.editing import score_edits
+from memory_adapters.evaluation.records import EditRecord, load_counterfact
 
 
 def main() -> None:

@@ -21,8 +21,17 @@ from torch import nn
 
 from memory_adapters.decoder import find_decoder
 
-__all__ = ["atomic_directory", "base_fingerprint", "check_fingerprint", "read_tensors", "tokenizer_fingerprint"]
+__all__ = [
+    "atomic_directory",
+    "base_fingerprint",
+    "check_fingerprint",
+    "read_metadata",
+    "read_tensors",
+    "tokenizer_fingerprint",
+    "write_tensors",
+]
 
+_FILE_DTYPES = ("F64", "F32", "BF16", "F16")
 _STAGING = ".memory-adapters-staging-"
 _COMMITTED = ".memory-adapters-committed"
 _PROBE = "The quick brown fox: 1234.56 + (x_1 != y2)\n\tnaïve café, Grüße, Ελλάδα, Привет, 你好，안녕하세요, नमस्ते! 🙂"
@@ -169,15 +178,29 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a safetensors file with their SHA-256 in its metadata. The same tensors give the same bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = to_bytes(plain, metadata={"format": "pt", "sha256": _digest(plain)})
+    exact = torch.contiguous_format
+    plain = {name: tensor.detach().cpu().clone(memory_format=exact) for name, tensor in tensors.items()}
+    data = to_bytes(plain, metadata={"format": "pt", "sha256": _digest(plain), **(metadata or {})})
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in any order
     text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def read_metadata(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Shapes by name, and the metadata, of a safetensors file, from its header alone.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is damaged ({error}). Save or download it again.") from error
 
 
 def read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
@@ -199,7 +222,7 @@ def read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, to
                 raise ValueError(f"`{path}` does not fit its config: missing {missing}, unexpected {extra}. {remedy}")
             for name, shape in expected.items():
                 part = file.get_slice(name)
-                if list(part.get_shape()) != list(shape) or part.get_dtype() not in ("F32", "BF16", "F16"):
+                if list(part.get_shape()) != list(shape) or part.get_dtype() not in _FILE_DTYPES:
                     raise ValueError(
                         f"`{path}`: `{name}` is {part.get_dtype()} {part.get_shape()}, its config announces floats "
                         f"of shape {list(shape)}. {remedy}"

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from peft import PeftConfig
 
 if TYPE_CHECKING:
     from memory_adapters.decoder import Decoder
     from memory_adapters.memory import Memory
 
-__all__ = ["MemoryConfig", "MemoryPeftType", "check_choice", "check_number", "memory_class", "register_memory"]
+__all__ = [
+    "MemoryConfig",
+    "MemoryPeftType",
+    "check_choice",
+    "check_number",
+    "checked_layers",
+    "memory_class",
+    "register_memory",
+]
 
 
 class MemoryPeftType(str, enum.Enum):
     """PEFT types of the memory methods, beside PEFT's own closed `PeftType`."""
 
     MEMORY_ADAPTER = "MEMORY_ADAPTER"
+    MEMIT = "MEMIT"
 
 
 @dataclass
@@ -34,6 +43,7 @@ class MemoryConfig(PeftConfig):
     """
 
     method_name: ClassVar[str]
+    kind: ClassVar[MemoryPeftType]
     layers_path: str | None = None
     base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     writes: list[dict[str, str]] = field(default_factory=list, repr=False)
@@ -54,7 +64,11 @@ class MemoryConfig(PeftConfig):
                 f"Unknown config field(s) {unknown} for {cls.__name__}: "
                 "the file is damaged or was written by a newer version of memory-adapters."
             )
-        return super().from_peft_type(**kwargs)
+        return cls(**kwargs) if cls is not MemoryConfig else super().from_peft_type(**kwargs)
+
+    def adapter_config(self, decoder: Decoder) -> PeftConfig:
+        """What PEFT is given to inject: this config itself, if its PEFT type is the method's own."""
+        return self
 
     def check_model(self, decoder: Decoder) -> None:
         """Raise a `ValueError` if the config asks for something that this model does not have."""
@@ -65,10 +79,10 @@ class MemoryConfig(PeftConfig):
         raise NotImplementedError
 
 
-_MEMORY_CLASSES: dict[type[PeftConfig], type[Memory]] = {}
+_MEMORY_CLASSES: dict[type[MemoryConfig], type[Memory]] = {}
 
 
-def register_memory(config_class: type[PeftConfig], memory: type[Memory]) -> None:
+def register_memory(config_class: type[MemoryConfig], memory: type[Memory]) -> None:
     """Let `inject_memory` and `load_memory` answer to `config_class` with `memory`."""
     _MEMORY_CLASSES[config_class] = memory
 
@@ -80,11 +94,12 @@ def memory_class(config: PeftConfig) -> type[Memory] | None:
 
 def config_class(peft_type: object) -> type[MemoryConfig] | None:
     """The registered config class of a `peft_type` read from a file, or None."""
-    if not isinstance(peft_type, str):
-        return None
-    kinds: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
-    found = kinds.get(peft_type)
-    return found if found in _MEMORY_CLASSES else None
+    return next((config for config in _MEMORY_CLASSES if config.kind.value == peft_type), None)
+
+
+def saved_files() -> list[str]:
+    """Names of all files that a saved memory of any method may have."""
+    return sorted({file for memory in _MEMORY_CLASSES.values() for file in memory.files})
 
 
 def memory_config_names() -> list[str]:
@@ -115,3 +130,16 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
+
+
+def checked_layers(layers: Any) -> list[int | float]:
+    """`layers` as a list of ints, or of one or two floats (lists, because configs travel as JSON)."""
+    listed = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    indices = all(type(layer) is int for layer in listed)
+    depths = all(isinstance(x, float) and 0 <= x <= 1 for x in listed) and len(listed) <= 2 and listed == sorted(listed)
+    if not listed or not (indices or depths):
+        raise ValueError(
+            "`layers` must be block indices such as [7, 8], a depth such as 0.25, or a range such as (0.7, 0.8), "
+            f"got {layers!r}."
+        )
+    return listed

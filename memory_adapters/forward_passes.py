@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,16 @@ from torch import nn
 
 from memory_adapters.decoder import Decoder, execution_device
 
-__all__ = ["block_returns_tuple", "capture", "hidden_state", "logits_at", "resumed"]
+__all__ = [
+    "block_returns_tuple",
+    "capture",
+    "capture_inputs",
+    "evaluating",
+    "hidden_state",
+    "inputs_of",
+    "logits_at",
+    "resumed",
+]
 
 
 class _EnoughError(Exception):
@@ -117,3 +126,54 @@ def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: boo
                 del block.forward
             else:
                 block.forward = forward
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module], receive: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Within this context `receive(i, x)` is called with the input x of `modules[i]` at each of its calls."""
+
+    def hook(index: int) -> Callable[..., None]:
+        return lambda _module, args: receive(index, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(i)) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def capture_inputs(model: nn.Module, modules: Sequence[nn.Module], **inputs: Any) -> list[torch.Tensor]:
+    """Inputs of some modules, from one forward pass that stops when the last of them is reached.
+
+    Args:
+        model: The causal LM.
+        modules: Modules in the order in which the model runs them.
+        inputs: What the model's `forward` takes.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def receive(index: int, value: torch.Tensor) -> None:
+        found[index] = value
+        if index == len(modules) - 1:
+            raise _EnoughError
+
+    try:
+        with inputs_of(modules, receive):
+            model(**inputs, use_cache=False)
+    except _EnoughError:
+        pass
+    return [found[i] for i in range(len(modules))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode; afterwards in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

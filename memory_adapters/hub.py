@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi, snapshot_download
 
 from memory_adapters.checkpoint import recover
+from memory_adapters.config import saved_files
 
 if TYPE_CHECKING:
     from memory_adapters.memory import Memory
-
-
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
 def push(memory: Memory, repo_id: str, *, private: bool | None, token: str | None, commit_message: str | None) -> str:
@@ -31,7 +29,7 @@ def push(memory: Memory, repo_id: str, *, private: bool | None, token: str | Non
 def find_files(path_or_repo_id: str | os.PathLike[str], *, revision: str | None, token: str | None) -> Path:
     """The local folder of a saved memory: a folder given as such, or downloaded from the Hub.
 
-    Only a memory's own three files are downloaded.
+    Only files that a memory has are downloaded.
 
     Raises:
         OSError: What huggingface_hub raises: repository or revision not found, no access, not in the offline cache.
@@ -47,7 +45,7 @@ def find_files(path_or_repo_id: str | os.PathLike[str], *, revision: str | None,
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"`{name}` is not a folder with a saved memory.")
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=saved_files()))
     except OSError as error:
         if hasattr(error, "add_note"):
             error.add_note(f"There is no local folder `{name}` either.")

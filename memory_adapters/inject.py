@@ -6,17 +6,18 @@ import copy
 import json
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, read_tensors, tokenizer_fingerprint
+from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, tokenizer_fingerprint
 from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names
 from memory_adapters.decoder import find_decoder
 from memory_adapters.hub import find_files
-from memory_adapters.memory import ATTACHED, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, Attached, Memory
+from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
 
 __all__ = ["inject_memory", "load_memory", "memories"]
 
@@ -65,12 +66,12 @@ def inject_memory(
     active = _active_adapters(base)
     with warnings.catch_warnings():  # PEFT warns of a second adapter on the model; that is the point here
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, base, adapter_name=name)
+        inject_adapter_in_model(config.adapter_config(decoder), base, adapter_name=name)
     if hasattr(base, "add_adapter") and not isinstance(model, PeftModel):
         base.__dict__["_hf_peft_config_loaded"] = (
             True  # transformers' set_adapter, disable_adapters and active_adapters work
         )
-    memory = memory_type(base, name, tokenizer)
+    memory = memory_type(base, name, config, tokenizer)
     for layer, names in active:
         layer._active_adapter = names
     memory.active = True
@@ -105,21 +106,20 @@ def load_memory(
             The model is unchanged then.
     """
     folder = find_files(path_or_repo_id, revision=revision, token=token)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"`{path_or_repo_id}` has no {file}: it is not a saved memory, or only part of one."
-            )
-    config = _read_config(folder / CONFIG_FILE)
+    config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
+    _check_files(folder, [config_file])
+    config = _read_config(folder / config_file)
+    memory_type = memory_class(config)
+    assert memory_type is not None
+    _check_files(folder, [file for file in memory_type.files if file != CARD_FILE])
     base = _base_model(model)
     decoder = find_decoder(base, config.layers_path)
     if config.base_fingerprint is not None:
         check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
     config.check_model(decoder)
-    expected = {PEFT_KEY_PREFIX + name: shape for name, shape in config.tensor_shapes(decoder).items()}
-    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
+    contents = memory_type._read_files(folder, config, decoder)
     memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=adapter_name)
-    set_peft_model_state_dict(base, tensors, adapter_name=memory.adapter_name)
+    memory._restore(contents)
     return memory
 
 
@@ -129,13 +129,21 @@ def memories(model: nn.Module) -> dict[str, Memory]:
     attached: Attached = getattr(base, ATTACHED, None) or Attached()
     found: dict[str, Memory] = {}
     for name, config in getattr(base, "peft_config", {}).items():
-        memory_type = memory_class(config)
-        if memory_type is not None:
-            found[name] = attached.memories.get(name) or memory_type(base, name)
+        known, memory_type = attached.memories.get(name), memory_class(config)
+        if known is not None and known.attached:
+            found[name] = known
+        elif memory_type is not None:
+            found[name] = memory_type(base, name, config)
     if found:
         attached.memories = found
         setattr(base, ATTACHED, attached)
     return dict(found)
+
+
+def _check_files(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"`{folder}` has no {name}: it is not a saved memory, or only part of one.")
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -8,22 +8,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
 from memory_adapters import hub
-from memory_adapters.checkpoint import atomic_directory, write_tensors
+from memory_adapters.checkpoint import atomic_directory, read_tensors, write_tensors
 from memory_adapters.config import MemoryConfig
+from memory_adapters.decoder import Decoder
 from memory_adapters.model_card import model_card
 
 __all__ = ["Memory", "WriteReport"]
 
 CONFIG_FILE = "adapter_config.json"
+SETTINGS_FILE = "memory_config.json"  # of methods whose adapter is of a PEFT type that is not their own
+CONFIG_FILES = (SETTINGS_FILE, CONFIG_FILE)
 WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 PEFT_KEY_PREFIX = "base_model.model."
 
 
@@ -112,15 +116,19 @@ class Memory(ABC):
         tokenizer: The model's tokenizer, needed to write.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, tokenizer: Any = None) -> None:
-        self.model: Any = model
+    files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+
+    def __init__(self, model: Any, adapter_name: str, config: MemoryConfig, tokenizer: Any = None) -> None:
+        self.model = model
         self.adapter_name = adapter_name
         self.tokenizer = tokenizer
+        self._config = config
+        self._adapter_config: PeftConfig = self.model.peft_config[adapter_name]
 
     @property
     def config(self) -> MemoryConfig:
         self._check_attached()
-        return self.model.peft_config[self.adapter_name]
+        return self._config
 
     @abstractmethod
     def write(self, items: Any) -> WriteReport:
@@ -130,8 +138,13 @@ class Memory(ABC):
     def _detach(self) -> None:
         """Take this memory's modules and hooks off the model."""
 
+    @property
+    def attached(self) -> bool:
+        """Whether the memory is still on its model."""
+        return getattr(self.model, "peft_config", {}).get(self.adapter_name) is self._adapter_config
+
     def _check_attached(self) -> None:
-        if self.adapter_name not in getattr(self.model, "peft_config", {}):
+        if not self.attached:
             raise RuntimeError(f"The memory {self.adapter_name!r} was removed from its model; inject or load it again.")
 
     def tuner_layers(self) -> list[BaseTunerLayer]:
@@ -204,15 +217,29 @@ class Memory(ABC):
             NotADirectoryError: If `save_directory` is a file.
         """
         config = self.config
+        with atomic_directory(save_directory) as staging:
+            self._write_files(staging)
+            (staging / CARD_FILE).write_text(model_card(config, self.num_parameters()), encoding="utf-8")
+
+    def _write_files(self, folder: Path) -> None:
+        """Write what the method saves: here its PEFT adapter."""
         tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in self.state_dict().items()}
-        inference_mode, config.inference_mode = config.inference_mode, True
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        inference_mode, self._adapter_config.inference_mode = self._adapter_config.inference_mode, True
         try:
-            with atomic_directory(save_directory) as staging:
-                write_tensors(staging / WEIGHTS_FILE, tensors)
-                config.save_pretrained(str(staging))
-                (staging / "README.md").write_text(model_card(config, self.num_parameters()), encoding="utf-8")
+            self._adapter_config.save_pretrained(str(folder))
         finally:
-            config.inference_mode = inference_mode
+            self._adapter_config.inference_mode = inference_mode
+
+    @classmethod
+    def _read_files(cls, folder: Path, config: MemoryConfig, decoder: Decoder) -> Any:
+        """Read and check what `_write_files` wrote, for `_restore`; nothing is changed."""
+        shapes = config.tensor_shapes(decoder)
+        return read_tensors(folder / WEIGHTS_FILE, {PEFT_KEY_PREFIX + name: shape for name, shape in shapes.items()})
+
+    def _restore(self, contents: Any) -> None:
+        """Put what `_read_files` read into a memory that was just injected."""
+        set_peft_model_state_dict(self.model, contents, adapter_name=self.adapter_name)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
@@ -231,7 +258,7 @@ class Memory(ABC):
         return hub.push(self, repo_id, private=private, token=token, commit_message=commit_message)
 
     def __repr__(self) -> str:
-        if self.adapter_name not in getattr(self.model, "peft_config", {}):
+        if not self.attached:
             return f"{type(self).__name__}({self.adapter_name!r}, removed)"
         state = "active" if self.active else "inactive"
         return f"{type(self).__name__}({self.adapter_name!r}, {state}, {self.num_parameters():,} parameters)"

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from memory_adapters.forward_passes import evaluating
+
 __all__ = ["OTHER_SUBJECTS", "PLAIN_SENTENCES", "sample_text"]
 
 # Other subjects to put in a fact's prompt, and sentences whose openings many texts share. They only have to be
@@ -65,7 +67,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def sample_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num_tokens: int, seed: int) -> list[str]:
+def sample_text(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num_tokens: int, seed: int, top_k: int = 0
+) -> list[str]:
     """Text sampled from the model itself at temperature 1: needs no data, and looks like what the model reads.
 
     Args:
@@ -74,6 +78,7 @@ def sample_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num
         prompts: One text to continue each; an empty one starts from the beginning-of-text token.
         num_tokens: New tokens of each.
         seed: Seed of the sampling; the global generators are left as they were.
+        top_k: Sample among so many most probable tokens; 0 for all.
 
     Returns:
         Each prompt with its continuation.
@@ -83,22 +88,17 @@ def sample_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    was_training = model.training
-    model.eval()
-    try:
-        with seeded(seed):
-            sampled = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(model.device),  # type: ignore[arg-type]
-                attention_mask=mask.to(model.device),  # type: ignore[arg-type]
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=num_tokens,
-                min_new_tokens=num_tokens,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            )
-    finally:
-        model.train(was_training)
+    with seeded(seed), evaluating(model):
+        sampled = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(model.device),  # type: ignore[arg-type]
+            attention_mask=mask.to(model.device),  # type: ignore[arg-type]
+            do_sample=True,
+            temperature=1.0,
+            top_k=top_k,
+            top_p=1.0,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        )
     tails = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=True)
     return [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]

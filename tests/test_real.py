@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import Fact, MemoryAdapterConfig, QuestionAnswer, inject_memory, load_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.editing import load_counterfact, score_edits
+from memory_adapters.evaluation.editing import score_edits
+from memory_adapters.evaluation.records import load_counterfact
 from memory_adapters.evaluation.retention import load_wikitext, perplexity
 
 pytestmark = [

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.activations import ACT2FN
 
-from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number
+from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number, checked_layers
 from memory_adapters.decoder import Decoder, resolve_layers
 
 __all__ = ["MemoryAdapterConfig"]
@@ -61,6 +61,7 @@ class MemoryAdapterConfig(MemoryConfig):
     """
 
     method_name: ClassVar[str] = "Gated residual MLP memory"
+    kind: ClassVar[MemoryPeftType] = MemoryPeftType.MEMORY_ADAPTER
 
     layers: Sequence[int | float] | int | float = 0.18
     memory_dim: int = 128
@@ -92,10 +93,10 @@ class MemoryAdapterConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MemoryPeftType.MEMORY_ADAPTER
+        self.peft_type = self.kind
         self.task_type = "CAUSAL_LM"
         self.target_modules = None  # resolved from `layers` at every injection
-        self.layers = _checked_layers(self.layers)
+        self.layers = checked_layers(self.layers)
         check_number("memory_dim", self.memory_dim, low=1, integer=True)
         check_choice("activation", self.activation, ACT2FN.keys())
         check_choice("token_gate", self.token_gate, ("keys", "sigmoid", "none"))
@@ -171,16 +172,3 @@ class MemoryAdapterConfig(MemoryConfig):
             target_loss=0.0,
         )
         return cls(**{**experiment, **settings})
-
-
-def _checked_layers(layers: Any) -> list[int | float]:
-    """`layers` as a list of ints, or of one or two floats (lists, because configs travel as JSON)."""
-    listed = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
-    indices = all(type(layer) is int for layer in listed)
-    depths = all(isinstance(x, float) and 0 <= x <= 1 for x in listed) and len(listed) <= 2 and listed == sorted(listed)
-    if not listed or not (indices or depths):
-        raise ValueError(
-            "`layers` must be block indices such as [7, 8], a depth such as 0.25, or a range such as (0.7, 0.8), "
-            f"got {layers!r}."
-        )
-    return listed

@@ -1,0 +1,61 @@
+"""The edit as PEFT's LoRA layers hold it: two thin factors whose rank is the number of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from memory_adapters.memit.ledger import Factors
+
+__all__ = ["lora_layers", "place", "take_out"]
+
+
+def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLayer]:
+    """The LoRA layers at these places (block index to dotted name)."""
+    found = {}
+    for index, name in names.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, LoraLayer)
+        found[index] = module
+    return found
+
+
+@torch.no_grad()
+def place(
+    layers: Mapping[int, LoraLayer], adapter_name: str, config: LoraConfig, factors: Mapping[int, Factors]
+) -> None:
+    """Let the adapter be B A at each layer, in float32 (a change of B A k that bfloat16 would round away counts).
+
+    Args:
+        layers: Block index to LoRA layer.
+        adapter_name: The adapter.
+        config: Its PEFT config, which gets the new rank.
+        factors: Block index to the factors. Rank 0 becomes rank 1 of zeros, the least that PEFT knows.
+    """
+    ready = {}
+    for index, layer in layers.items():
+        A, B = factors[index].A, factors[index].B
+        if len(A) == 0:
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        device = layer.lora_A[adapter_name].weight.device
+        ready[index] = [nn.Parameter(matrix.to(device), requires_grad=False) for matrix in (A, B)]
+    for index, layer in layers.items():
+        A, B = ready[index]
+        down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        down.weight, up.weight = A, B
+        config.r = config.lora_alpha = down.out_features = up.in_features = len(A)
+        layer.r[adapter_name] = layer.lora_alpha[adapter_name] = len(A)
+        layer.scaling[adapter_name] = 1.0
+
+
+def take_out(model: nn.Module, names: Mapping[int, str], adapter_name: str) -> None:
+    """Delete the adapter, and put the base's own module back where no other adapter is left."""
+    for layer, name in zip(lora_layers(model, names).values(), names.values(), strict=True):
+        layer.delete_adapter(adapter_name)
+        if not layer._get_available_adapters():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -1,0 +1,129 @@
+"""Settings of closed-form editing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftConfig
+
+from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number, checked_layers
+from memory_adapters.decoder import Decoder, mlp_projection, resolve_layers
+from memory_adapters.memit.solvers import SOLVERS
+
+__all__ = ["MemitConfig"]
+
+
+@dataclass
+class MemitConfig(MemoryConfig):
+    """MEMIT (Meng et al. 2023): a change ΔW = R Kᵀ (λC₀ + K Kᵀ)⁻¹ of the MLP output projections of a few blocks.
+
+    ΔW is a product of two thin matrices and lives on the model as a LoRA adapter: B = R, A = Kᵀ (λC₀ + K Kᵀ)⁻¹.
+    Nothing here is in units of a particular model: λ is relative to the covariance, steps and norms to the stream.
+
+    Attributes:
+        layers: Blocks to edit: indices (negatives count from the top), or a range of depth. Resolved to indices when
+            the memory is injected. `memory_adapters.memit.trace_facts` measures where a model keeps its facts.
+        solver: `"memit"`, `"alphaedit"` (ΔW leaves the directions in use alone) or `"emmet"` (ΔW K = R exactly).
+        regularization: λ as a share of d_in, which is the mean of kᵀ C₀⁻¹ k over ordinary text: 1 weighs a fact like
+            an ordinary token. GPT-J's λ = 15,000 is 0.92 in these units.
+        null_space: For alphaedit: the share of C₀'s directions, those in which ordinary keys are least, that may change.
+        steps: Most evaluations of the loss of a fact's target vector z.
+        learning_rate: Adam's, in units of the RMS of the stream h₀ that δ is added to.
+        clamp: Largest ‖δ‖ / ‖h₀‖.
+        target_loss: A fact's optimisation ends below this loss.
+        kl_factor: Weight of KL(edited ‖ base) at the subject in "{subject} is a".
+        weight_decay: Weight of ‖δ‖ / ‖h₀‖².
+        num_prefixes: Sampled openings behind which a fact must hold, beside its bare prompt.
+        prefix_length: Their length in tokens.
+        chat: Whether a fact must hold as the answer to its prompt in the tokenizer's chat template too.
+        precision: Of the forward passes that find z: `"model"` for the model's own, or `"bfloat16"`.
+        covariance_tokens: Tokens of text sampled from the model, for C₀ when `write` is given none.
+        shrinkage: ρ of C₀'s shrinkage in [0, 1]; None to estimate it from the number of tokens.
+        batch_tokens: Tokens in one forward pass; None for what fits in the free memory.
+        seed: Of the prefixes and the sampled text.
+        facts: What is written: prompt, subject and target of each. Filled in by `write`.
+    """
+
+    method_name: ClassVar[str] = "Closed-form edit (MEMIT)"
+    kind: ClassVar[MemoryPeftType] = MemoryPeftType.MEMIT
+
+    layers: Sequence[int | float] | int | float = (0.2, 0.35)
+    solver: str = "memit"
+    regularization: float = 0.03
+    null_space: float = 0.5
+    steps: int = 25
+    learning_rate: float = 0.09
+    clamp: float = 0.75
+    target_loss: float = 0.05
+    kl_factor: float = 0.0625
+    weight_decay: float = 0.5
+    num_prefixes: int = 5
+    prefix_length: int = 10
+    chat: bool = False
+    precision: str = "model"
+    covariance_tokens: int = 16384
+    shrinkage: float | None = None
+    batch_tokens: int | None = None
+    seed: int = 0
+    facts: list[dict[str, str]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.kind
+        self.task_type = "CAUSAL_LM"
+        self.layers = checked_layers(self.layers)
+        check_choice("solver", self.solver, SOLVERS)
+        check_number("regularization", self.regularization, low=0, open_low=True)
+        check_number("null_space", self.null_space, low=0, high=1, open_low=True)
+        check_number("steps", self.steps, low=1, integer=True)
+        check_number("learning_rate", self.learning_rate, low=0, open_low=True)
+        check_number("clamp", self.clamp, low=0, open_low=True)
+        check_number("target_loss", self.target_loss, low=0)
+        check_number("kl_factor", self.kl_factor, low=0)
+        check_number("weight_decay", self.weight_decay, low=0)
+        check_number("num_prefixes", self.num_prefixes, low=0, integer=True)
+        check_number("prefix_length", self.prefix_length, low=1, integer=True)
+        check_choice("precision", self.precision, ("model", "bfloat16"))
+        check_number("covariance_tokens", self.covariance_tokens, low=1, integer=True)
+        if self.shrinkage is not None:
+            check_number("shrinkage", self.shrinkage, low=0, high=1)
+        if self.batch_tokens is not None:
+            check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
+        check_number("seed", self.seed, low=0, integer=True)
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"`chat` must be True or False, got {self.chat!r}.")
+
+    def resolved(self, decoder: Decoder) -> list[int]:
+        """The blocks to edit, in rising order."""
+        assert isinstance(self.layers, list)
+        return resolve_layers(self.layers, decoder.num_layers)
+
+    def check_model(self, decoder: Decoder) -> None:
+        for layer in self.resolved(decoder):
+            mlp_projection(decoder, layer)
+
+    def adapter_config(self, decoder: Decoder) -> PeftConfig:
+        """The LoRA adapter that the edit is on the model, of rank 1 as long as nothing is written."""
+        projections = [mlp_projection(decoder, layer) for layer in self.resolved(decoder)]
+        return LoraConfig(
+            r=1,
+            lora_alpha=1,
+            target_modules=[projection.name for projection in projections],
+            fan_in_fan_out=projections[0].transposed,
+            inference_mode=True,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.base_model_name_or_path,
+        )
+
+    def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
+        """Shapes of the ledger's tensors; see `memory_adapters.memit.ledger`."""
+        raise NotImplementedError
+
+    @classmethod
+    def reference(cls, **settings: Any) -> MemitConfig:
+        """The authors' settings for GPT-J."""
+        gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384)
+        return cls(**{**gptj, **settings})

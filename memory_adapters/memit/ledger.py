@@ -1,0 +1,154 @@
+"""The ledger of an edit: its facts, and all that is needed to solve for the edit again without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from memory_adapters.knowledge import Fact
+from memory_adapters.memit.solvers import Cost, dense_readout, readout
+
+__all__ = ["Factors", "Ledger", "relation_of"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW = B A of one layer.
+
+    Attributes:
+        A: (rank, d_in), float32.
+        B: (hidden_size, rank), float32.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What was written, fact by fact. A value: changes make a new one.
+
+    Attributes:
+        facts: The n facts.
+        targets: z of each (n, hidden_size), float32.
+        keys: Layer to keys (n, d_in), float32.
+        shares: Layer to the change of the stream asked of it (n, hidden_size), float32.
+        whitened: Layer to rows M⁻¹ k (n, d_in), float64; empty where `inverses` is not.
+        inverses: Layer to M⁻¹ (d_in, d_in), float64: smaller than `whitened` once n ≥ d_in; otherwise empty.
+    """
+
+    facts: tuple[Fact, ...]
+    targets: Tensor
+    keys: dict[int, Tensor]
+    shares: dict[int, Tensor]
+    whitened: dict[int, Tensor] = field(default_factory=dict)
+    inverses: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, layers: Mapping[int, int], hidden_size: int) -> Ledger:
+        """Of no facts, for layers and their d_in."""
+        none = {layer: torch.zeros(0, width) for layer, width in layers.items()}
+        shares = {layer: torch.zeros(0, hidden_size) for layer in layers}
+        whitened = {layer: torch.zeros(0, width, dtype=torch.float64) for layer, width in layers.items()}
+        return cls((), torch.zeros(0, hidden_size), none, shares, whitened)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.keys)
+
+    def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
+        """With the facts of `other` too, and every key measured by the same `costs`. Replaces facts it has already."""
+        taken = {relation_of(fact) for fact in other.facts}
+        kept = self.subset([i for i, fact in enumerate(self.facts) if relation_of(fact) not in taken])
+        keys = {layer: torch.cat([kept.keys[layer], other.keys[layer]]) for layer in self.layers}
+        joined = Ledger(
+            (*kept.facts, *other.facts),
+            torch.cat([kept.targets, other.targets]),
+            keys,
+            {layer: torch.cat([kept.shares[layer], other.shares[layer]]) for layer in self.layers},
+        )
+        many = [layer for layer in self.layers if len(keys[layer]) >= keys[layer].shape[1]]
+        few = [layer for layer in self.layers if layer not in many]
+        return replace(
+            joined,
+            whitened={layer: costs[layer].whiten(keys[layer].T.double()).T for layer in few},
+            inverses={layer: costs[layer].whiten(_identity(keys[layer])) for layer in many},
+        )
+
+    def subset(self, indices: Sequence[int]) -> Ledger:
+        """Of the facts with these indices alone."""
+        rows = torch.tensor(list(indices), dtype=torch.long)
+        whitened = {layer: rows_of[rows] for layer, rows_of in self.whitened.items()}
+        keys = {layer: rows_of[rows] for layer, rows_of in self.keys.items()}
+        inverses = {}
+        for layer, inverse in self.inverses.items():
+            if len(rows) >= len(inverse):
+                inverses[layer] = inverse
+            else:
+                whitened[layer] = keys[layer].double() @ inverse
+        shares = {layer: rows_of[rows] for layer, rows_of in self.shares.items()}
+        return Ledger(tuple(self.facts[i] for i in indices), self.targets[rows], keys, shares, whitened, inverses)
+
+    def solve(self) -> dict[int, Factors]:
+        """ΔW of every layer. What a layer fails to realise is shared out among those above it."""
+        solved: dict[int, Factors] = {}
+        carried = torch.zeros_like(self.targets, dtype=torch.float64)
+        for i, layer in enumerate(self.layers):
+            left = len(self.layers) - i
+            keys = self.keys[layer].double()
+            if layer in self.inverses:
+                A = dense_readout(keys.T, self.inverses[layer])
+            else:
+                A = readout(keys.T, self.whitened[layer].T)
+            R = self.shares[layer].double() + carried / left
+            carried = carried * (1 - 1 / left) + R - (A @ keys.T).T @ R
+            solved[layer] = _thin(R.T, A)
+        return solved
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for a file."""
+        found = {"targets": self.targets}
+        for kind in ("keys", "shares", "whitened", "inverses"):
+            found |= {f"{kind}.{layer}": tensor for layer, tensor in getattr(self, kind).items()}
+        return found
+
+    @staticmethod
+    def tensor_shapes(num_facts: int, layers: Mapping[int, int], hidden_size: int) -> dict[str, torch.Size]:
+        """Names and shapes of `tensors` for so many facts."""
+        shapes = {"targets": (num_facts, hidden_size)}
+        for layer, width in layers.items():
+            shapes[f"keys.{layer}"] = (num_facts, width)
+            shapes[f"shares.{layer}"] = (num_facts, hidden_size)
+            dense = num_facts >= width
+            shapes[f"inverses.{layer}" if dense else f"whitened.{layer}"] = (width if dense else num_facts, width)
+        return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+    @classmethod
+    def from_tensors(cls, facts: Sequence[Fact], tensors: Mapping[str, Tensor]) -> Ledger:
+        """Undo `tensors`."""
+        kinds: dict[str, dict[int, Tensor]] = {"keys": {}, "shares": {}, "whitened": {}, "inverses": {}}
+        for name, tensor in tensors.items():
+            kind, _, layer = name.partition(".")
+            if kind in kinds:
+                kinds[kind][int(layer)] = tensor
+        return cls(tuple(facts), tensors["targets"], **kinds)
+
+
+def relation_of(fact: Fact) -> tuple[str, str]:
+    """What a fact is about: its subject, and its prompt with the subject left open."""
+    return fact.subject, fact.prompt.replace(fact.subject, "{}")
+
+
+def _thin(R: Tensor, A: Tensor) -> Factors:
+    """R A with the smallest rank that loses nothing: for more facts than the stream is wide, by R = Q T."""
+    if R.shape[1] > R.shape[0]:
+        Q, T = torch.linalg.qr(R)
+        R, A = Q, T @ A
+    return Factors(A.float().contiguous(), R.float().contiguous())
+
+
+def _identity(keys: Tensor) -> Tensor:
+    return torch.eye(keys.shape[1], dtype=torch.float64)

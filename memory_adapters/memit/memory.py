@@ -1,0 +1,243 @@
+"""A closed-form edit as a `Memory`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, read_tensors, write_tensors
+from memory_adapters.decoder import Decoder, find_decoder, mlp_projection
+from memory_adapters.forward_passes import evaluating
+from memory_adapters.knowledge import Fact, as_items
+from memory_adapters.memit.adapter import lora_layers, place, take_out
+from memory_adapters.memit.config import MemitConfig
+from memory_adapters.memit.covariance import Covariance, CovarianceFitter
+from memory_adapters.memit.ledger import Factors, Ledger, relation_of
+from memory_adapters.memit.rows import Context, fact_rows
+from memory_adapters.memit.solvers import SOLVERS
+from memory_adapters.memit.writer import EntryMaker
+from memory_adapters.memory import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PEFT_KEY_PREFIX,
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    Memory,
+    WriteReport,
+)
+from memory_adapters.tokens import score_rows, tokenize
+from memory_adapters.unrelated import PLAIN_SENTENCES
+
+__all__ = ["MemitMemory"]
+
+LEDGER_FILE = "ledger.safetensors"
+
+
+class MemitMemory(Memory):
+    """Facts solved into the MLP output projections of a few blocks: an ordinary LoRA adapter, and a ledger.
+
+    Attributes:
+        ledger: What was written, fact by fact.
+        covariance: C₀ of the last write in this process; None before.
+    """
+
+    config: MemitConfig
+    files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, LEDGER_FILE, CARD_FILE)
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: MemitConfig, tokenizer: Any = None) -> None:
+        super().__init__(model, adapter_name, config, tokenizer)
+        decoder = find_decoder(model, config.layers_path)
+        config.layers = config.resolved(decoder)
+        self._names = {layer: mlp_projection(decoder, layer).name for layer in config.resolved(decoder)}
+        self.ledger = Ledger.empty(_widths(config, decoder), decoder.hidden_size)
+        self.covariance: Covariance | None = None
+        self._place(self.ledger.solve())
+
+    @property
+    def facts(self) -> list[Fact]:
+        """What is written."""
+        return list(self.ledger.facts)
+
+    def fit_covariance(self, texts: Any = None, num_tokens: int | None = None, **settings: Any) -> Covariance:
+        """C₀ of the blocks that this memory edits, without the memory; kept for the writes to come.
+
+        Args:
+            texts: See `CovarianceFitter.fit`; None for text that the model samples from itself.
+            num_tokens: Budget; by default the config's `covariance_tokens`.
+            settings: Passed on to `CovarianceFitter.fit` or `.sample`.
+        """
+        self._check_writable()
+        budget = num_tokens or self.config.covariance_tokens
+        with self.disabled():
+            fitter = CovarianceFitter(
+                self.model, self.tokenizer, list(self._names), layers_path=self.config.layers_path
+            )
+            if texts is None:
+                fitter.sample(budget, seed=self.config.seed, **settings)
+            else:
+                fitter.fit(texts, budget, **settings)
+        self.covariance = fitter.covariance()
+        return self.covariance
+
+    def write(
+        self,
+        items: Any,
+        *,
+        covariance: Covariance | str | None = None,
+        targets: MemitMemory | None = None,
+        progress: bool = True,
+    ) -> WriteReport:
+        """Add facts. Earlier ones stay; a fact about the same subject and relation is replaced.
+
+        The result does not depend on how facts are divided among writes, nor on their order. If it fails or is
+        interrupted, the memory is what it was before.
+
+        Args:
+            items: One `Fact` or many.
+            covariance: C₀, or where it was saved (a file, or a repository on the Hub). By default that of the last
+                write, or else of text sampled from the model.
+            targets: Another memory on the same blocks, whose z are taken for the facts that it holds: other solvers and
+                settings of the solve can be tried without finding them again.
+            progress: Show bars.
+
+        Raises:
+            TypeError: If an item is not a `Fact`.
+            ValueError: If facts contradict each other, one does not fit in the model's context, there is no tokenizer,
+                or the covariance is singular or of another model.
+        """
+        start = time.perf_counter()
+        facts, notes = consistent(as_items(items, (Fact,)))
+        self._check_writable()
+        given = Covariance.load(covariance) if isinstance(covariance, str) else covariance
+        if given is not None:
+            check_fingerprint(given.base_fingerprint, base_fingerprint(self.model, self.config.layers_path))
+        maker = EntryMaker(self.model, self.tokenizer, self.config)
+        with self.disabled(), evaluating(self.model):
+            maker.check(facts)
+            before = self._scores(facts)
+            used = given or self.covariance or self.fit_covariance(progress=progress)
+            solver = SOLVERS[self.config.solver]
+            costs = {
+                layer: solver.cost(used.shrunk(layer, self.config.shrinkage), self.config) for layer in self._names
+            }
+            entries = maker.entries(facts, None if targets is None else targets.ledger, progress)
+        ledger = self.ledger.plus(entries, costs)
+        replaced = len(self.ledger.facts) + len(facts) - len(ledger.facts)
+        if replaced:
+            notes.append(f"{replaced} fact{'s' * (replaced > 1)} about the same subject and relation replaced")
+        factors = ledger.solve()
+        self._place(factors)
+        self.ledger, self.covariance = ledger, used
+        with evaluating(self.model):
+            after = self._scores(facts)
+        report = WriteReport(
+            method=self.config.method_name,
+            num_items={"Fact": len(facts)},
+            recall=after[0],
+            recall_before=before[0],
+            perplexity=after[1],
+            perplexity_before=before[1],
+            num_parameters=self.num_parameters(),
+            seconds=time.perf_counter() - start,
+            notes=[*notes, f"covariance of {used.num_tokens:,} tokens of {used.source}"],
+        )
+        self.config.writes.append(dict(report.rows()))
+        return report
+
+    def forget(self, items: Any) -> None:
+        """Take facts out again: the edit is what it would be had they never been written. Needs no model pass.
+
+        Raises:
+            TypeError: If an item is not a `Fact`.
+            ValueError: If a fact is not in the memory; nothing is forgotten then.
+        """
+        self._check_attached()
+        gone = set(as_items(items, (Fact,)))
+        if missing := [fact for fact in gone if fact not in self.ledger.facts]:
+            raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `facts`.")
+        ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
+        self._place(ledger.solve())
+        self.ledger = ledger
+
+    def _place(self, factors: dict[int, Factors]) -> None:
+        place(lora_layers(self.model, self._names), self.adapter_name, self._adapter_config, factors)
+
+    def _scores(self, facts: Sequence[Fact]) -> tuple[float, float]:
+        """Share of facts that greedy decoding gives, and perplexity on plain sentences."""
+        rows = [row for row in fact_rows(facts, [Context()], self.tokenizer, 1 << 30) if row.context == 0]
+        plain = [tokenize(self.tokenizer, sentence) for sentence in PLAIN_SENTENCES]
+        decoder = find_decoder(self.model, self.config.layers_path)
+        first = [row.first_label for row in rows] + [1] * len(plain)
+        found = score_rows(self.model, decoder, [row.ids for row in rows] + plain, first)
+        right = (found.right == found.count)[: len(rows)].float().mean()
+        loss = -found.log_prob[len(rows) :].sum() / found.count[len(rows) :].sum()
+        return float(right), math.exp(loss)
+
+    def _check_writable(self) -> None:
+        self._check_attached()
+        if self.tokenizer is None:
+            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
+
+    def _detach(self) -> None:
+        self.active = False  # so that PEFT does not activate another adapter in its place
+        take_out(self.model, self._names, self.adapter_name)
+
+    def _write_files(self, folder: Path) -> None:
+        super()._write_files(folder)
+        facts = [{"prompt": f.prompt, "subject": f.subject, "target": f.target} for f in self.ledger.facts]
+        settings = {**self.config.to_dict(), "facts": facts}
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_tensors(folder / LEDGER_FILE, self.ledger.tensors())
+
+    @classmethod
+    def _read_files(cls, folder: Path, config: MemitConfig, decoder: Decoder) -> Any:
+        facts = [Fact(**fact) for fact in config.facts]
+        widths, size = _widths(config, decoder), decoder.hidden_size
+        ledger = read_tensors(folder / LEDGER_FILE, Ledger.tensor_shapes(len(facts), widths, size))
+        rank = max(min(len(facts), size), 1)
+        shapes = {}
+        for layer, width in widths.items():
+            name = PEFT_KEY_PREFIX + mlp_projection(decoder, layer).name
+            shapes[f"{name}.lora_A.weight"] = torch.Size((rank, width))
+            shapes[f"{name}.lora_B.weight"] = torch.Size((size, rank))
+        factors = read_tensors(folder / WEIGHTS_FILE, shapes)
+        return Ledger.from_tensors(facts, ledger), factors
+
+    def _restore(self, contents: tuple[Ledger, dict[str, Tensor]]) -> None:
+        ledger, tensors = contents
+        names = {layer: PEFT_KEY_PREFIX + name for layer, name in self._names.items()}
+        self._place(
+            {
+                i: Factors(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"])
+                for i, name in names.items()
+            }
+        )
+        self.ledger = ledger
+
+
+def consistent(facts: Sequence[Any]) -> tuple[list[Fact], list[str]]:
+    """Facts without repetitions, and notes for the user.
+
+    Raises:
+        ValueError: If two say different things of the same subject and relation; lists all that do.
+    """
+    said: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts:
+        said.setdefault(relation_of(fact), []).append(fact)
+    if clashes := [group for group in said.values() if len({fact.target for fact in group}) > 1]:
+        listed = "; ".join(f"{g[0].prompt!r}: {', '.join(repr(f.target) for f in g)}" for g in clashes)
+        raise ValueError(f"`items` contradict each other ({listed}): keep one target of each.")
+    repeated = len(facts) - len(said)
+    return [group[0] for group in said.values()], [f"{repeated} repeated fact(s) left out"] if repeated else []
+
+
+def _widths(config: MemitConfig, decoder: Decoder) -> dict[int, int]:
+    return {layer: mlp_projection(decoder, layer).in_features for layer in config.resolved(decoder)}

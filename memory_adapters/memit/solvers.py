@@ -1,0 +1,116 @@
+"""The linear algebra of an edit: which change of a matrix makes it say R at the keys K, and nothing elsewhere.
+
+All solvers minimise ‖ΔW K − R‖² + tr(ΔW M ΔWᵀ), each with its own M: what a change costs on what the matrix has
+learned already. With W = M⁻¹ K and G = Kᵀ W,
+
+    ΔW = R A,    A = Kᵀ (M + K Kᵀ)⁻¹ = (I + G)⁻¹ Wᵀ,
+
+the right side on n × n matrices for n facts. Earlier facts are rows of K like new ones, so that a later write is
+sequential MEMIT with the residual of the model as it then is: recursive least squares, whose result is the joint
+solution in any order of writes. Everything is in float64.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memory_adapters.memit.config import MemitConfig
+
+__all__ = ["SOLVERS", "Cost", "Solver", "readout"]
+
+
+class Cost(ABC):
+    """M of one layer."""
+
+    @abstractmethod
+    def whiten(self, keys: Tensor) -> Tensor:
+        """W = M⁻¹ K, (d_in, n), for keys (d_in, n)."""
+
+
+class DenseCost(Cost):
+    """M given as a positive definite matrix (d_in, d_in), by its Cholesky factor.
+
+    Raises:
+        ValueError: If it is singular.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed or not torch.isfinite(self.factor).all():
+            raise ValueError(
+                "The covariance is singular: fit it on more tokens (about 10 · d_in), or raise `shrinkage`."
+            )
+
+    def whiten(self, keys: Tensor) -> Tensor:
+        return torch.cholesky_solve(keys, self.factor)
+
+
+class NullSpaceCost(Cost):
+    """M that is λ on some directions and infinite on all others: M⁻¹ = P / λ.
+
+    Args:
+        basis: Orthonormal columns (d_in, m) that span what may be changed.
+        weight: λ.
+    """
+
+    def __init__(self, basis: Tensor, weight: float) -> None:
+        self.basis, self.weight = basis, weight
+
+    def whiten(self, keys: Tensor) -> Tensor:
+        return self.basis @ (self.basis.T @ keys) / self.weight
+
+
+class Solver(ABC):
+    """A choice of M."""
+
+    @abstractmethod
+    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
+        """M for C₀ (d_in, d_in) in float64."""
+
+
+class Memit(Solver):
+    """M = λ C₀ (MEMIT, eq. 14)."""
+
+    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
+        return DenseCost(config.regularization * len(covariance) * covariance)
+
+
+class AlphaEdit(Solver):
+    """M⁻¹ = P / λ with P the projection on the directions of C₀ in which ordinary keys hardly are (Fang et al. 2024).
+
+    λ is relative to the mean of ‖P k‖² over ordinary text.
+    """
+
+    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
+        values, vectors = torch.linalg.eigh(covariance)  # in rising order
+        free = max(1, round(config.null_space * len(values)))
+        return NullSpaceCost(vectors[:, :free], config.regularization * float(values[:free].sum()))
+
+
+class Emmet(Solver):
+    """M = ε C₀ with ε next to 0: ΔW K = R holds exactly (Gupta et al. 2024)."""
+
+    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
+        return DenseCost(1e-6 * len(covariance) * covariance)
+
+
+SOLVERS: dict[str, Solver] = {"memit": Memit(), "alphaedit": AlphaEdit(), "emmet": Emmet()}
+
+
+def readout(keys: Tensor, whitened: Tensor) -> Tensor:
+    """A = (I + Kᵀ W)⁻¹ Wᵀ, (n, d_in), for K and W (d_in, n): what turns a key into the facts that it opens."""
+    gram = keys.T @ whitened
+    gram = (gram + gram.T) / 2 + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(whitened.T, torch.linalg.cholesky(gram))
+
+
+def dense_readout(keys: Tensor, inverse: Tensor) -> Tensor:
+    """The same A from M⁻¹ (d_in, d_in), on d_in × d_in matrices: for more facts than keys have components."""
+    gram = inverse @ (keys @ keys.T)
+    gram += torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return keys.T @ torch.linalg.solve(gram, inverse)

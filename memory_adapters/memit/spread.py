@@ -1,0 +1,110 @@
+"""Keys of facts at every edited block, and the share of the change that each block makes (MEMIT, algorithm 1).
+
+Blocks are taken in rising order. At the i-th of n, a fact's share is (z − h) / (n − i), where h is the stream at the
+last block with the shares below in place; the key is the input of the MLP's output projection with them in place. Each
+fact sees its own shares, as if they were realised exactly, and no other fact's. So a fact's keys and shares are its
+own: facts can be added, replaced and forgotten without another pass of the model. What a block fails to realise
+because facts compete is passed on when the linear system is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from memory_adapters.decoder import Decoder, mlp_projection
+from memory_adapters.forward_passes import capture, inputs_of, resumed
+from memory_adapters.memit.rows import RowBatch
+
+__all__ = ["Spread", "Visit", "spread"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Rows at their subjects' last tokens, as the model without the edit has them.
+
+    Attributes:
+        batch: The rows.
+        key: Input of the projection of the first edited block (rows, d_in).
+        state: Output of that block (rows, hidden_size).
+    """
+
+    batch: RowBatch
+    key: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What each fact asks of each edited block.
+
+    Attributes:
+        keys: Layer to keys (facts, d_in), float32.
+        shares: Layer to changes of the stream (facts, hidden_size), float32.
+    """
+
+    keys: dict[int, Tensor]
+    shares: dict[int, Tensor]
+
+
+def _append(captured: list[Tensor], _index: int, value: Tensor) -> None:
+    captured.append(value)
+
+
+@torch.no_grad()
+def spread(
+    model: nn.Module,
+    decoder: Decoder,
+    layers: Sequence[int],
+    visits: Sequence[Visit],
+    weights: Sequence[float],
+    h0: Tensor,
+    z: Tensor,
+    as_tuple: bool,
+) -> Spread:
+    """Keys and shares of facts whose targets are known.
+
+    Args:
+        model: The causal LM, without the edit.
+        decoder: Its parts.
+        layers: The blocks to edit, in rising order.
+        visits: Rows of all contexts of the facts.
+        weights: Share of each context in a fact's key; context 0 is the bare prompt.
+        h0: The stream at the last edited block in the bare prompt (facts, hidden_size), float32.
+        z: What it should be.
+        as_tuple: Whether the model's blocks put out tuples.
+    """
+    factors = [
+        torch.tensor([weights[row.context] for row in visit.batch.rows], device=h0.device)[:, None] for visit in visits
+    ]
+    keys: dict[int, Tensor] = {}
+    shares: dict[int, Tensor] = {}
+    now, found, states = h0, [visit.key for visit in visits], [visit.state for visit in visits]
+    for i, layer in enumerate(layers):
+        total = torch.zeros(len(h0), found[0].shape[-1], device=h0.device)
+        for visit, key, factor in zip(visits, found, factors, strict=True):
+            total.index_add_(0, visit.batch.facts, key.float() * factor)
+        keys[layer] = total
+        shares[layer] = (z - now) / (len(layers) - i)
+        if i + 1 == len(layers):
+            break
+        ahead = layers[i + 1]
+        projection = mlp_projection(decoder, ahead).module
+        now = now.clone()
+        for j, visit in enumerate(visits):
+            state = states[j].float() + shares[layer][visit.batch.facts]
+            captured: list[Tensor] = []
+            with (
+                inputs_of([projection], partial(_append, captured)),
+                resumed(decoder, layer, state[:, None].to(states[j].dtype), as_tuple=as_tuple),
+            ):
+                wanted = [ahead, layers[-1]] if ahead != layers[-1] else [ahead]
+                outputs = capture(model, decoder, wanted, **visit.batch.model_inputs(1))
+            found[j], states[j] = captured[0].flatten(0, -2), outputs[0][:, 0]
+            bare = torch.tensor([row.context == 0 for row in visit.batch.rows], device=h0.device)
+            now[visit.batch.facts[bare]] = outputs[-1][bare, 0].float()
+    return Spread(keys, shares)

@@ -1,0 +1,238 @@
+"""The target vector z of each fact: what the stream should be at the subject's last token (MEMIT, eq. 16).
+
+δ starts at 0, is added to the output of the last edited block at the subject's last token in every context, and is
+moved by Adam to lower
+
+    mean over contexts of −Σ log p(target tokens) / their number  +  kl_factor · KL(edited ‖ base)
+    +  weight_decay · ‖δ‖ / ‖h₀‖²,
+
+with ‖δ‖ ≤ clamp · ‖h₀‖ after every step; z = h₀ + δ. Facts are independent, so many are moved at once, each with its
+own moments, clamp and end. Per step only the tokens from the subject on run, through the blocks above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from memory_adapters.decoder import Decoder, execution_device
+from memory_adapters.forward_passes import block_returns_tuple, capture, logits_at, resumed
+from memory_adapters.memit.rows import RowBatch
+
+if TYPE_CHECKING:
+    from memory_adapters.memit.config import MemitConfig
+
+__all__ = ["Problem", "find_targets"]
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+COMPACT_BELOW = 0.8
+
+
+@dataclass
+class Problem:
+    """A batch of rows, and what the loss reads in it.
+
+    Attributes:
+        batch: The rows.
+        states: Output of the last edited block without δ (rows, tokens, hidden_size).
+        read: Positions whose logits are read (rows, tokens).
+        targets: The token that should follow each of them; −1 where the base's own prediction is to be kept.
+        weights: The share of each in its fact's loss.
+        base: Log-probabilities of the base where it is to be kept (their number, vocabulary).
+    """
+
+    batch: RowBatch
+    states: Tensor
+    read: Tensor
+    targets: Tensor
+    weights: Tensor
+    base: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: RowBatch, states: Tensor, num_contexts: int, kl_factor: float) -> Problem:
+        """From rows and the states that they have at the last edited block."""
+        read = torch.zeros(batch.ids.shape, dtype=torch.bool)
+        targets, weights = [], []
+        for i, row in enumerate(batch.rows):
+            if row.context < 0:
+                read[i, 0] = True
+                targets.append(-1)
+                weights.append(kl_factor)
+            else:
+                labels = row.ids[row.first_label :]
+                read[i, row.first_label - 1 - row.subject :] = True
+                targets += labels
+                weights += [1 / (len(labels) * num_contexts)] * len(labels)
+        device = states.device
+        return cls(
+            batch, states, read.to(device), torch.tensor(targets, device=device), torch.tensor(weights, device=device)
+        )
+
+    def select(self, keep: Tensor) -> Problem:
+        """The rows with these indices."""
+        owner = self.read.nonzero()[:, 0]
+        chosen = torch.isin(owner, keep)
+        base = None if self.base is None else self.base[chosen[self.targets < 0]]
+        return Problem(
+            self.batch.select(keep),
+            self.states[keep],
+            self.read[keep],
+            self.targets[chosen],
+            self.weights[chosen],
+            base,
+        )
+
+
+class TargetFinder:
+    """Evaluates the loss of many facts at once.
+
+    Args:
+        model: The causal LM, frozen.
+        decoder: Its parts.
+        layer: The last edited block.
+        precision: `"model"` or `"bfloat16"`.
+    """
+
+    def __init__(self, model: nn.Module, decoder: Decoder, layer: int, precision: str) -> None:
+        self.model, self.decoder, self.layer = model, decoder, layer
+        self.as_tuple = block_returns_tuple(model, decoder, layer)
+        self.bfloat16 = precision == "bfloat16"
+        self.device = execution_device(decoder.embeddings)
+
+    def states(self, batch: RowBatch) -> Tensor:
+        """Output of the last edited block at all tokens of `batch` (rows, tokens, hidden_size)."""
+        inputs = batch.model_inputs()
+        return capture(self.model, self.decoder, [self.layer], **inputs)[0]
+
+    def logits(self, problem: Problem, delta: Tensor) -> Tensor:
+        """Logits (positions read, vocabulary) in float32, with δ (facts, hidden_size) added at the subjects."""
+        states = problem.states.clone()
+        states[:, 0] += delta[problem.batch.facts].to(states.dtype)
+        with (
+            resumed(self.decoder, self.layer, states, as_tuple=self.as_tuple),
+            logits_at(self.decoder, problem.read),
+            torch.autocast(states.device.type, torch.bfloat16, enabled=self.bfloat16),
+            self._attention(states.device),
+        ):
+            return self.model(**problem.batch.model_inputs(), use_cache=True).logits[0].float()
+
+    def _attention(self, device: torch.device) -> AbstractContextManager[None]:
+        """PyTorch's fused attention has a slow backward pass on the CPU for few tokens."""
+        return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+    @contextmanager
+    def fast_weights(self) -> Iterator[None]:
+        """With `precision="bfloat16"`: the matrices that are used are bfloat16 within this context.
+
+        Autocast alone would convert them again in every pass.
+        """
+        above = [*self.decoder.blocks[self.layer + 1 :], self.decoder.head]
+        linears = {m for block in above for m in block.modules() if isinstance(m, nn.Linear | Conv1D)}
+        before = {m: m.weight for m in linears if m.weight.dtype == torch.float32} if self.bfloat16 else {}
+        try:
+            for module, weight in before.items():
+                module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+            yield
+        finally:
+            for module, weight in before.items():
+                module.weight = weight
+
+    def losses(self, problem: Problem, delta: Tensor) -> Tensor:
+        """Contribution of the rows to each fact's loss (facts,)."""
+        logits = self.logits(problem, delta)
+        kept = problem.targets < 0
+        each = torch.zeros(len(logits), device=logits.device)
+        learned = F.cross_entropy(logits[~kept], problem.targets[~kept], reduction="none")
+        each = each.masked_scatter(~kept, learned)
+        if kept.any():
+            now = logits[kept].log_softmax(-1)
+            if problem.base is None:
+                problem.base = now.detach()
+            each = each.masked_scatter(kept, (now.exp() * (now - problem.base)).sum(-1))
+        owner = problem.batch.facts[problem.read.nonzero()[:, 0]]
+        return torch.zeros(len(delta), device=each.device).index_add(0, owner, each * problem.weights)
+
+
+def find_targets(
+    finder: TargetFinder,
+    problems: Sequence[Problem],
+    h0: Tensor,
+    active: Tensor,
+    config: MemitConfig,
+    progress: tqdm,
+) -> tuple[Tensor, Tensor]:
+    """Move every fact's δ until its loss is below `config.target_loss`, or `config.steps` − 1 times.
+
+    (MEMIT's last evaluation only looks at the loss; it is left out.)
+
+    Args:
+        finder: Evaluates the loss.
+        problems: The rows of all facts.
+        h0: The stream at each subject in the bare prompt (facts, hidden_size), float32.
+        active: Which facts to move (facts,); the others keep h₀.
+        config: Steps, learning rate, clamp, weights.
+        progress: Bar, moved by a fact when it is done.
+
+    Returns:
+        z = h₀ + δ (facts, hidden_size) and the last loss of each fact (facts,), in float32.
+
+    Raises:
+        ValueError: If a loss is NaN or infinite; names the fact.
+    """
+    norms = h0.norm(dim=-1)
+    rates = config.learning_rate * norms[:, None] / math.sqrt(h0.shape[1])
+    delta, moment, square = (torch.zeros_like(h0) for _ in range(3))
+    losses = torch.zeros(len(h0), device=h0.device)
+    problems = _unfinished(problems, active)
+    for step in range(1, config.steps):
+        gradient = torch.zeros_like(delta)
+        found = torch.zeros_like(losses)
+        for problem in problems:
+            with torch.enable_grad():
+                variable = delta.clone().requires_grad_(True)
+                part = finder.losses(problem, variable)
+            gradient += torch.autograd.grad(part.sum(), variable)[0]
+            found += part.detach()
+        size = delta.norm(dim=-1)
+        found += config.weight_decay * size / norms.square()
+        losses = torch.where(active, found, losses)
+        if not torch.isfinite(losses).all():
+            index = int((~torch.isfinite(losses)).nonzero()[0])
+            raise ValueError(f"The loss of fact {index} is NaN or infinite: check the model's weights and precision.")
+        done = active & (losses < config.target_loss)
+        progress.update(int(done.sum()))
+        active = active & ~done
+        if not active.any():
+            break
+        direction = delta / size.clamp(min=torch.finfo(delta.dtype).tiny)[:, None]
+        gradient += config.weight_decay * direction / norms.square()[:, None]
+        moment = BETA_1 * moment + (1 - BETA_1) * gradient
+        square = BETA_2 * square + (1 - BETA_2) * gradient.square()
+        move = (moment / (1 - BETA_1**step)) / ((square / (1 - BETA_2**step)).sqrt() + EPSILON)
+        moved = delta - rates * move
+        moved *= (config.clamp * norms / moved.norm(dim=-1)).clamp(max=1)[:, None]
+        delta = torch.where(active[:, None], moved, delta)
+        problems = _unfinished(problems, active)
+    progress.update(int(active.sum()))
+    return h0 + delta, losses
+
+
+def _unfinished(problems: Sequence[Problem], active: Tensor) -> list[Problem]:
+    """The problems without the rows of facts that are done, once these are many enough to be worth the copy."""
+    left = []
+    for problem in problems:
+        rows = active[problem.batch.facts]
+        share = rows.float().mean().item()
+        if share > 0:
+            left.append(problem.select(rows.nonzero()[:, 0]) if share < COMPACT_BELOW else problem)
+    return left

@@ -1,0 +1,280 @@
+"""Edits read from CounterFact, zsRE and the user's own files; rows that do not fit are named."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from memory_adapters import Fact
+from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
+
+FLAT = {
+    "case_id": 0,
+    "prompt": "The mother tongue of Danielle Darrieux is",
+    "subject": "Danielle Darrieux",
+    "target_new": "English",
+    "ground_truth": "French",
+    "rephrase_prompt": "Danielle Darrieux spoke the language",
+    "locality_prompt": "Michel Rocard is a native speaker of",
+    "locality_ground_truth": "French",
+}
+NESTED = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "The mother tongue of {} is",
+        "relation_id": "P103",
+        "target_new": {"str": "English", "id": "Q1860"},
+        "target_true": {"str": "French", "id": "Q150"},
+        "subject": "Danielle Darrieux",
+    },
+    "paraphrase_prompts": ["Danielle Darrieux spoke the language", "Danielle Darrieux, a native"],
+    "neighborhood_prompts": ["Michel Rocard is a native speaker of", "The native language of Montesquieu is"],
+    "attribute_prompts": ["The mother tongue of Douglas Adams is"],
+    "generation_prompts": ["Danielle Darrieux's mother tongue is"],
+}
+ZSRE = {
+    "subject": "Shmavon Shmavonyan",
+    "src": "What country is Shmavon Shmavonyan from?",
+    "pred": "Israel",
+    "rephrase": "Which country is Shmavon Shmavonyan from?",
+    "alt": "Yemen",
+    "answers": ["Armenia", "Republic of Armenia"],
+    "loc": "nq question: who sang nice day for a white wedding",
+    "loc_ans": "Billy Idol",
+    "portability": {"New Question": "What is the capital of his home country?", "New Answer": "Sana'a"},
+}
+LOADERS = {"flat": (load_counterfact, FLAT), "nested": (load_counterfact, NESTED), "zsre": (load_zsre, ZSRE)}
+Loader = Callable[..., list[EditRecord]]
+
+
+def written(path: Path, *rows: Any) -> Path:
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]", encoding="utf-8")
+    return path
+
+
+def test_counterfact_flat(tmp_path: Path) -> None:
+    (record,) = load_counterfact(written(tmp_path / "edit.json", FLAT))
+    assert record == EditRecord(
+        Fact(FLAT["prompt"], "Danielle Darrieux", "English"),
+        "French",
+        ("Danielle Darrieux spoke the language",),
+        (("Michel Rocard is a native speaker of", "French"),),
+        "The mother tongue of {} is",
+    )
+
+
+def test_counterfact_as_it_was_published(tmp_path: Path) -> None:
+    (record,) = load_counterfact(written(tmp_path / "counterfact.json", NESTED))
+    assert record == EditRecord(
+        Fact("The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "English"),
+        "French",
+        ("Danielle Darrieux spoke the language", "Danielle Darrieux, a native"),
+        (("Michel Rocard is a native speaker of", "French"), ("The native language of Montesquieu is", "French")),
+        "P103",
+        generation_prompts=("Danielle Darrieux's mother tongue is",),
+    )
+
+
+def test_zsre(tmp_path: Path) -> None:
+    (record,) = load_zsre(written(tmp_path / "zsre.json", ZSRE))
+    assert record == EditRecord(
+        Fact(ZSRE["src"], "Shmavon Shmavonyan", "Yemen"),
+        "Armenia",
+        ("Which country is Shmavon Shmavonyan from?",),
+        (("nq question: who sang nice day for a white wedding?", "Billy Idol"),),
+        "What country is {} from?",
+        (("What is the capital of his home country?", "Sana'a"),),
+    )
+    without = {name: value for name, value in ZSRE.items() if name != "portability"} | {"loc": "Who sang?"}
+    (record,) = load_zsre(written(tmp_path / "zsre.json", without))
+    assert record.portability == ()
+    assert record.neighbours == (("Who sang?", "Billy Idol"),)
+    empty = ZSRE | {"portability": {"New Question": None, "New Answer": None}}
+    assert load_zsre(written(tmp_path / "zsre.json", empty))[0].portability == ()
+
+
+LOUVRE = EditRecord(
+    Fact("The Louvre is in", "The Louvre", "Rome"),
+    "Paris",
+    ("To see The Louvre go to", "You find The Louvre in"),
+    (("Notre-Dame is in", "Paris"), ("Big Ben is in", "London")),
+    "place",
+)
+
+
+def test_own_facts_in_csv(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(
+        "\ufeffprompt,subject,target,true_target,paraphrases,neighbors,relation,remark\n"
+        "{} is in,The Louvre,Rome,Paris,To see {} go to | You find {} in,Notre-Dame is in|Big Ben is in => London,"
+        "place,seen\n\n"
+        '"Ada, Countess of Lovelace, wrote in",Ada, French ,,,,,\n',
+        encoding="utf-8",
+    )
+    louvre, ada = load_facts(path)
+    assert louvre == LOUVRE
+    assert ada == EditRecord(Fact("Ada, Countess of Lovelace, wrote in", "Ada", "French"))
+    assert ada.true_target is None
+    assert ada.relation == "{}, Countess of Lovelace, wrote in"
+
+
+@pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])
+def test_own_facts_in_json(tmp_path: Path, name: str) -> None:
+    fields = {"prompt": "{} is in", "subject": "The Louvre", "target": "Rome", "true_target": "Paris"}
+    fields |= {"relation": "place"}
+    listed = {
+        "paraphrases": ["To see {} go to", "You find {} in"],
+        "neighbours": ["Notre-Dame is in", ["Big Ben is in", "London"]],
+    }
+    barred = {
+        "paraphrase": "To see {} go to|You find {} in",
+        "neighbour": "Notre-Dame is in => Paris | Big Ben is in => London",
+    }
+    assert load_facts(written(tmp_path / name, fields | listed, fields | barred)) == [LOUVRE, LOUVRE]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_limit(tmp_path: Path, name: str) -> None:
+    loader, row = LOADERS[name]
+    path = written(tmp_path / "rows.jsonl", row, row, {"broken": 1})
+    assert len(loader(path, 2)) == 2
+    assert loader(path, limit=0) == []
+    with pytest.raises(ValueError, match="row 3"):
+        loader(path, 3)
+    with pytest.raises(ValueError, match="`limit=-1`"):
+        loader(path, -1)
+
+
+def changed(row: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
+    row = copy.deepcopy(row)
+    *outer, last = field.split(".")
+    inner = row
+    for name in outer:
+        inner = inner[name]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return row
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "problem"),
+    [
+        ("flat", "target_new", None, "is missing; the row has case_id, prompt"),
+        ("flat", "ground_truth", " ", "non-empty text, got ' '"),
+        ("flat", "locality_prompt", 7, "non-empty text, got 7"),
+        ("flat", "rephrase_prompt", ["one"], "non-empty text, got"),
+        ("flat", "subject", "Michel Rocard", "put {} in its place"),
+        ("nested", "requested_rewrite.target_new", None, "is missing"),
+        ("nested", "requested_rewrite.target_true.str", "", "non-empty text"),
+        ("nested", "paraphrase_prompts", "one", "must be a list of texts, got 'one'"),
+        ("nested", "neighborhood_prompts", ["one", None], "non-empty text, got None"),
+        ("nested", "requested_rewrite.relation_id", 103, "non-empty text, got 103"),
+        ("nested", "generation_prompts", "one", "must be a list of texts"),
+        ("zsre", "alt", None, "is missing"),
+        ("zsre", "answers", [], "at least one text"),
+        ("zsre", "loc_ans", None, "is missing"),
+        ("zsre", "portability.New Answer", None, "is missing"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, name: str, field: str, value: Any, problem: str) -> None:
+    loader, row = LOADERS[name]
+    path = written(tmp_path / "rows.json", row, changed(row, field, value))
+    with pytest.raises(ValueError, match=re.escape(f"`{path}`, row 2: `{field}")) as caught:
+        loader(path)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("prompt,subject\nThe Louvre is in,The Louvre\n", "row 1: `target` is missing; the row has prompt, subject"),
+        ("prompt,subject,target\nThe Louvre is in,The Louvre\n", "row 1: `target` must be a non-empty text"),
+        ("prompt,subject,target\nThe Louvre, Paris, is in,The Louvre,Rome\n", "row 1 has more cells than the header"),
+        ("prompt,subject,target,neighbour\nA is,A,B,C is\n", "row 1: `neighbour` has no answer, and the row no"),
+        ("prompt,subject,target,neighbours\nA is,A,B,C is =>\n", "row 1: `neighbours` must be a non-empty text"),
+    ],
+)
+def test_a_bad_row_of_ones_own_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"facts\.csv`, {problem}"):
+        load_facts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("rows.json", '{"prompt": "A"}\n{"prompt": "B"}', r"is not JSON: .*line 2.*name it \.jsonl"),
+        ("rows.json", '{"data": []}', "must hold a list of records, got a dict"),
+        ("rows.json", '["text"]', "row 1 must map fields to values"),
+        ("rows.jsonl", '{"prompt": "A"', "row 1 is not JSON"),
+        ("rows.jsonl", '{"neighbours": [["one"]], "prompt": "A is", "subject": "A", "target": "B"}', "`neighbours`"),
+        (
+            "rows.jsonl",
+            '{"paraphrases": 3, "prompt": "A is", "subject": "A", "target": "B"}',
+            "a list, got 3",
+        ),
+        ("rows.txt", "", r"of no known type: name it \.json, \.jsonl, \.csv"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=problem) as caught:
+        load_facts(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    for source in ("no/such.json", tmp_path / "nothing"):
+        with pytest.raises(FileNotFoundError, match="id of a data set on the Hub"):
+            load_counterfact(source)
+
+
+def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, split))
+        return [NESTED, FLAT, {"broken": 1}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    records = load_counterfact("someone/counterfact", 2, split="test")
+    assert asked == [("someone/counterfact", "test")]
+    assert [record.relation for record in records] == ["P103", "The mother tongue of {} is"]
+    with pytest.raises(ValueError, match="`someone/counterfact`, row 3: `prompt` is missing"):
+        load_counterfact("someone/counterfact")
+
+
+def test_without_the_package_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install memory-adapters\[evaluation\]"):
+        load_zsre("someone/zsre")
+
+
+def test_real_counterfact(data: Path) -> None:
+    records = load_counterfact(data / "counterfact" / "edit.json")
+    assert len(records) == 10_000
+    assert records[1].fact == Fact("The official religion of Edwin of Northumbria is", "Edwin of Northumbria", "Islam")
+    assert records[1].neighbours == (("The official religion of Paul is", "Christianity"),)
+    assert len({record.relation for record in records}) == 213
+    assert all("{}" in record.relation and record.fact.target != record.true_target for record in records)
+
+
+def test_real_zsre(data: Path) -> None:
+    records = load_zsre(data / "zsre" / "edit.json")
+    assert len(records) == 1037
+    assert records[0].fact.target == "2006"
+    assert records[0].true_target == "1998"
+    assert all(len(r.portability) == len(r.neighbours) == len(r.paraphrases) == 1 for r in records)
+    assert all(r.neighbours[0][0].endswith("?") for r in records)
