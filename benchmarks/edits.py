@@ -4,6 +4,7 @@
 
 FOLDER holds counterfact/edit.json and wikitext2/{valid,test}.txt. Target vectors are found once, in writes of 100, and
 kept in DIR, where an interrupted run goes on; every solver and number of records then solves from the same targets.
+With `--covariances` the first records are also solved with C₀ of sampled text and of WikiText-2, at equal tokens.
 Results are added to the JSON file as they come.
 """
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--solvers", nargs="+", choices=sorted(SOLVERS), default=["memit", "alphaedit", "emmet"])
     parser.add_argument("--work", type=Path, default=Path("build/edits"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/edits.json"))
+    parser.add_argument("--covariances", type=int, nargs="*", default=[], help="token budgets to compare, 40 records")
     arguments = parser.parse_args()
     if not arguments.data:
         parser.error("give --data or set MEMORY_ADAPTERS_DATA")
@@ -99,6 +101,19 @@ def main() -> None:
         whole.save_pretrained(stored)
     whole.active = False
 
+    paragraphs = load_wikitext(data / "wikitext2" / "valid.txt").split("\n")
+    for budget in arguments.covariances:
+        for source, texts in {"sampled text": None, "WikiText-2": paragraphs}.items():
+            key = f"memit, 40, C₀ of {budget} tokens of {source}"
+            if key not in rows:
+                memory = inject_memory(model, MemitConfig(), tokenizer=tokenizer)
+                start_time = time.perf_counter()
+                covariance = memory.fit_covariance(texts, budget)
+                seconds = time.perf_counter() - start_time
+                memory.write(facts[:40], covariance=covariance, targets=whole, **QUIET)
+                keep(key, 40, seconds)
+                memory.remove()
+
     for count in arguments.records:
         for solver in arguments.solvers:
             ways = {"one write": count} | ({"writes of 100": 100} if count > 100 else {})
@@ -117,9 +132,10 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown. Seconds are those of keys, solve and report, the targets being found before."""
+    """Markdown. Seconds are those of keys, solve and report (or of C₀), the targets being found before."""
     rows = results["rows"]
-    lines = ["| | exact match | ES | PS | NS | S | perplexity | of the first 100: exact, S | seconds |", "|" + "---|" * 9]
+    head = "| | exact match | ES | PS | NS | S | perplexity | of the first 100: exact, S | seconds |"
+    lines = [head, "|" + "---|" * 9]
     for name, row in rows.items():
         drift = row["perplexity"] / next(iter(rows.values()))["perplexity"] - 1
         first = row.get("first")

@@ -1,4 +1,4 @@
-"""The main job on a real model: teach it, switch it off, save, and load in a new process.
+"""The main job on a real model, by each method: teach it, switch it off, save, and load in a new process.
 
     python examples/demo.py [--model HUB_ID_OR_PATH]
 
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from memory_adapters import Fact, MemoryAdapterConfig, inject_memory, load_memory
+from memory_adapters import Fact, MemitConfig, MemitMemory, MemoryAdapterConfig, inject_memory, load_memory
+from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import embedded_model
 
 FACTS = [
@@ -42,6 +43,10 @@ UNRELATED = [
     "Water boils at a temperature of",
     "The headquarters of Siemens is in",
 ]
+METHODS: dict[str, MemoryConfig] = {
+    "a gated residual MLP, trained": MemoryAdapterConfig(),
+    "closed-form editing (MEMIT), a LoRA adapter and its ledger": MemitConfig(covariance_tokens=4096),
+}
 
 
 def main() -> None:
@@ -59,9 +64,17 @@ def main() -> None:
         return
     start = time.perf_counter()
     print(f"model: {arguments.model or 'SmolLM2-135M-Instruct'}\n")
-    before, probe = answers(model, tokenizer), base_logits(model, tokenizer)
+    before = answers(model, tokenizer)
+    for title, config in METHODS.items():
+        print(f"═══ {title} ═══\n")
+        show_method(model, tokenizer, config, before, arguments.model)
+    print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
-    memory = inject_memory(model, MemoryAdapterConfig(), tokenizer=tokenizer)
+
+def show_method(model: Any, tokenizer: Any, config: MemoryConfig, before: dict[str, str], name: str | None) -> None:
+    """Teach, ask, switch off, forget, save, remove, load in a new process; check every claim."""
+    probe = base_logits(model, tokenizer)
+    memory = inject_memory(model, config, tokenizer=tokenizer)
     check("freshly injected, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
     report = memory.write(FACTS)
     print(f"\n{report}\n")
@@ -71,15 +84,22 @@ def main() -> None:
     show("Paraphrased", PARAPHRASES, before, after)
     show("Unrelated", UNRELATED, before, after)
     check("every taught prompt is answered as taught", all(after[f.prompt].startswith(f.target) for f in FACTS))
-    check("no unrelated answer changed", all(before[prompt] == after[prompt] for prompt in UNRELATED))
+    if isinstance(memory, MemitMemory):
+        changed = sum(before[prompt] != after[prompt] for prompt in UNRELATED)
+        print(f"  unrelated answers that changed: {changed} of {len(UNRELATED)}")
+    else:
+        check("no unrelated answer changed", all(before[prompt] == after[prompt] for prompt in UNRELATED))
 
     with memory.disabled():
         check("switched off, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
     with tempfile.TemporaryDirectory() as folder:
         memory.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "memory_adapter" not in n)
+        own = memory.adapter_name
+        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if own not in n.split("."))
         print(f"saved: {size / 1e6:.2f} MB beside a model of {weights / 1e6:.0f} MB")
+        if isinstance(memory, MemitMemory):
+            forget_one(memory, model, tokenizer)
         memory.remove()
         check("removed, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
         command = [
@@ -87,11 +107,22 @@ def main() -> None:
             __file__,
             "--load",
             folder,
-            *(["--model", arguments.model] if arguments.model else []),
+            *(["--model", name] if name else []),
         ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     check("loaded in a new process, it gives the same answers", json.loads(output.splitlines()[-1]) == after)
-    print(f"\n{time.perf_counter() - start:.0f} seconds in all")
+    print()
+
+
+def forget_one(memory: MemitMemory, model: Any, tokenizer: Any) -> None:
+    """One fact out of five, without a pass of the model."""
+    start = time.perf_counter()
+    memory.forget(FACTS[0])
+    milliseconds = 1000 * (time.perf_counter() - start)
+    said = answers(model, tokenizer)
+    print(f"forgot one fact in {milliseconds:.1f} ms: {FACTS[0].prompt} … {said[FACTS[0].prompt]}")
+    check("it is forgotten", not said[FACTS[0].prompt].startswith(FACTS[0].target))
+    check("the other four are not", all(said[f.prompt].startswith(f.target) for f in FACTS[1:]))
 
 
 def answers(model: Any, tokenizer: Any) -> dict[str, str]:

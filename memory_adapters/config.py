@@ -44,6 +44,7 @@ class MemoryConfig(PeftConfig):
 
     method_name: ClassVar[str]
     kind: ClassVar[MemoryPeftType]
+    card_note: ClassVar[str] = ""  # what the model card says of other ways to use the files
     layers_path: str | None = None
     base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     writes: list[dict[str, str]] = field(default_factory=list, repr=False)

@@ -31,7 +31,7 @@ tokenizer = AutoTokenizer.from_pretrained("{base}")
 memory = load_memory(model, "<this repository or folder>", tokenizer=tokenizer)
 ```
 
-## What was written
+{note}## What was written
 
 {writes}
 
@@ -58,6 +58,7 @@ def model_card(config: MemoryConfig, num_parameters: int) -> str:
         title=f"Memory for {base}",
         method=config.method_name,
         base=base,
+        note=config.card_note,
         writes="\n\n".join(_written(write) for write in config.writes) or "Nothing yet.",
         settings="\n".join(f"* `{name}`: {value}" for name, value in config.card_settings().items()),
         num_parameters=num_parameters,

@@ -12,7 +12,7 @@ import torch
 from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memory_adapters import Fact, MemoryAdapterConfig, QuestionAnswer, inject_memory, load_memory
+from memory_adapters import Fact, MemitConfig, MemoryAdapterConfig, QuestionAnswer, inject_memory, load_memory
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.editing import score_edits
 from memory_adapters.evaluation.records import load_counterfact
@@ -103,3 +103,43 @@ def test_quickstart_notebook() -> None:
     assert taught.count("Rome") >= 2
     assert "Paris" in off
     assert "Rome" in last
+
+
+def test_the_front_page_with_an_edit(real: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = real
+    prompt = "The Eiffel Tower is in"
+    before = model(**tokenizer(prompt, return_tensors="pt")).logits
+    memory = inject_memory(model, MemitConfig(covariance_tokens=2048), tokenizer=tokenizer)
+    assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    report = memory.write([Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome")])
+    assert report.recall == 1
+    assert answer(model, tokenizer, prompt).startswith("Rome")
+    with memory.disabled():
+        assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    memory.save_pretrained(tmp_path)
+    memory.remove()
+    assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    memory = load_memory(model, tmp_path, tokenizer=tokenizer)
+    assert answer(model, tokenizer, prompt).startswith("Rome")
+    memory.remove()
+
+
+def test_ten_edits_hold_and_one_is_forgotten(real: tuple[Any, Any], data: Path) -> None:
+    model, tokenizer = real
+    records = load_counterfact(data / "counterfact" / "edit.json", 10)
+    text = load_wikitext(data / "wikitext2" / "test.txt")
+    before, drift = score_edits(model, tokenizer, records), perplexity(model, tokenizer, text, max_tokens=4096)
+    memory: Any = inject_memory(model, MemitConfig(covariance_tokens=8192), tokenizer=tokenizer)
+    try:
+        memory.write([record.fact for record in records], progress=False)
+        after = score_edits(model, tokenizer, records)
+        assert after.exact_match == 1
+        assert after.paraphrase >= 0.8
+        assert after.neighbourhood >= before.neighbourhood - 0.1
+        assert perplexity(model, tokenizer, text, max_tokens=4096) <= 1.01 * drift
+        memory.forget(records[0].fact)
+        kept = score_edits(model, tokenizer, records)
+        assert kept.exact_match == pytest.approx(0.9)
+        assert score_edits(model, tokenizer, records[1:]).exact_match == 1
+    finally:
+        memory.remove()

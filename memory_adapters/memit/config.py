@@ -15,6 +15,8 @@ from memory_adapters.memit.solvers import SOLVERS
 
 __all__ = ["MemitConfig"]
 
+FACT_FIELDS = {"prompt", "subject", "target"}
+
 
 @dataclass
 class MemitConfig(MemoryConfig):
@@ -29,7 +31,8 @@ class MemitConfig(MemoryConfig):
         solver: `"memit"`, `"alphaedit"` (ΔW leaves the directions in use alone) or `"emmet"` (ΔW K = R exactly).
         regularization: λ as a share of d_in, which is the mean of kᵀ C₀⁻¹ k over ordinary text: 1 weighs a fact like
             an ordinary token. GPT-J's λ = 15,000 is 0.92 in these units.
-        null_space: For alphaedit: the share of C₀'s directions, those in which ordinary keys are least, that may change.
+        null_space: For alphaedit: the share of C₀'s directions, those in which ordinary keys are least, that may
+            change.
         steps: Most evaluations of the loss of a fact's target vector z.
         learning_rate: Adam's, in units of the RMS of the stream h₀ that δ is added to.
         clamp: Largest ‖δ‖ / ‖h₀‖.
@@ -49,6 +52,10 @@ class MemitConfig(MemoryConfig):
 
     method_name: ClassVar[str] = "Closed-form edit (MEMIT)"
     kind: ClassVar[MemoryPeftType] = MemoryPeftType.MEMIT
+    card_note: ClassVar[str] = (
+        "It is an ordinary LoRA adapter too: `peft.PeftModel.from_pretrained(model, ...)` uses it without "
+        "memory-adapters. `memory_config.json` and `ledger.safetensors` are for writing more and forgetting.\n\n"
+    )
 
     layers: Sequence[int | float] | int | float = (0.2, 0.35)
     solver: str = "memit"
@@ -95,6 +102,11 @@ class MemitConfig(MemoryConfig):
         check_number("seed", self.seed, low=0, integer=True)
         if not isinstance(self.chat, bool):
             raise ValueError(f"`chat` must be True or False, got {self.chat!r}.")
+
+        for fact in self.facts if isinstance(self.facts, list) else [None]:
+            fields = set(fact) if isinstance(fact, dict) else set()
+            if fields != FACT_FIELDS or not all(isinstance(value, str) for value in fact.values()):
+                raise ValueError(f"`facts` must be a list of {sorted(FACT_FIELDS)}, got {fact!r}.")
 
     def resolved(self, decoder: Decoder) -> list[int]:
         """The blocks to edit, in rising order."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from memory_adapters.decoder import Decoder, mlp_projection
 from memory_adapters.forward_passes import capture, inputs_of, resumed
+from memory_adapters.memit.projection_change import adds_unchanged, projection_change
 from memory_adapters.memit.rows import RowBatch
 
 __all__ = ["Spread", "Visit", "spread"]
@@ -31,11 +32,13 @@ class Visit:
         batch: The rows.
         key: Input of the projection of the first edited block (rows, d_in).
         state: Output of that block (rows, hidden_size).
+        below: Output of the block below it; None if it is the lowest.
     """
 
     batch: RowBatch
     key: Tensor
     state: Tensor
+    below: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,17 @@ class Spread:
 
     Attributes:
         keys: Layer to keys (facts, d_in), float32.
-        shares: Layer to changes of the stream (facts, hidden_size), float32.
+        shares: Layer to changes of the projection's output (facts, hidden_size), float32.
     """
 
     keys: dict[int, Tensor]
     shares: dict[int, Tensor]
+
+
+def _bare(visit: Visit) -> Tensor:
+    """Rows of the bare prompt."""
+    rows = [i for i, row in enumerate(visit.batch.rows) if row.context == 0]
+    return torch.tensor(rows, dtype=torch.long, device=visit.state.device)
 
 
 def _append(captured: list[Tensor], _index: int, value: Tensor) -> None:
@@ -84,27 +93,38 @@ def spread(
     keys: dict[int, Tensor] = {}
     shares: dict[int, Tensor] = {}
     now, found, states = h0, [visit.key for visit in visits], [visit.state for visit in visits]
+    below = [visit.below for visit in visits]
     for i, layer in enumerate(layers):
         total = torch.zeros(len(h0), found[0].shape[-1], device=h0.device)
         for visit, key, factor in zip(visits, found, factors, strict=True):
             total.index_add_(0, visit.batch.facts, key.float() * factor)
         keys[layer] = total
-        shares[layer] = (z - now) / (len(layers) - i)
+        wanted = (z - now) / (len(layers) - i)
+        shares[layer] = wanted.clone()
+        if layer and not adds_unchanged(model, decoder, layer):
+            for visit, lower in zip(visits, below, strict=True):
+                bare = _bare(visit)
+                if len(bare) and lower is not None:
+                    facts = visit.batch.facts[bare]
+                    part = visit.batch.select(bare)
+                    shares[layer][facts] = projection_change(
+                        model, decoder, layer, part, lower[bare], wanted[facts], as_tuple
+                    )
         if i + 1 == len(layers):
             break
         ahead = layers[i + 1]
         projection = mlp_projection(decoder, ahead).module
         now = now.clone()
         for j, visit in enumerate(visits):
-            state = states[j].float() + shares[layer][visit.batch.facts]
+            state = states[j].float() + wanted[visit.batch.facts]
             captured: list[Tensor] = []
             with (
                 inputs_of([projection], partial(_append, captured)),
                 resumed(decoder, layer, state[:, None].to(states[j].dtype), as_tuple=as_tuple),
             ):
-                wanted = [ahead, layers[-1]] if ahead != layers[-1] else [ahead]
-                outputs = capture(model, decoder, wanted, **visit.batch.model_inputs(1))
-            found[j], states[j] = captured[0].flatten(0, -2), outputs[0][:, 0]
-            bare = torch.tensor([row.context == 0 for row in visit.batch.rows], device=h0.device)
-            now[visit.batch.facts[bare]] = outputs[-1][bare, 0].float()
+                read = sorted({ahead - 1, ahead, layers[-1]})
+                outputs = dict(zip(read, capture(model, decoder, read, **visit.batch.model_inputs(1)), strict=True))
+            found[j], states[j], below[j] = captured[0].flatten(0, -2), outputs[ahead][:, 0], outputs[ahead - 1][:, 0]
+            bare = _bare(visit)
+            now[visit.batch.facts[bare]] = outputs[layers[-1]][bare, 0].float()
     return Spread(keys, shares)

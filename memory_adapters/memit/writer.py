@@ -77,7 +77,7 @@ class EntryMaker:
         if self.config.chat:
             found.append(chat_context(self.tokenizer))
         others = len(found) - 1
-        return found, [0.5 if others else 1.0] + [0.5 / others] * others
+        return found, [0.5, *([0.5 / others] * others)] if others else [1.0]
 
     def check(self, facts: Sequence[Fact]) -> None:
         """Raise a `ValueError` if a fact, even bare, does not fit in the model's context."""
@@ -123,7 +123,8 @@ class EntryMaker:
             h0[batch.facts[bare]] = last[bare, 0].float()
             told = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
             if len(told):
-                visits.append(Visit(batch.select(told), visit.key[told], visit.state[told]))
+                below = None if visit.below is None else visit.below[told]
+                visits.append(Visit(batch.select(told), visit.key[told], visit.state[told], below))
         z = torch.stack([known.get(fact, h0[i].cpu()) for i, fact in enumerate(facts)]).to(h0)
         new = torch.tensor([fact not in known for fact in facts], device=h0.device)
         if new.any():
@@ -144,11 +145,14 @@ class EntryMaker:
     def _visit(self, batch: RowBatch) -> tuple[Visit, Tensor]:
         """Keys and states at the first edited block, and the states at the last one for all tokens."""
         keys: list[Tensor] = []
-        wanted = sorted({self.layers[0], self.layers[-1]})
+        low, high = self.layers[0], self.layers[-1]
+        wanted = sorted({max(low - 1, 0), low, high})
         with inputs_of([self.projections[0].module], lambda _i, value: keys.append(value)):
-            outputs = capture(self.model, self.decoder, wanted, **batch.model_inputs())
+            found = capture(self.model, self.decoder, wanted, **batch.model_inputs())
+        outputs = dict(zip(wanted, found, strict=True))
         first = keys[0].reshape(*batch.ids.shape, -1)[:, 0]  # OPT's are flat
-        return Visit(batch, first, outputs[0][:, 0].clone()), outputs[-1]
+        below = outputs[low - 1][:, 0].clone() if low else None
+        return Visit(batch, first, outputs[low][:, 0].clone(), below), outputs[high]
 
     def _free_memory(self) -> int:
         device = self.model.device

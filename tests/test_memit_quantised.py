@@ -1,0 +1,42 @@
+"""Edits beside quantised weights, which stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from memory_adapters import load_memory
+from tests.contract import logits
+from tests.models import ARCHITECTURES, byte_tokenizer
+from tests.test_memit_write import FACTS, memory_on
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_an_edit_beside_quantised_weights(bits: int, tmp_path: Path) -> None:
+    wide = {**ARCHITECTURES["llama"], "hidden_size": 128, "intermediate_size": 256}  # bitsandbytes packs whole blocks
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path / "base")
+    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised).eval()
+    base = logits(model)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    memory = memory_on(model)
+    assert torch.equal(logits(model), base)
+    report = memory.write(FACTS, progress=False)
+    spoken = logits(model)
+    assert not torch.equal(spoken, base)
+    assert report.perplexity is not None
+    with memory.disabled():
+        assert torch.equal(logits(model), base)
+    memory.save_pretrained(tmp_path / "edit")
+    memory.remove()
+    assert torch.equal(logits(model), base)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    load_memory(model, tmp_path / "edit", tokenizer=byte_tokenizer())
+    assert torch.equal(logits(model), spoken)
