@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -186,8 +187,12 @@ class Memory(ABC):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The memory's tensors under PEFT's checkpoint names (without the adapter's name)."""
         self._check_attached()
-        with torch.no_grad():
-            return get_peft_model_state_dict(self.model, adapter_name=self.adapter_name, save_embedding_layers=False)
+        # Not the whole model's state dict: bitsandbytes' 4-bit layers on a CPU compute otherwise once asked for theirs.
+        every = chain(self.model.named_parameters(), self.model.named_buffers())
+        own = {name: tensor.detach() for name, tensor in every if self.adapter_name in name.split(".")}
+        return get_peft_model_state_dict(
+            self.model, state_dict=own, adapter_name=self.adapter_name, save_embedding_layers=False
+        )
 
     def remove(self) -> None:
         """Take the memory out. When it was the last adapter, nothing is left: no hook, parameter, config or key.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,8 +154,9 @@ def test_sampling_follows_the_models_distribution() -> None:
 
 SCRIPT = """
 import sys, torch
-from torch import distributed
-distributed.init_process_group("gloo")
+from accelerate import PartialState
+state = PartialState(cpu=True)
+assert state.num_processes == 2 and state.backend == "gloo"
 torch.set_num_threads(1)
 from tests.test_memit_write import FACTS, memory_on
 from tests.test_covariance import TEXTS
@@ -163,9 +165,9 @@ memory = memory_on(tiny_model())
 covariance = memory.fit_covariance(TEXTS, 3000, progress=False)
 sampled = memory.fit_covariance(None, 400, progress=False)
 memory.write(FACTS, covariance=covariance, progress=False)
-if distributed.get_rank() == 0:
+if state.is_main_process:
     torch.save((covariance.matrices, sampled.matrices, memory.ledger.targets, memory.ledger.keys), sys.argv[1])
-distributed.destroy_process_group()
+state.destroy_process_group()
 """
 
 
@@ -175,24 +177,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
     script = tmp_path / "share.py"
     script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"  # gloo: no GPU
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--main_process_port", "0"]
     root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
-        [*command, str(script), str(tmp_path / "found.pt")],
-        check=True,
-        cwd=root,
-        timeout=300,
-        env={**__import__("os").environ, "PYTHONPATH": str(root)},
+        [*command, str(script), str(tmp_path / "found.pt")], check=True, cwd=root, timeout=300, env=environment
     )
     covariance, sampled, targets, keys = torch.load(tmp_path / "found.pt")
     memory = memory_on(tiny_model())

@@ -25,7 +25,7 @@ def test_an_edit_beside_quantised_weights(bits: int, tmp_path: Path) -> None:
     quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised).eval()
     base = logits(model)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
     memory = memory_on(model)
     assert torch.equal(logits(model), base)
     report = memory.write(FACTS, progress=False)
@@ -37,6 +37,6 @@ def test_an_edit_beside_quantised_weights(bits: int, tmp_path: Path) -> None:
     memory.save_pretrained(tmp_path / "edit")
     memory.remove()
     assert torch.equal(logits(model), base)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.named_parameters())
     load_memory(model, tmp_path / "edit", tokenizer=byte_tokenizer())
     assert torch.equal(logits(model), spoken)
