@@ -71,7 +71,8 @@ def inject_memory(
         base.__dict__["_hf_peft_config_loaded"] = (
             True  # transformers' set_adapter, disable_adapters and active_adapters work
         )
-    memory = memory_type(base, name, config, tokenizer)
+    injected = base.peft_config[name]  # type: ignore[index]
+    memory = memory_type(base, name, injected if isinstance(injected, MemoryConfig) else config, tokenizer)
     for layer, names in active:
         layer._active_adapter = names
     memory.active = True

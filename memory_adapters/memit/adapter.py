@@ -42,7 +42,8 @@ def place(
         if len(A) == 0:
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         device = layer.lora_A[adapter_name].weight.device
-        ready[index] = [nn.Parameter(matrix.to(device), requires_grad=False) for matrix in (A, B)]
+        own = [matrix.to(device).clone(memory_format=torch.contiguous_format) for matrix in (A, B)]  # aligned
+        ready[index] = [nn.Parameter(matrix, requires_grad=False) for matrix in own]
     for index, layer in layers.items():
         A, B = ready[index]
         down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]

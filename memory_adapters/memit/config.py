@@ -60,7 +60,7 @@ class MemitConfig(MemoryConfig):
     layers: Sequence[int | float] | int | float = (0.2, 0.35)
     solver: str = "memit"
     regularization: float = 0.03
-    null_space: float = 0.5
+    null_space: float = 0.8
     steps: int = 25
     learning_rate: float = 0.09
     clamp: float = 0.75
