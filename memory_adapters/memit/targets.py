@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from memory_adapters.decoder import Decoder, execution_device
 from memory_adapters.forward_passes import block_returns_tuple, capture, logits_at, resumed
@@ -130,22 +129,31 @@ class TargetFinder:
         """PyTorch's fused attention has a slow backward pass on the CPU for few tokens."""
         return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
+    def prepared(self, problem: Problem) -> Problem:
+        """With `precision="bfloat16"`: the problem with its states, keys and values in bfloat16."""
+        if not self.bfloat16:
+            return problem
+        cache = problem.batch.fresh_cache()
+        for layer in [] if cache is None else cache.layers[self.layer + 1 :]:
+            layer.keys, layer.values = layer.keys.to(torch.bfloat16), layer.values.to(torch.bfloat16)
+        return replace(problem, batch=replace(problem.batch, cache=cache), states=problem.states.to(torch.bfloat16))
+
     @contextmanager
     def fast_weights(self) -> Iterator[None]:
-        """With `precision="bfloat16"`: the matrices that are used are bfloat16 within this context.
+        """With `precision="bfloat16"`: the weights that are used are bfloat16 within this context.
 
         Autocast alone would convert them again in every pass.
         """
-        above = [*self.decoder.blocks[self.layer + 1 :], self.decoder.head]
-        linears = {m for block in above for m in block.modules() if isinstance(m, nn.Linear | Conv1D)}
-        before = {m: m.weight for m in linears if m.weight.dtype == torch.float32} if self.bfloat16 else {}
+        every = {m for block in self.decoder.blocks[self.layer + 1 :] for m in block.modules()} | {self.decoder.head}
+        places = [(m, name) for m in every for name, p in m.named_parameters(recurse=False) if p.dtype == torch.float32]
+        before = [(m, name, getattr(m, name)) for m, name in places] if self.bfloat16 else []
         try:
-            for module, weight in before.items():
-                module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+            for module, name, weight in before:
+                setattr(module, name, nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False))
             yield
         finally:
-            for module, weight in before.items():
-                module.weight = weight
+            for module, name, weight in before:
+                setattr(module, name, weight)
 
     def losses(self, problem: Problem, delta: Tensor) -> Tensor:
         """Contribution of the rows to each fact's loss (facts,)."""
@@ -193,7 +201,7 @@ def find_targets(
     rates = config.learning_rate * norms[:, None] / math.sqrt(h0.shape[1])
     delta, moment, square = (torch.zeros_like(h0) for _ in range(3))
     losses = torch.zeros(len(h0), device=h0.device)
-    problems = _unfinished(problems, active)
+    problems = [finder.prepared(problem) for problem in _unfinished(problems, active)]
     for step in range(1, config.steps):
         gradient = torch.zeros_like(delta)
         found = torch.zeros_like(losses)
