@@ -30,6 +30,7 @@ class MemoryPeftType(str, enum.Enum):
 
     MEMORY_ADAPTER = "MEMORY_ADAPTER"
     MEMIT = "MEMIT"
+    MEMORY_SLOTS = "MEMORY_SLOTS"
 
 
 @dataclass
@@ -100,7 +101,7 @@ def config_class(peft_type: object) -> type[MemoryConfig] | None:
 
 def saved_files() -> list[str]:
     """Names of all files that a saved memory of any method may have."""
-    return sorted({file for memory in _MEMORY_CLASSES.values() for file in memory.files})
+    return sorted({file for memory in _MEMORY_CLASSES.values() for file in (*memory.files, *memory.optional_files)})
 
 
 def memory_config_names() -> list[str]:

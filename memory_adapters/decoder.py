@@ -10,7 +10,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-__all__ = ["Decoder", "Projection", "execution_device", "find_decoder", "mlp_projection", "resolve_layers"]
+__all__ = [
+    "Decoder",
+    "Projection",
+    "base_linears",
+    "execution_device",
+    "find_decoder",
+    "mlp_projection",
+    "resolve_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Decoder:
         hidden_size: Width d of the residual stream.
         embeddings: The input embedding module.
         head: The output projection (`hidden_size` to vocabulary).
+        model_type: The architecture's name, for PEFT's own tables.
     """
 
     blocks: nn.ModuleList
@@ -30,6 +39,7 @@ class Decoder:
     hidden_size: int
     embeddings: nn.Module
     head: nn.Module
+    model_type: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -40,6 +50,17 @@ class Decoder:
         """Rows of the input embeddings: token ids must be below it."""
         weight: Any = self.embeddings.weight
         return int(weight.shape[0])
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the input embeddings: `hidden_size` in most models, less in some OPT."""
+        weight: Any = self.embeddings.weight
+        return int(weight.shape[1])
+
+    @property
+    def stack_path(self) -> str:
+        """Dotted name of the module that runs the blocks, such as `"model"`."""
+        return self.path.rpartition(".")[0]
 
     def block_name(self, layer: int) -> str:
         """Dotted name of block `layer`, such as `"model.layers.7"`."""
@@ -88,7 +109,7 @@ def find_decoder(model: nn.Module, layers_path: str | None = None) -> Decoder:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if embeddings is None or head is None:
         raise ValueError(f"{name} has no input or output embeddings; load it with a causal LM head.")
-    return Decoder(blocks, path, hidden_size, embeddings, head)
+    return Decoder(blocks, path, hidden_size, embeddings, head, getattr(text_config, "model_type", None))
 
 
 def _is_block_list(module: nn.Module, depth: int | None) -> bool:
@@ -174,7 +195,7 @@ def mlp_projection(decoder: Decoder, layer: int) -> Projection:
             "choose `layers` with a dense MLP, or use MemoryAdapterConfig, which takes any block."
         )
     found = []
-    for path, module in _base_linears(block):
+    for path, module in base_linears(block):
         weight = getattr(_unwrapped(module), "weight", None)
         inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
         transposed = inputs is None and isinstance(weight, torch.Tensor) and weight.ndim == 2
@@ -197,7 +218,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _base_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def base_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Leaf modules of a block with a matrix, and adapter layers around them, by dotted name, in order."""
     for name, child in block.named_children():
         inner = f"{path}.{name}" if path else name
@@ -205,4 +226,4 @@ def _base_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
         if wrapped or next(child.children(), None) is None:
             yield inner, child
         else:
-            yield from _base_linears(child, inner)
+            yield from base_linears(child, inner)

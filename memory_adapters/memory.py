@@ -118,6 +118,7 @@ class Memory(ABC):
     """
 
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+    optional_files: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, adapter_name: str, config: MemoryConfig, tokenizer: Any = None) -> None:
         self.model = model

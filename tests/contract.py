@@ -51,6 +51,7 @@ class MemoryContract:
     Attributes:
         architectures_refused: Architectures that `inject_memory` refuses, with the reason's words.
         files: What a saved memory consists of.
+        learns_in_place: Whether the memory's own parameters take part in the model's passes.
     """
 
     architectures_refused: ClassVar[dict[str, str]] = {}
@@ -67,6 +68,8 @@ class MemoryContract:
                 inject_memory(model, self.make_config(), tokenizer=byte_tokenizer())
             assert fingerprint(model) == before
             pytest.skip(f"{architecture} is refused, as it should be")
+
+    learns_in_place: ClassVar[bool] = True
 
     def make_config(self, **settings: Any) -> MemoryConfig:
         raise NotImplementedError
@@ -161,8 +164,10 @@ class MemoryContract:
     def test_gradient_checkpointing_gives_the_same_gradients(self, architecture: str, reentrant: bool) -> None:
         model = tiny_model(architecture)
         memory = self.speaking(model)
-        own = {id(p) for p in memory_free(model, memory)}
-        parameters = [p.requires_grad_(True) for p in model.parameters() if id(p) not in own]
+        base = {id(p) for p in memory_free(model, memory)}
+        parameters = [p for p in model.parameters() if (id(p) not in base) == self.learns_in_place]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         assert parameters
         model.enable_input_require_grads()
         inputs = encode(PROMPT)

@@ -21,8 +21,18 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from memory_adapters import Memory, MemoryAdapterConfig, inject_memory, load_memory, memories
+from memory_adapters import (
+    Fact,
+    MemitConfig,
+    Memory,
+    MemoryAdapterConfig,
+    MemorySlotsConfig,
+    inject_memory,
+    load_memory,
+    memories,
+)
 from tests.hub_server import HubServer
+from tests.models import byte_tokenizer
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_")  # settings of whoever runs the tests
@@ -121,6 +131,32 @@ def tag_and_load(repo_id: str, sha: str) -> list[str]:
     api.create_branch(repo_id, branch="older", revision=sha)
     assert api.model_info(repo_id, revision="v1").sha == sha
     return load(repo_id, sha, "v1", "older")
+
+
+@client
+def method_there_and_back(method: str, repo_id: str) -> list[Any]:
+    """Written, pushed and loaded again; then what only the method's own files make possible."""
+    model, tokenizer = base_model(), byte_tokenizer()
+    settings: dict[str, Any] = dict(layers=[1], steps=2, num_prefixes=1, prefix_length=2, covariance_tokens=200)
+    slots = MemorySlotsConfig(num_slots=2, span_length=8, refine_steps=1)
+    memory: Any = inject_memory(model, MemitConfig(**settings) if method == "edit" else slots, tokenizer=tokenizer)
+    fact = Fact("{} is in", "The Eiffel Tower", "Rome")
+    memory.write(fact, progress=False)
+    spoken, base = logits_hash(model), logits_hash(base_model())
+    memory.push_to_hub(repo_id, private=True)
+    covariance = memory.covariance if method == "edit" else None
+    memory.remove()
+    back: Any = load_memory(model, repo_id, tokenizer=tokenizer)
+    results = [logits_hash(model) == spoken, spoken != base]
+    if covariance is not None:
+        covariance.push_to_hub(f"{repo_id}-c0")
+        back.forget(fact)
+        results.append(logits_hash(model) == base)
+        back.write(fact, covariance=f"{repo_id}-c0", progress=False)
+        results.append(back.facts == [fact])
+    else:
+        results.append(back.slots[0].num_tokens == len("The Eiffel Tower is in Rome."))
+    return results
 
 
 @client
@@ -229,6 +265,12 @@ def test_other_files_are_not_downloaded(server: HubServer, pushed: dict[str, Any
     cached = {path.name for path in (tmp_path / "hub").rglob("*") if path.is_file()}
     assert set(FILES) <= cached
     assert not cached & set(extra)
+
+
+@pytest.mark.parametrize("method", ["edit", "slots"])
+def test_every_methods_files_travel(server: HubServer, tmp_path: Path, method: str) -> None:
+    assert all(run_client(server, tmp_path, "method_there_and_back", method, f"me/{method}"))
+    assert server.repos[f"me/{method}"].private
 
 
 def only_loopback(event: str, arguments: tuple[Any, ...]) -> None:

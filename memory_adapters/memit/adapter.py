@@ -11,17 +11,7 @@ from torch import nn
 
 from memory_adapters.memit.ledger import Factors
 
-__all__ = ["lora_layers", "place", "take_out"]
-
-
-def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLayer]:
-    """The LoRA layers at these places (block index to dotted name)."""
-    found = {}
-    for index, name in names.items():
-        module = model.get_submodule(name)
-        assert isinstance(module, LoraLayer)
-        found[index] = module
-    return found
+__all__ = ["place"]
 
 
 @torch.no_grad()
@@ -51,12 +41,3 @@ def place(
         config.r = config.lora_alpha = down.out_features = up.in_features = len(A)
         layer.r[adapter_name] = layer.lora_alpha[adapter_name] = len(A)
         layer.scaling[adapter_name] = 1.0
-
-
-def take_out(model: nn.Module, names: Mapping[int, str], adapter_name: str) -> None:
-    """Delete the adapter, and put the base's own module back where no other adapter is left."""
-    for layer, name in zip(lora_layers(model, names).values(), names.values(), strict=True):
-        layer.delete_adapter(adapter_name)
-        if not layer._get_available_adapters():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -16,7 +16,8 @@ from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, read
 from memory_adapters.decoder import Decoder, find_decoder, mlp_projection
 from memory_adapters.forward_passes import evaluating
 from memory_adapters.knowledge import Fact, as_items
-from memory_adapters.memit.adapter import lora_layers, place, take_out
+from memory_adapters.lora import lora_layers, take_out
+from memory_adapters.memit.adapter import place
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.covariance import Covariance, CovarianceFitter
 from memory_adapters.memit.ledger import Factors, Ledger, relation_of

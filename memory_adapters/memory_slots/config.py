@@ -1,0 +1,165 @@
+"""Settings of memory slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number
+from memory_adapters.decoder import Decoder, base_linears
+
+__all__ = ["MemorySlotsConfig"]
+
+POOLINGS = ("tokens", "mean")
+
+
+@dataclass
+class MemorySlotsConfig(MemoryConfig):
+    """Memory slots (ICAE, Ge et al. 2024): a context compressed into vectors that the frozen model reads as embeddings.
+
+    The encoder is the model itself with a LoRA that is active only while it compresses.
+
+    Attributes:
+        num_slots: Slots of a full span, k.
+        span_length: Tokens of a full span; longer text is cut into equal spans. `span_length / num_slots` is the
+            compression rate asked for; what was achieved is `MemorySlots.compression_rate`.
+        pooling: Where slots are read: `"tokens"`, the last hidden states at memory tokens appended to the span (as in
+            the paper), or `"mean"`, the mean of the span's neighbouring states, added to the mean of their
+            embeddings: an encoder that was never trained then gives pooled embeddings.
+        lora_rank: Rank of the encoder's LoRA (paper: 128).
+        lora_alpha: Its scale (paper: 32).
+        target_modules: Names of the matrices it sits on; by default PEFT's for the architecture (q and v in most),
+            or all of the blocks where PEFT knows none. Resolved to full names at injection.
+        refine_steps: Gradient steps on the slots of a text in `write`; None for none with a trained encoder and
+            100 without.
+        refine_learning_rate: Adam's, in units of the RMS of the token embeddings; falls to 0 as a cosine.
+        refine_fraction: Weight of autoencoding in refinement, against predicting what is asked of the text.
+        precision: Of the refinement's forward passes: `"model"` for the model's own, or `"bfloat16"`.
+        encoder_steps: Updates that the encoder was trained for. Filled in by training.
+        has_slots: Whether slots are saved beside the encoder. Filled in when saving.
+        seed: Of the initialisation.
+    """
+
+    method_name: ClassVar[str] = "Memory slots (ICAE)"
+    kind: ClassVar[MemoryPeftType] = MemoryPeftType.MEMORY_SLOTS
+    num_slots: int = 128
+    span_length: int = 512
+    pooling: str = "mean"
+    lora_rank: int = 32
+    lora_alpha: int = 32
+    target_modules: list[str] | None = None
+    refine_steps: int | None = None
+    refine_learning_rate: float = 0.5
+    refine_fraction: float = 0.5
+    precision: str = "model"
+    encoder_steps: int = 0
+    has_slots: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.kind
+        self.task_type = "CAUSAL_LM"
+        check_number("num_slots", self.num_slots, low=1, integer=True)
+        check_number("span_length", self.span_length, low=self.num_slots, integer=True)
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_number("lora_rank", self.lora_rank, low=1, integer=True)
+        check_number("lora_alpha", self.lora_alpha, low=0, open_low=True)
+        if self.refine_steps is not None:
+            check_number("refine_steps", self.refine_steps, low=0, integer=True)
+        check_number("refine_learning_rate", self.refine_learning_rate, low=0, open_low=True)
+        check_number("refine_fraction", self.refine_fraction, low=0, high=1)
+        check_choice("precision", self.precision, ("model", "bfloat16"))
+        check_number("encoder_steps", self.encoder_steps, low=0, integer=True)
+        check_number("seed", self.seed, low=0, integer=True)
+        names = self.target_modules
+        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise ValueError(f"`target_modules` must be a list of module names, got {names!r}.")
+
+    @property
+    def steps_of_refinement(self) -> int:
+        """`refine_steps`, or what its None stands for."""
+        if self.refine_steps is not None:
+            return self.refine_steps
+        return 0 if self.encoder_steps else 100
+
+    def slots_for(self, num_tokens: int) -> int:
+        """Slots of a span of so many tokens: in proportion, at least one."""
+        return max(1, math.ceil(num_tokens * self.num_slots / self.span_length))
+
+    def spans_of(self, ids: Sequence[int]) -> list[list[int]]:
+        """Token ids cut into equal spans of at most `span_length`."""
+        count = math.ceil(len(ids) / self.span_length)
+        edges = [round(i * len(ids) / count) for i in range(count + 1)]
+        return [list(ids[a:b]) for a, b in pairwise(edges)]
+
+    def check_model(self, decoder: Decoder) -> None:
+        self.tensor_shapes(decoder)
+
+    def modules(self, decoder: Decoder) -> dict[str, nn.Module]:
+        """The matrices that the encoder's LoRA sits on, by full name.
+
+        Raises:
+            ValueError: If `target_modules` names none of the blocks.
+        """
+        every = {
+            f"{decoder.block_name(i)}.{path}": module
+            for i, block in enumerate(decoder.blocks)
+            for path, module in base_linears(block)
+            if _weight(module) is not None
+        }
+        asked = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(decoder.model_type)
+        if asked is None:
+            return {name: module for name, module in every.items() if hasattr(module, "in_features")}
+        found = {n: m for n, m in every.items() if any(n == a or n.endswith(f".{a}") for a in asked)}
+        missing = [a for a in asked if not any(n == a or n.endswith(f".{a}") for n in found)]
+        if missing or not found:
+            raise ValueError(f"`target_modules` names {missing or asked}, which the model's blocks do not have.")
+        return found
+
+    def adapter_config(self, decoder: Decoder) -> PeftConfig:
+        """The encoder's LoRA."""
+        modules = self.modules(decoder)
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            target_modules=list(modules),
+            fan_in_fan_out=all(type(_base(m)).__name__ == "Conv1D" for m in modules.values()),
+            inference_mode=True,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.base_model_name_or_path,
+        )
+
+    def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
+        """Names and shapes of the encoder's tensors: its LoRA, and what it reads slots with."""
+        shapes = {}
+        for name, module in self.modules(decoder).items():
+            inputs: Any = getattr(module, "in_features", None)
+            outputs: Any = getattr(module, "out_features", None)
+            if inputs is None:
+                weight: Any = _weight(module)  # GPT-2's, stored (in, out)
+                inputs, outputs = weight.shape
+            shapes[f"{name}.lora_A.weight"] = torch.Size((self.lora_rank, inputs))
+            shapes[f"{name}.lora_B.weight"] = torch.Size((outputs, self.lora_rank))
+        width = decoder.embedding_size
+        own = {"memory_tokens": (self.num_slots, width), "special": (3, width), "scale": (width,)}
+        return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _weight(module: nn.Module) -> torch.Tensor | None:
+    """Its matrix; None if it has none, as an activation or a norm."""
+    weight = getattr(_base(module), "weight", None)
+    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None

@@ -1,0 +1,172 @@
+"""The encoder: the model itself, with a LoRA that is active only here, reads spans and puts out slots."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from memory_adapters.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.memory_slots.config import MemorySlotsConfig
+
+__all__ = ["AE", "FT", "LM", "Encoder", "EncoderParts"]
+
+AE, LM, FT = 0, 1, 2  # rows of `special`: reconstruct the text; continue it; answer an instruction
+BATCH_TOKENS = 4096
+
+
+class EncoderParts(nn.Module):
+    """What the encoder trains beside its LoRA.
+
+    Attributes:
+        memory_tokens: Embeddings appended to a span (num_slots, embedding_size); read with `pooling="tokens"`.
+        special: Embeddings of [AE], [LM] and [FT] (3, embedding_size).
+        scale: Factor on the normalised hidden states, by component (embedding_size,), in units of the embeddings' RMS:
+            0 at first with `pooling="mean"`, 1 with `"tokens"`.
+        embedding_rms: RMS of the model's token embeddings.
+    """
+
+    def __init__(self, config: MemorySlotsConfig, decoder: Decoder) -> None:
+        super().__init__()
+        weight: Any = decoder.embeddings.weight
+        table = weight.detach()[: 1 << 14].float()
+        device = execution_device(decoder.embeddings)
+        generator = torch.Generator().manual_seed(config.seed)
+        mean, spread = table.mean(0).cpu(), table.std(0).cpu()
+
+        def like_tokens(rows: int) -> nn.Parameter:
+            noise = torch.randn(rows, len(mean), generator=generator)
+            return nn.Parameter((mean + spread * noise).to(device), requires_grad=False)
+
+        self.memory_tokens = like_tokens(config.num_slots)
+        self.special = like_tokens(3)
+        start = 0.0 if config.pooling == "mean" else 1.0
+        self.scale = nn.Parameter(torch.full((len(mean),), start, device=device), requires_grad=False)
+        self.embedding_rms = float(table.square().mean().sqrt())
+
+
+class Encoder:
+    """Compresses spans of tokens on one model.
+
+    Args:
+        model: The causal LM.
+        adapter_name: Name of the LoRA.
+        config: Settings.
+        parts: What it has beside the LoRA.
+    """
+
+    def __init__(self, model: Any, adapter_name: str, config: MemorySlotsConfig, parts: EncoderParts) -> None:
+        self.model, self.adapter_name, self.config, self.parts = model, adapter_name, config, parts
+        self.decoder = find_decoder(model, config.layers_path)
+        self.device = execution_device(self.decoder.embeddings)
+        self.stack: Any = model.get_submodule(self.decoder.stack_path)
+
+    def layers(self) -> list[LoraLayer]:
+        """The LoRA's layers."""
+        found = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        return [layer for layer in found if self.adapter_name in layer.lora_A]
+
+    @contextmanager
+    def others_off(self) -> Iterator[None]:
+        """Within this context no adapter on the model takes part, and no slots are read."""
+        every: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in every]
+        try:
+            for layer in every:
+                layer._active_adapter = []
+            yield
+        finally:
+            for layer, names, disabled in before:
+                layer._active_adapter, layer._disable_adapters = names, disabled
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within this context the encoder's LoRA is the only adapter that takes part."""
+        layers: list[Any] = self.layers()
+        with self.others_off():
+            try:
+                for layer in layers:
+                    layer._active_adapter, layer._disable_adapters = [self.adapter_name], False
+                    layer.scaling[self.adapter_name] = self.config.lora_alpha / self.config.lora_rank
+                yield
+            finally:
+                for layer in layers:
+                    layer.scaling[self.adapter_name] = 0.0
+
+    def slots(self, spans: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Slots of each span (slots, embedding_size) in float32, from one pass; with gradients where they are on."""
+        counts = [self.config.slots_for(len(span)) for span in spans]
+        appended = counts if self.config.pooling == "tokens" else [0] * len(spans)
+        length = max(len(span) + n for span, n in zip(spans, appended, strict=True))
+        rows, mask = [], torch.zeros(len(spans), length, dtype=torch.long, device=self.device)
+        texts = [self.decoder.embeddings(torch.tensor(list(span), device=self.device)) for span in spans]
+        for i, (text, n) in enumerate(zip(texts, appended, strict=True)):
+            row = torch.cat([text, self.parts.memory_tokens[:n].to(text)])
+            rows.append(nn.functional.pad(row, (0, 0, length - len(row), 0)))
+            mask[i, length - len(row) :] = 1
+        inputs: dict[str, Any] = {"inputs_embeds": torch.stack(rows), "attention_mask": mask}
+        if takes_positions(self.stack):
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        with self.active():
+            states = self.stack(**inputs, use_cache=False).last_hidden_state.float()
+        states = states / states.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        factor = self.parts.scale * self.parts.embedding_rms
+        found = []
+        for i, (text, n) in enumerate(zip(texts, counts, strict=True)):
+            if appended[i]:
+                found.append(factor * states[i, length - n :])
+            else:
+                pool = pooling_matrix(len(text), n, self.device)
+                found.append(pool @ text.float() + factor * (pool @ states[i, length - len(text) :]))
+        return found
+
+    @torch.no_grad()
+    def compress(self, spans: Sequence[Sequence[int]], progress: bool) -> list[Tensor]:
+        """Slots of each span, in batches."""
+        size = max(1, BATCH_TOKENS // max(len(span) + self.config.num_slots for span in spans))
+        found: list[Tensor] = []
+        with tqdm(total=len(spans), unit="span", desc="compressing", disable=not progress or len(spans) == 1) as bar:
+            for start in range(0, len(spans), size):
+                found += self.slots(spans[start : start + size])
+                bar.update(len(found) - bar.n)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The encoder's tensors by name: LoRA and parts."""
+        found = {f"memory_slots.{name}": parameter.detach() for name, parameter in self.parts.named_parameters()}
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLayer) and self.adapter_name in module.lora_A:
+                found[f"{name}.lora_A.weight"] = module.lora_A[self.adapter_name].weight.detach()
+                found[f"{name}.lora_B.weight"] = module.lora_B[self.adapter_name].weight.detach()
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the encoder's tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pooling_matrix(tokens: int, slots: int, device: torch.device) -> Tensor:
+    """(slots, tokens): row i averages the i-th of `slots` equal stretches of the tokens."""
+    edges = [round(i * tokens / slots) for i in range(slots + 1)]
+    pool = torch.zeros(slots, tokens, device=device)
+    for i, (a, b) in enumerate(pairwise(edges)):
+        pool[i, a : max(b, a + 1)] = 1 / max(b - a, 1)
+    return pool
+
+
+def takes_positions(stack: Any) -> bool:
+    """Whether a decoder stack takes `position_ids`."""
+    return "position_ids" in inspect.signature(stack.forward).parameters

@@ -1,0 +1,286 @@
+"""Memory slots as a `Memory`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from memory_adapters.checkpoint import check_fingerprint, read_tensors, write_tensors
+from memory_adapters.decoder import Decoder, find_decoder
+from memory_adapters.forward_passes import evaluating
+from memory_adapters.knowledge import Document, Fact, Item, as_items
+from memory_adapters.lora import take_out
+from memory_adapters.memory import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteReport
+from memory_adapters.memory_slots.config import MemorySlotsConfig
+from memory_adapters.memory_slots.encoder import AE, Encoder, EncoderParts
+from memory_adapters.memory_slots.reader import Entry, attach, detach, reader_of
+from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, reconstruction, refine
+from memory_adapters.memory_slots.slots import MemorySlots
+from memory_adapters.tokens import score_rows, shared_length, tokenize
+from memory_adapters.unrelated import PLAIN_SENTENCES
+
+__all__ = ["SlotMemory"]
+
+SLOTS_FILE = "slots.safetensors"
+
+
+class SlotMemory(Memory):
+    """A text compressed into vectors that the frozen model reads before every prompt.
+
+    Attributes:
+        slots: What is read now; several where each row of a batch reads its own; empty before anything is written.
+    """
+
+    config: MemorySlotsConfig
+    files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+    optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE,)
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: MemorySlotsConfig, tokenizer: Any = None) -> None:
+        super().__init__(model, adapter_name, config, tokenizer)
+        decoder = find_decoder(model, config.layers_path)
+        config.target_modules = sorted(config.modules(decoder))
+        self._stack = model.get_submodule(decoder.stack_path)
+        reader = attach(self._stack)
+        entry = Entry(decoder.embedding_size)
+        entry.add_module("parts", EncoderParts(config, decoder))
+        reader.slot_entries[adapter_name] = entry.to(next(iter(entry.parts.parameters())).device)  # type: ignore[union-attr]
+        self.encoder = Encoder(self.model, adapter_name, config, entry.parts)  # type: ignore[arg-type]
+        for layer in self.encoder.layers():
+            layer.scaling[adapter_name] = 0.0  # its LoRA speaks only within `Encoder.active`
+            layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
+        self.slots: list[MemorySlots] = []
+
+    def tuner_layers(self) -> list[BaseTunerLayer]:
+        """The reader: the encoder's LoRA takes no part in the model's own passes."""
+        return [reader_of(self._stack)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The encoder's tensors."""
+        self._check_attached()
+        return self.encoder.tensors()
+
+    def write(self, items: Any, *, refine_steps: int | None = None, progress: bool = True) -> WriteReport:
+        """Compress text, and let the model read it from now on, behind what was written before.
+
+        Facts and questions are written out as text; the answer to their prompt is what refinement also asks for. If it
+        fails or is interrupted, the memory is what it was before.
+
+        Args:
+            items: Strings (documents), `Document`, `Fact`, `QuestionAnswer`, mixed; one or many.
+            refine_steps: Gradient steps on the slots; by default the config's.
+            progress: Show bars.
+
+        Raises:
+            TypeError: If an item is of no kind that can be written.
+            ValueError: If there is no tokenizer, or slots and prompts would not fit in the model's positions.
+        """
+        start = time.perf_counter()
+        listed = as_items(items)
+        self._check_writable()
+        steps = self.config.steps_of_refinement if refine_steps is None else refine_steps
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"`refine_steps` must be an integer of at least 0, got {refine_steps!r}.")
+        asked = [self._asked(item) for item in listed if not isinstance(item, Document)]
+        text = "\n".join(item.text if isinstance(item, Document) else _sentence(item) for item in listed)
+        before = self._scores(asked)
+        made, losses, accuracy = self._compress(text, asked, steps, progress)
+        self.use([slots + made for slots in self.slots] or made)
+        after = self._scores(asked)
+        report = WriteReport(
+            method=self.config.method_name,
+            num_items=_counted(listed),
+            recall=after[0],
+            recall_before=before[0],
+            token_accuracy=accuracy[1],
+            token_accuracy_before=accuracy[0],
+            perplexity=after[1],
+            perplexity_before=before[1],
+            losses=losses,
+            num_parameters=self.num_parameters(),
+            seconds=time.perf_counter() - start,
+            notes=[
+                f"{made.num_tokens} tokens in {made.num_slots} slots of {made.num_spans} span(s): "
+                f"compression rate {made.compression_rate:.2f}"
+            ],
+        )
+        self.config.writes.append(dict(report.rows()))
+        return report
+
+    def compress(self, text: str, *, refine_steps: int | None = None, progress: bool = True) -> MemorySlots:
+        """Slots of `text`, without reading them: see `use`."""
+        self._check_writable()
+        steps = self.config.steps_of_refinement if refine_steps is None else refine_steps
+        return self._compress(Document(text).text, [], steps, progress)[0]
+
+    def use(self, slots: MemorySlots | Sequence[MemorySlots] | None) -> None:
+        """Let the model read these slots before every prompt; a list has slots for each row of a batch; None: none.
+
+        Raises:
+            ValueError: If slots belong to another model.
+        """
+        self._check_attached()
+        rows = [] if slots is None else [slots] if isinstance(slots, MemorySlots) else list(slots)
+        decoder = self.encoder.decoder
+        own = self.encoder.fingerprint() if rows else ""
+        for row in rows:
+            assert self.config.base_fingerprint is not None
+            check_fingerprint(row.base_fingerprint, self.config.base_fingerprint)
+            if row.vectors.shape[1] != decoder.embedding_size:
+                raise ValueError(
+                    f"`slots` are {row.vectors.shape[1]} wide, the model's embeddings {decoder.embedding_size}."
+                )
+            if row.encoder_fingerprint not in (own, None):
+                warnings.warn(
+                    "These slots were made by another encoder: the model reads them, but `reconstruct` may fail.",
+                    stacklevel=2,
+                )
+        longest = max((row.num_slots for row in rows), default=0)
+        device = self.encoder.device
+        vectors = torch.zeros(max(len(rows), 1), longest, decoder.embedding_size, device=device)
+        mask = torch.zeros(max(len(rows), 1), longest, dtype=torch.long, device=device)
+        for i, row in enumerate(rows):
+            vectors[i, longest - row.num_slots :] = row.vectors
+            mask[i, longest - row.num_slots :] = 1
+        entry: Any = reader_of(self._stack).slot_entries[self.adapter_name]
+        entry.vectors, entry.mask = vectors, mask
+        self.slots = rows
+
+    def reconstruct(self, max_new_tokens: int | None = None) -> list[str]:
+        """The text of each row's slots, as the model decodes it greedily after [AE]. Spans are decoded one by one."""
+        self._check_writable()
+        before = self.slots
+        texts = []
+        try:
+            for row in before:
+                parts = []
+                for vectors in row.vectors.split(list(row.spans)):
+                    self.use(_span(row, vectors))
+                    length = max_new_tokens or 2 * math.ceil(row.num_tokens / row.num_spans)
+                    start = self.encoder.parts.special[AE][None, None].to(self.model.dtype)
+                    with evaluating(self.model):
+                        ids = self.model.generate(inputs_embeds=start, max_new_tokens=length, do_sample=False)
+                    parts.append(self.tokenizer.decode(ids[0], skip_special_tokens=True))
+                texts.append("".join(parts))
+        finally:
+            self.use(before)
+        return texts
+
+    def _compress(
+        self, text: str, asked: Sequence[Asked], steps: int, progress: bool
+    ) -> tuple[MemorySlots, list[float], tuple[float, float]]:
+        """Slots, losses of refinement, and the share of tokens right without slots' refinement and with it."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        spans = self.config.spans_of(ids)
+        losses: list[float] = []
+        with evaluating(self.model):
+            vectors = self.encoder.compress(spans, progress)
+            before = reconstruction(self.encoder, vectors, spans)[1]
+            if steps:
+                share = self.config.refine_fraction if asked else 1.0
+                rows = [autoencoding_rows(self.encoder, spans, self.tokenizer.eos_token_id, share)] if share else []
+                if asked and share < 1:
+                    rows.append(asked_rows(self.encoder, asked, len(spans), 1 - share))
+                vectors, losses = refine(self.encoder, vectors, rows, steps, progress)
+            after = reconstruction(self.encoder, vectors, spans)[1]
+        slots = MemorySlots(
+            torch.cat(vectors).cpu(),
+            tuple(map(len, vectors)),
+            len(ids),
+            self.config.base_fingerprint or {},
+            self.encoder.fingerprint(),
+            hashlib.sha256(text.encode()).hexdigest(),
+            steps,
+        )
+        return slots, losses, (before, after)
+
+    def _asked(self, item: Any) -> Asked:
+        prompt = item.prompt if isinstance(item, Fact) else item.question
+        whole, head = tokenize(self.tokenizer, prompt + item.continuation), tokenize(self.tokenizer, prompt)
+        first = max(shared_length(head, whole), 1)
+        return Asked(whole[:first], whole[first:])
+
+    def _scores(self, asked: Sequence[Asked]) -> tuple[float | None, float]:
+        """Share of facts and questions answered as the model now is, and its perplexity on plain sentences."""
+        plain = [tokenize(self.tokenizer, sentence) for sentence in PLAIN_SENTENCES]
+        rows = [[*a.prompt, *a.target] for a in asked] + plain
+        first = [len(a.prompt) for a in asked] + [1] * len(plain)
+        one = self.slots[:1] if len(self.slots) > 1 else self.slots
+        several, self_slots = len(self.slots) > 1, self.slots
+        if several:
+            self.use(one)
+        try:
+            with evaluating(self.model):
+                found = score_rows(self.model, self.encoder.decoder, rows, first)
+        finally:
+            if several:
+                self.use(self_slots)
+        right = (found.right == found.count)[: len(asked)].float().mean() if asked else None
+        loss = -found.log_prob[len(asked) :].sum() / found.count[len(asked) :].sum()
+        return (None if right is None else float(right)), math.exp(loss)
+
+    def _check_writable(self) -> None:
+        self._check_attached()
+        if self.tokenizer is None:
+            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
+
+    def _detach(self) -> None:
+        names = dict(enumerate(self.config.target_modules or []))
+        take_out(self.model, names, self.adapter_name)
+        reader = reader_of(self._stack)
+        del reader.slot_entries[self.adapter_name]
+        reader._active_adapter = [name for name in reader._active_adapter if name != self.adapter_name]
+        if not reader.slot_entries:
+            detach(self._stack)
+
+    def _write_files(self, folder: Path) -> None:
+        if len(self.slots) > 1:
+            raise ValueError(f"{len(self.slots)} rows read slots of their own: save each with `MemorySlots.save`.")
+        tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in self.state_dict().items()}
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        config = copy.copy(self.config)
+        config.has_slots, config.inference_mode = bool(self.slots), True
+        config.save_pretrained(str(folder))
+        for slots in self.slots:
+            slots.save(folder / SLOTS_FILE)
+
+    @classmethod
+    def _read_files(cls, folder: Path, config: MemorySlotsConfig, decoder: Decoder) -> Any:
+        shapes = config.tensor_shapes(decoder)
+        tensors = read_tensors(folder / WEIGHTS_FILE, {PEFT_KEY_PREFIX + name: s for name, s in shapes.items()})
+        slots = MemorySlots.load(folder / SLOTS_FILE) if config.has_slots else None
+        return {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in tensors.items()}, slots
+
+    def _restore(self, contents: tuple[dict[str, Tensor], MemorySlots | None]) -> None:
+        tensors, slots = contents
+        with torch.no_grad():
+            for name, tensor in self.encoder.tensors().items():
+                tensor.copy_(tensors[name])
+        self.use(slots)
+
+
+def _span(row: MemorySlots, vectors: Tensor) -> MemorySlots:
+    fields = (row.base_fingerprint, row.encoder_fingerprint, row.text_sha256, row.refine_steps)
+    return MemorySlots(vectors, (len(vectors),), row.num_tokens, *fields)
+
+
+def _sentence(item: Any) -> str:
+    if isinstance(item, Fact):
+        return f"{item.prompt}{item.continuation}."
+    return f"{item.question}{item.continuation}"
+
+
+def _counted(items: Sequence[Item]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for item in items:
+        found[type(item).__name__] = found.get(type(item).__name__, 0) + 1
+    return found

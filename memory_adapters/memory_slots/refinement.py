@@ -1,0 +1,164 @@
+"""Slots of one text, improved by gradient descent on the frozen model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from memory_adapters.memory_slots.encoder import AE, Encoder, takes_positions
+
+__all__ = ["Asked", "reconstruction", "refine"]
+
+HEAD_BLOCK = 256  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt behind the slots, and what should follow it.
+
+    Attributes:
+        prompt: Token ids.
+        target: Token ids.
+    """
+
+    prompt: list[int]
+    target: list[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to predict behind slots.
+
+    Attributes:
+        embedded: What follows the slots (rows, tokens, embedding_size), padded on the right.
+        labels: Token that should follow each of these positions (rows, tokens); −100 where nothing is asked.
+        lengths: Real tokens of each row.
+        sources: Which spans' slots stand before each row.
+        weight: Of these rows' mean loss.
+    """
+
+    embedded: Tensor
+    labels: Tensor
+    lengths: list[int]
+    sources: list[list[int]]
+    weight: float
+
+
+def refine(
+    encoder: Encoder, start: Sequence[Tensor], rows: Sequence[Rows], steps: int, progress: bool
+) -> tuple[list[Tensor], list[float]]:
+    """Adam on the slots, the model frozen, with a learning rate that falls to 0 as a cosine.
+
+    Args:
+        encoder: Of the model.
+        start: Slots of each span (slots, embedding_size), float32.
+        rows: What the slots should make the model say.
+        steps: Updates.
+        progress: Show a bar.
+
+    Returns:
+        The slots, and the loss before each update.
+
+    Raises:
+        ValueError: If the loss is NaN or infinite.
+    """
+    slots = [tensor.detach().clone().requires_grad_(True) for tensor in start]
+    rate = encoder.config.refine_learning_rate * encoder.parts.embedding_rms
+    optimizer = torch.optim.Adam(slots, lr=rate)
+    losses: list[float] = []
+    with tqdm(total=steps, unit="step", desc="refining", disable=not progress) as bar:
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            total = 0.0
+            for part in rows:
+                with torch.enable_grad():
+                    loss = part.weight * predict(encoder, slots, part)[0]
+                loss.backward()
+                total += loss.item()
+            if not math.isfinite(total):
+                raise ValueError(f"The loss of refinement is {total} at step {step}: lower `refine_learning_rate`.")
+            optimizer.step()
+            losses.append(total)
+            bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+            bar.update()
+    return [tensor.detach() for tensor in slots], losses
+
+
+def autoencoding_rows(encoder: Encoder, spans: Sequence[Sequence[int]], end: int | None, weight: float) -> Rows:
+    """[AE] and each span behind its own slots; the span, and the end of text if there is one, are asked."""
+    wanted = [[*span, *([] if end is None else [end])] for span in spans]
+    heads = [encoder.parts.special[AE][None]] * len(spans)
+    return _rows(encoder, heads, wanted, [[i] for i in range(len(spans))], weight)
+
+
+def asked_rows(encoder: Encoder, asked: Sequence[Asked], num_spans: int, weight: float) -> Rows:
+    """Prompts behind all slots, as a reader gives them."""
+    heads = [encoder.decoder.embeddings(torch.tensor(a.prompt, device=encoder.device)) for a in asked]
+    return _rows(encoder, heads, [a.target for a in asked], [list(range(num_spans))] * len(asked), weight)
+
+
+def _rows(
+    encoder: Encoder, heads: Sequence[Tensor], wanted: Sequence[Sequence[int]], sources: list[list[int]], weight: float
+) -> Rows:
+    embedded, labels, lengths = [], [], []
+    for head, tokens in zip(heads, wanted, strict=True):
+        ids = torch.tensor(list(tokens), device=encoder.device)
+        embedded.append(torch.cat([head.to(encoder.device), encoder.decoder.embeddings(ids[:-1]).to(head)]))
+        labels.append(torch.cat([ids.new_full((len(head) - 1,), -100), ids]))
+        lengths.append(len(embedded[-1]))
+    longest = max(lengths)
+    return Rows(
+        torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in embedded]).detach(),
+        torch.stack([F.pad(row, (0, longest - len(row)), value=-100) for row in labels]),
+        lengths,
+        sources,
+        weight,
+    )
+
+
+def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of what is asked, and whether each token asked is the first choice (tokens,)."""
+    before = [torch.cat([slots[i] for i in source]) for source in rows.sources]
+    longest = max(map(len, before))
+    joined = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in before])
+    device = rows.embedded.device
+    mask = torch.ones(len(before), longest + rows.embedded.shape[1], dtype=torch.long, device=device)
+    for i, (row, length) in enumerate(zip(before, rows.lengths, strict=True)):
+        mask[i, : longest - len(row)] = 0
+        mask[i, longest + length :] = 0
+    inputs: dict[str, Any] = {"inputs_embeds": torch.cat([joined.to(rows.embedded), rows.embedded], 1)}
+    if takes_positions(encoder.stack):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    bfloat16 = torch.autocast(device.type, torch.bfloat16) if encoder.config.precision == "bfloat16" else nullcontext()
+    with encoder.others_off(), bfloat16:
+        output = encoder.stack(**inputs, attention_mask=mask, use_cache=False)
+        states = output.last_hidden_state[:, longest:][rows.labels != -100]
+        targets = rows.labels[rows.labels != -100]
+        losses, right = [], []
+        for part, wanted in zip(states.split(HEAD_BLOCK), targets.split(HEAD_BLOCK), strict=True):
+            loss, hit = checkpoint(_block, encoder.decoder.head, part, wanted, use_reentrant=False)
+            losses.append(loss)
+            right.append(hit)
+    return torch.stack(losses).sum() / len(targets), torch.cat(right)
+
+
+def _block(head: Any, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(states).float()
+    return F.cross_entropy(logits, wanted, reduction="sum"), logits.argmax(-1) == wanted
+
+
+@torch.no_grad()
+def reconstruction(encoder: Encoder, slots: Sequence[Tensor], spans: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Cross-entropy of the spans behind their slots and [AE], and the share of tokens that are the first choice."""
+    loss, right = predict(encoder, slots, autoencoding_rows(encoder, spans, None, 1.0))
+    return float(loss), float(right.float().mean())

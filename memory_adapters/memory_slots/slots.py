@@ -1,0 +1,171 @@
+"""Slots as a value: what a text was compressed into, to keep, join, send and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig, TaskType
+from torch import Tensor
+
+from memory_adapters.checkpoint import atomic_directory, read_metadata, read_tensors, write_tensors
+
+__all__ = ["MemorySlots"]
+
+NAME = "slots"
+FORMAT = "memory-adapters slots 1"
+
+
+@dataclass(frozen=True)
+class MemorySlots:
+    """Vectors that a frozen model reads before a prompt, as input embeddings.
+
+    Attributes:
+        vectors: (slots, embedding_size), float32, in the space of the model's input embeddings.
+        spans: Slots of each span, in the order of the text.
+        num_tokens: Tokens of the text.
+        base_fingerprint: Which model reads them.
+        encoder_fingerprint: Which encoder made them (SHA-256 of its tensors); None if they were joined from several.
+        text_sha256: SHA-256 of the text (UTF-8).
+        refine_steps: Gradient steps that they were refined for.
+    """
+
+    vectors: Tensor
+    spans: tuple[int, ...]
+    num_tokens: int
+    base_fingerprint: Mapping[str, Any] = field(repr=False)
+    encoder_fingerprint: str | None = field(repr=False)
+    text_sha256: str = field(repr=False)
+    refine_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or not len(self.vectors) or sum(self.spans) != len(self.vectors):
+            raise ValueError(
+                f"`vectors` must be (slots, embedding_size) with as many slots as the spans {self.spans} have in all, "
+                f"got shape {tuple(self.vectors.shape)}."
+            )
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def num_spans(self) -> int:
+        return len(self.spans)
+
+    @property
+    def compression_rate(self) -> float:
+        """Tokens of the text ÷ slots: what was achieved, whatever was asked for."""
+        return self.num_tokens / self.num_slots
+
+    def __add__(self, other: MemorySlots) -> MemorySlots:
+        """These slots, then those of `other`.
+
+        Raises:
+            ValueError: If they belong to different models.
+        """
+        if not isinstance(other, MemorySlots):
+            return NotImplemented
+        if self.base_fingerprint != other.base_fingerprint:
+            raise ValueError("Slots of different base models cannot be joined: compress both texts with one model.")
+        same = self.encoder_fingerprint == other.encoder_fingerprint
+        return MemorySlots(
+            torch.cat([self.vectors, other.vectors.to(self.vectors.device)]),
+            (*self.spans, *other.spans),
+            self.num_tokens + other.num_tokens,
+            self.base_fingerprint,
+            self.encoder_fingerprint if same else None,
+            f"{self.text_sha256}+{other.text_sha256}",
+            min(self.refine_steps, other.refine_steps),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[MemorySlots]) -> MemorySlots:
+        """All of `parts`, one after the other."""
+        if not parts:
+            raise ValueError("`parts` is empty: give slots to join.")
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        about = {
+            "format": FORMAT,
+            "spans": self.spans,
+            "num_tokens": self.num_tokens,
+            "base_fingerprint": dict(self.base_fingerprint),
+            "encoder_fingerprint": self.encoder_fingerprint,
+            "text_sha256": self.text_sha256,
+            "refine_steps": self.refine_steps,
+        }
+        staging = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            write_tensors(staging, {NAME: self.vectors}, {NAME: json.dumps(about, sort_keys=True)})
+            os.replace(staging, target)
+        finally:
+            staging.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MemorySlots:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or holds something else.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"`{file}` does not exist; save slots with `MemorySlots.save`.")
+        shapes, metadata = read_metadata(file)
+        try:
+            about = json.loads(metadata[NAME])
+            if about.pop("format") != FORMAT or set(shapes) != {NAME}:
+                raise ValueError("unknown format")
+            spans = tuple(int(n) for n in about.pop("spans"))
+            fields = {name: about.pop(name) for name in ("num_tokens", "refine_steps")}
+            hashes = {name: about.pop(name) for name in ("base_fingerprint", "encoder_fingerprint", "text_sha256")}
+            if any(type(value) is not int or value < 0 for value in [*fields.values(), *spans]):
+                raise ValueError("counts that are no counts")
+            if about or not isinstance(hashes["base_fingerprint"], dict) or not isinstance(hashes["text_sha256"], str):
+                raise ValueError("unknown fields")
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"`{file}` is not a file of slots ({error!r}).") from error
+        vectors = read_tensors(file, {NAME: torch.Size(shapes[NAME])})[NAME]
+        return cls(vectors.float(), spans, **fields, **hashes)
+
+    def to_prompt_tuning(self, save_directory: str | os.PathLike[str], model: Any) -> None:
+        """Save as a plain PEFT prompt-tuning adapter, which generates the same where memory-adapters is not installed.
+
+        Args:
+            save_directory: A folder; its other files stay.
+            model: The base model, for its sizes and name.
+        """
+        text = model.config.get_text_config()
+        config = PromptTuningConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=self.num_slots,
+            token_dim=self.vectors.shape[1],
+            num_transformer_submodules=1,
+            num_attention_heads=text.num_attention_heads,
+            num_layers=text.num_hidden_layers,
+            base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+            inference_mode=True,
+        )
+        with atomic_directory(save_directory) as staging:
+            write_tensors(staging / "adapter_model.safetensors", {"prompt_embeddings": self.vectors})
+            config.save_pretrained(str(staging))
+
+    def __repr__(self) -> str:
+        return (
+            f"MemorySlots({self.num_slots} slots for {self.num_tokens} tokens, rate {self.compression_rate:.2f}, "
+            f"{self.num_spans} span{'s' * (self.num_spans > 1)}, refined for {self.refine_steps} steps)"
+        )
