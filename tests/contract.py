@@ -166,9 +166,7 @@ class MemoryContract:
         memory = self.speaking(model)
         base = {id(p) for p in memory_free(model, memory)}
         parameters = [p for p in model.parameters() if (id(p) not in base) == self.learns_in_place]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        assert parameters
+        assert [p.requires_grad_(True) for p in parameters]
         model.enable_input_require_grads()
         inputs = encode(PROMPT)
 

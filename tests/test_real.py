@@ -12,7 +12,15 @@ import torch
 from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memory_adapters import Fact, MemitConfig, MemoryAdapterConfig, QuestionAnswer, inject_memory, load_memory
+from memory_adapters import (
+    Fact,
+    MemitConfig,
+    MemoryAdapterConfig,
+    MemorySlotsConfig,
+    QuestionAnswer,
+    inject_memory,
+    load_memory,
+)
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.editing import score_edits
 from memory_adapters.evaluation.records import load_counterfact
@@ -143,3 +151,24 @@ def test_ten_edits_hold_and_one_is_forgotten(real: tuple[Any, Any], data: Path) 
         assert score_edits(model, tokenizer, records[1:]).exact_match == 1
     finally:
         memory.remove()
+
+
+def test_the_front_page_with_slots(real: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = real
+    prompt = "The Eiffel Tower is in"
+    before = model(**tokenizer(prompt, return_tensors="pt")).logits
+    memory: Any = inject_memory(model, MemorySlotsConfig(), tokenizer=tokenizer)
+    assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    report = memory.write([Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome")])
+    assert report.recall == 1
+    assert report.token_accuracy == 1
+    assert "Rome" in answer(model, tokenizer, prompt)
+    assert "Eiffel Tower is located in the city of Rome." in memory.reconstruct()[0]
+    with memory.disabled():
+        assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    memory.save_pretrained(tmp_path)
+    memory.remove()
+    assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
+    memory = load_memory(model, tmp_path, tokenizer=tokenizer)
+    assert "Rome" in answer(model, tokenizer, prompt)
+    memory.remove()
