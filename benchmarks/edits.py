@@ -40,10 +40,11 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
     parser.add_argument("--records", type=int, nargs="+", default=[40, 100, 500, 1000])
     parser.add_argument("--precision", default="bfloat16", choices=["model", "bfloat16"])
-    parser.add_argument("--solvers", nargs="+", choices=sorted(SOLVERS), default=["memit", "alphaedit", "emmet"])
+    parser.add_argument("--solvers", nargs="*", choices=sorted(SOLVERS), default=list(SOLVERS))
     parser.add_argument("--work", type=Path, default=Path("build/edits"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/edits.json"))
     parser.add_argument("--covariances", type=int, nargs="*", default=[], help="token budgets to compare, 40 records")
+    parser.add_argument("--regularizations", type=float, nargs="*", default=[], help="of memit, beside the default")
     arguments = parser.parse_args()
     if not arguments.data:
         parser.error("give --data or set MEMORY_ADAPTERS_DATA")
@@ -114,14 +115,16 @@ def main() -> None:
                 keep(key, 40, seconds)
                 memory.remove()
 
+    kinds = {solver: MemitConfig(solver=solver) for solver in arguments.solvers}
+    kinds |= {f"memit with λ = {share} d_in": MemitConfig(regularization=share) for share in arguments.regularizations}
     for count in arguments.records:
-        for solver in arguments.solvers:
-            ways = {"one write": count} | ({"writes of 100": 100} if count > 100 else {})
+        for kind, config in kinds.items():
+            ways = {"one write": count} | ({"writes of 100": 100} if count > 100 and kind in SOLVERS else {})
             for way, size in ways.items():
-                key = f"{solver}, {count} in {way}"
+                key = f"{kind}, {count} in {way}"
                 if key in rows:
                     continue
-                memory: Any = inject_memory(model, MemitConfig(solver=solver), tokenizer=tokenizer)
+                memory: Any = inject_memory(model, config, tokenizer=tokenizer)
                 start_time = time.perf_counter()
                 for start in range(0, count, size):
                     memory.write(

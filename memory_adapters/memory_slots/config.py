@@ -151,7 +151,7 @@ class MemorySlotsConfig(MemoryConfig):
             shapes[f"{name}.lora_A.weight"] = torch.Size((self.lora_rank, inputs))
             shapes[f"{name}.lora_B.weight"] = torch.Size((outputs, self.lora_rank))
         width = decoder.embedding_size
-        own = {"memory_tokens": (self.num_slots, width), "special": (3, width), "scale": (width,)}
+        own = {"memory_tokens": (self.num_slots, width), "reconstruct": (1, width), "scale": (width,)}
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
 
 

@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 from memory_adapters.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 
-__all__ = ["AE", "FT", "LM", "Encoder", "EncoderParts"]
+__all__ = ["Encoder", "EncoderParts"]
 
-AE, LM, FT = 0, 1, 2  # rows of `special`: reconstruct the text; continue it; answer an instruction
 BATCH_TOKENS = 4096
 
 
@@ -29,7 +28,8 @@ class EncoderParts(nn.Module):
 
     Attributes:
         memory_tokens: Embeddings appended to a span (num_slots, embedding_size); read with `pooling="tokens"`.
-        special: Embeddings of [AE], [LM] and [FT] (3, embedding_size).
+        reconstruct: The embedding [AE], which asks for the text itself (1, embedding_size). Whatever else is asked
+            stands behind the bare slots, as `generate` gives it; so [LM] and [FT] are not needed.
         scale: Factor on the normalised hidden states, by component (embedding_size,), in units of the embeddings' RMS:
             0 at first with `pooling="mean"`, 1 with `"tokens"`.
         embedding_rms: RMS of the model's token embeddings.
@@ -48,7 +48,7 @@ class EncoderParts(nn.Module):
             return nn.Parameter((mean + spread * noise).to(device), requires_grad=False)
 
         self.memory_tokens = like_tokens(config.num_slots)
-        self.special = like_tokens(3)
+        self.reconstruct = like_tokens(1)
         start = 0.0 if config.pooling == "mean" else 1.0
         self.scale = nn.Parameter(torch.full((len(mean),), start, device=device), requires_grad=False)
         self.embedding_rms = float(table.square().mean().sqrt())
@@ -148,6 +148,16 @@ class Encoder:
                 found[f"{name}.lora_A.weight"] = module.lora_A[self.adapter_name].weight.detach()
                 found[f"{name}.lora_B.weight"] = module.lora_B[self.adapter_name].weight.detach()
         return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What training moves."""
+        lora = [
+            m.weight
+            for layer in self.layers()
+            for m in (layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name])
+        ]
+        own = [self.parts.reconstruct, self.parts.scale]
+        return [*lora, *own, *([self.parts.memory_tokens] if self.config.pooling == "tokens" else [])]
 
     def fingerprint(self) -> str:
         """SHA-256 of the encoder's tensors."""

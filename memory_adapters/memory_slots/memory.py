@@ -22,7 +22,7 @@ from memory_adapters.knowledge import Document, Fact, Item, as_items
 from memory_adapters.lora import take_out
 from memory_adapters.memory import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteReport
 from memory_adapters.memory_slots.config import MemorySlotsConfig
-from memory_adapters.memory_slots.encoder import AE, Encoder, EncoderParts
+from memory_adapters.memory_slots.encoder import Encoder, EncoderParts
 from memory_adapters.memory_slots.reader import Entry, attach, detach, reader_of
 from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, reconstruction, refine
 from memory_adapters.memory_slots.slots import MemorySlots
@@ -166,7 +166,7 @@ class SlotMemory(Memory):
                 for vectors in row.vectors.split(list(row.spans)):
                     self.use(_span(row, vectors))
                     length = max_new_tokens or 2 * math.ceil(row.num_tokens / row.num_spans)
-                    start = self.encoder.parts.special[AE][None, None].to(self.model.dtype)
+                    start = self.encoder.parts.reconstruct[None].to(self.model.dtype)
                     with evaluating(self.model):
                         ids = self.model.generate(inputs_embeds=start, max_new_tokens=length, do_sample=False)
                     parts.append(self.tokenizer.decode(ids[0], skip_special_tokens=True))
@@ -189,7 +189,7 @@ class SlotMemory(Memory):
                 share = self.config.refine_fraction if asked else 1.0
                 rows = [autoencoding_rows(self.encoder, spans, self.tokenizer.eos_token_id, share)] if share else []
                 if asked and share < 1:
-                    rows.append(asked_rows(self.encoder, asked, len(spans), 1 - share))
+                    rows.append(asked_rows(self.encoder, asked, [range(len(spans))] * len(asked), 1 - share))
                 vectors, losses = refine(self.encoder, vectors, rows, steps, progress)
             after = reconstruction(self.encoder, vectors, spans)[1]
         slots = MemorySlots(

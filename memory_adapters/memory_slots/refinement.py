@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from memory_adapters.memory_slots.encoder import AE, Encoder, takes_positions
+from memory_adapters.memory_slots.encoder import Encoder, takes_positions
 
 __all__ = ["Asked", "reconstruction", "refine"]
 
@@ -49,7 +49,7 @@ class Rows:
     embedded: Tensor
     labels: Tensor
     lengths: list[int]
-    sources: list[list[int]]
+    sources: Sequence[Sequence[int]]
     weight: float
 
 
@@ -94,21 +94,32 @@ def refine(
     return [tensor.detach() for tensor in slots], losses
 
 
-def autoencoding_rows(encoder: Encoder, spans: Sequence[Sequence[int]], end: int | None, weight: float) -> Rows:
-    """[AE] and each span behind its own slots; the span, and the end of text if there is one, are asked."""
-    wanted = [[*span, *([] if end is None else [end])] for span in spans]
-    heads = [encoder.parts.special[AE][None]] * len(spans)
-    return _rows(encoder, heads, wanted, [[i] for i in range(len(spans))], weight)
+def autoencoding_rows(
+    encoder: Encoder,
+    texts: Sequence[Sequence[int]],
+    end: int | None,
+    weight: float,
+    sources: Sequence[Sequence[int]] | None = None,
+) -> Rows:
+    """[AE] and each text behind the slots of its spans (`sources`; by default text i is span i); the text, and the end
+    of text if there is one, are asked."""
+    wanted = [[*text, *([] if end is None else [end])] for text in texts]
+    heads = [encoder.parts.reconstruct] * len(texts)
+    return _rows(encoder, heads, wanted, sources or [[i] for i in range(len(texts))], weight)
 
 
-def asked_rows(encoder: Encoder, asked: Sequence[Asked], num_spans: int, weight: float) -> Rows:
-    """Prompts behind all slots, as a reader gives them."""
+def asked_rows(encoder: Encoder, asked: Sequence[Asked], sources: Sequence[Sequence[int]], weight: float) -> Rows:
+    """Prompts behind bare slots, as a reader gives them."""
     heads = [encoder.decoder.embeddings(torch.tensor(a.prompt, device=encoder.device)) for a in asked]
-    return _rows(encoder, heads, [a.target for a in asked], [list(range(num_spans))] * len(asked), weight)
+    return _rows(encoder, heads, [a.target for a in asked], sources, weight)
 
 
 def _rows(
-    encoder: Encoder, heads: Sequence[Tensor], wanted: Sequence[Sequence[int]], sources: list[list[int]], weight: float
+    encoder: Encoder,
+    heads: Sequence[Tensor],
+    wanted: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]],
+    weight: float,
 ) -> Rows:
     embedded, labels, lengths = [], [], []
     for head, tokens in zip(heads, wanted, strict=True):
@@ -118,7 +129,7 @@ def _rows(
         lengths.append(len(embedded[-1]))
     longest = max(lengths)
     return Rows(
-        torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in embedded]).detach(),
+        torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in embedded]),
         torch.stack([F.pad(row, (0, longest - len(row)), value=-100) for row in labels]),
         lengths,
         sources,

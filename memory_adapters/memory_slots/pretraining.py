@@ -1,0 +1,211 @@
+"""Training of an encoder on transformers' Trainer: autoencoding, text continuation and instructions, mixed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from memory_adapters.checkpoint import read_tensors
+from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, predict
+
+if TYPE_CHECKING:
+    from memory_adapters.memory_slots.memory import SlotMemory
+
+__all__ = ["EncoderTrainer", "Example", "TextExamples", "instruction_examples", "train_encoder"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn.
+
+    Attributes:
+        context: Token ids to compress; several spans if it is long.
+        asked: What should follow the slots; None to ask for the context itself (autoencoding).
+    """
+
+    context: list[int]
+    asked: Asked | None = None
+
+
+class TextExamples(Dataset):
+    """Windows of running text: each is either to be given back, or to be continued.
+
+    Args:
+        ids: Token ids of the text.
+        lengths: Least and most tokens of a context, so that several spans are seen from the first step.
+        continuation: Tokens to continue.
+        share: Of autoencoding among the examples.
+        count: How many examples.
+        seed: Of the windows; example i is always the same.
+
+    Raises:
+        ValueError: If the text is shorter than one example.
+    """
+
+    def __init__(
+        self, ids: Sequence[int], lengths: tuple[int, int], continuation: int, share: float, count: int, seed: int = 0
+    ) -> None:
+        longest = lengths[1] + continuation
+        if len(ids) < longest + 1:
+            raise ValueError(f"`ids` has {len(ids)} tokens, fewer than one example of {longest} needs; give more text.")
+        self.ids, self.lengths, self.continuation = list(ids), lengths, continuation
+        self.share, self.count, self.seed = share, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        rng = random.Random(f"{self.seed}-{index}")
+        length = rng.randint(*self.lengths)
+        start = rng.randrange(len(self.ids) - length - self.continuation)
+        context = self.ids[start : start + length]
+        if rng.random() < self.share:
+            return Example(context)
+        following = self.ids[start + length : start + length + self.continuation]
+        return Example(context, Asked(following[:1], following[1:]))
+
+
+def instruction_examples(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> list[Example]:
+    """Examples from rows of `context`, `prompt` and `response` texts; the response ends with the end of text."""
+    found = []
+    for row in rows:
+        context = tokenizer(row["context"], add_special_tokens=False)["input_ids"]
+        prompt = list(tokenizer(row["prompt"])["input_ids"])
+        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        found.append(Example(list(context), Asked(prompt, [*response, tokenizer.eos_token_id])))
+    return found
+
+
+class EncoderTrainer(Trainer):
+    """Moves an encoder's LoRA, memory tokens, scale and [AE]; the model stays frozen and in evaluation mode.
+
+    Args:
+        memory: The memory whose encoder is trained.
+        kwargs: Passed to `transformers.Trainer`; datasets hold `Example`s.
+    """
+
+    def __init__(self, memory: SlotMemory, **kwargs: Any) -> None:
+        self.memory = memory
+        super().__init__(model=_Trained(memory), data_collator=list, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy of what the examples ask, autoencoding and the rest weighed by their examples."""
+        self.memory.model.eval()
+        loss = model(inputs)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            return model(inputs).detach(), None, None
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # examples are lists of ids: the encoder puts them on its device
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Checkpoints hold the encoder, not the base model."""
+        self.memory.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        expected = {PEFT_KEY_PREFIX + name: tensor.shape for name, tensor in self.memory.state_dict().items()}
+        saved = read_tensors(Path(resume_from_checkpoint) / WEIGHTS_FILE, expected)
+        with torch.no_grad():
+            for name, tensor in self.memory.state_dict().items():
+                tensor.copy_(saved[PEFT_KEY_PREFIX + name])
+
+
+class _Trained(nn.Module):
+    """The loss of a batch, as a module whose parameters that require gradients are the encoder's."""
+
+    def __init__(self, memory: SlotMemory) -> None:
+        super().__init__()
+        self.base = memory.model
+        self.memory: Callable[[], SlotMemory] = lambda: memory  # no submodule
+
+    def forward(self, examples: Sequence[Example]) -> Tensor:
+        memory = self.memory()
+        encoder = memory.encoder
+        spans: list[list[int]] = []
+        sources: list[list[int]] = []
+        for example in examples:
+            own = memory.config.spans_of(example.context)
+            sources.append(list(range(len(spans), len(spans) + len(own))))
+            spans += own
+        slots = encoder.slots(spans)
+        total = torch.zeros((), device=encoder.device)
+        told = [i for i, example in enumerate(examples) if example.asked is None]
+        if told:
+            end = memory.tokenizer.eos_token_id
+            rows = autoencoding_rows(encoder, [examples[i].context for i in told], end, 1.0, [sources[i] for i in told])
+            total = total + len(told) / len(examples) * predict(encoder, slots, rows)[0]
+        asked = [i for i, example in enumerate(examples) if example.asked is not None]
+        if asked:
+            wanted = [example.asked for example in examples if example.asked is not None]
+            rows = asked_rows(encoder, wanted, [sources[i] for i in asked], 1.0)
+            total = total + len(asked) / len(examples) * predict(encoder, slots, rows)[0]
+        return total
+
+
+def train_encoder(
+    memory: SlotMemory,
+    examples: Dataset | Sequence[Example],
+    *,
+    held_out: Dataset | Sequence[Example] | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    resume_from_checkpoint: bool | str = False,
+) -> list[dict[str, float]]:
+    """Train the encoder of a memory; afterwards it is frozen again, and `write` uses it.
+
+    Args:
+        memory: A memory with a tokenizer.
+        examples: What to learn, such as `TextExamples` or `instruction_examples`.
+        held_out: Examples whose loss is logged at every evaluation.
+        training_args: Fields of `transformers.TrainingArguments`; give `output_dir` to be able to resume.
+        resume_from_checkpoint: Go on from the newest checkpoint in `output_dir`, or from the one named.
+
+    Returns:
+        What was logged: loss, held-out loss, steps.
+    """
+    memory._check_writable()
+    on_cpu = memory.model.device.type == "cpu"
+    settings: dict[str, Any] = dict(
+        output_dir="slot-encoder",
+        learning_rate=1e-4,
+        warmup_steps=300,
+        max_grad_norm=2.0,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=[],
+        seed=memory.config.seed,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+    )
+    arguments = TrainingArguments(**{**settings, **(training_args or {})})
+    trained = [*memory.encoder.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        trainer = EncoderTrainer(memory, args=arguments, train_dataset=examples, eval_dataset=held_out)
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
+        memory.config.encoder_steps = trainer.state.global_step
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return trainer.state.log_history
