@@ -56,7 +56,7 @@ def main() -> None:
     few = facts[: arguments.plain_facts]
     with memory.disabled():
         maker = EntryMaker(model, tokenizer, memory.config)
-        contexts = maker.contexts()[0]
+        contexts = maker.contexts()
         plain = PlainMemit(model, tokenizer, memory.config, covariance, contexts)
         wall, cpu = time.perf_counter(), time.process_time()
         expected = plain.write(few, apart=True)

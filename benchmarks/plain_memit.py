@@ -48,7 +48,6 @@ class PlainMemit:
         start = time.perf_counter()
         z = [self.target(own) for own in rows]
         self.seconds["z"] += time.perf_counter() - start
-        weights = [0.5] + [0.5 / (len(self.contexts) - 1)] * (len(self.contexts) - 1)
         shares: list[dict[int, Tensor]] = [{} for _ in facts]
         changes: dict[int, Tensor] = {}
         missing = torch.zeros(self.decoder.hidden_size, len(facts), dtype=torch.float64)
@@ -58,19 +57,21 @@ class PlainMemit:
             for own, target, added in zip(rows, z, shares, strict=True):
                 pushed = added if apart else {}
                 found = [self.visit(row, layer, pushed) for row in own if row.context >= 0]
-                keys.append(sum(weight * key for weight, (key, _) in zip(weights, found, strict=True)))
+                prefixed = torch.stack([key for key, _ in found[1:]]).mean(0)
+                keys.append(torch.stack([found[0][0], prefixed]) / 2**0.5)
                 residuals.append((target - found[0][1]) / (len(self.layers) - i))
                 added[layer] = residuals[-1]
             self.seconds["keys"] += time.perf_counter() - start
             start = time.perf_counter()
-            K, R = torch.stack(keys, 1).double(), torch.stack(residuals, 1).double()
+            both, R = torch.stack(keys).double(), torch.stack(residuals, 1).double()
+            K, mean = both.flatten(0, 1).T, both.sum(1).T / 2**0.5
             cost = self.config.regularization * K.shape[0] * self.covariance.shrunk(layer)
             if apart:  # what lower layers did not realise is shared out, too
                 left = len(self.layers) - i
                 R += missing / left
                 missing = missing * (1 - 1 / left) + R
-            changes[layer] = (R @ torch.linalg.solve(cost + K @ K.T, K).T).float()
-            missing = missing - changes[layer].double() @ K
+            changes[layer] = (R @ torch.linalg.solve(cost + K @ K.T, mean).T).float()
+            missing = missing - changes[layer].double() @ mean
             self.seconds["solve"] += time.perf_counter() - start
             if not apart:
                 self.projections[layer].weight.data += changes[layer]

@@ -49,7 +49,7 @@ def test_batched_is_one_at_a_time(architecture: str, batch_tokens: int | None) -
     memory = memory_on(model, batch_tokens=batch_tokens)
     covariance = memory.fit_covariance(progress=False)
     with memory.disabled():
-        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()[0]
+        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
         plain = PlainMemit(model, memory.tokenizer, memory.config, covariance, contexts)
         expected = plain.write(FACTS, apart=True)
     memory.write(FACTS, progress=False)
@@ -67,7 +67,7 @@ def test_the_authors_spread_is_nearly_the_same() -> None:
     memory = memory_on(model, layers=[2])
     covariance = memory.fit_covariance(progress=False)
     with memory.disabled():
-        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()[0]
+        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
     memory.write(FACTS, progress=False)
     with memory.disabled():
         plain = PlainMemit(model, memory.tokenizer, memory.config, covariance, contexts)
@@ -227,11 +227,13 @@ def test_bfloat16_targets_are_close_and_leave_the_weights() -> None:
 def test_chat_contexts() -> None:
     model = tiny_model()
     memory = inject_memory(model, MemitConfig(**SMALL, chat=True), tokenizer=byte_tokenizer(chat=True))
-    contexts, weights = EntryMaker(model, memory.tokenizer, memory.config).contexts()
+    contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
     assert contexts[-1].before == "<s>user: "
     assert contexts[-1].after == "</s><s>assistant: "
-    assert sum(weights) == pytest.approx(1)
+    assert len(contexts) == 4
+    assert memory.config.key_groups == [0, 1, 1, 2]
     memory.write(FACTS[:2], progress=False)
+    assert memory.ledger.keys_per_fact == 3
     with pytest.raises(ValueError, match="chat template"):
         memory_on(tiny_model(), chat=True).write(FACTS[:2], progress=False)
 

@@ -108,6 +108,11 @@ class MemitConfig(MemoryConfig):
             if fields != FACT_FIELDS or not all(isinstance(value, str) for value in fact.values()):
                 raise ValueError(f"`facts` must be a list of {sorted(FACT_FIELDS)}, got {fact!r}.")
 
+    @property
+    def key_groups(self) -> list[int]:
+        """Which of a fact's keys each context belongs to: bare prompt, sampled prefixes, chat template."""
+        return [0, *[1] * self.num_prefixes, *([2 if self.num_prefixes else 1] if self.chat else [])]
+
     def resolved(self, decoder: Decoder) -> list[int]:
         """The blocks to edit, in rising order."""
         assert isinstance(self.layers, list)

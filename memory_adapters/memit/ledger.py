@@ -34,10 +34,11 @@ class Ledger:
     Attributes:
         facts: The n facts.
         targets: z of each (n, hidden_size), float32.
-        keys: Layer to keys (n, d_in), float32.
+        keys: Layer to keys (n · c, d_in), float32: c for each fact in turn (its bare prompt's, the mean behind
+            prefixes, that in the chat template), each divided by √c.
         shares: Layer to the change of the stream asked of it (n, hidden_size), float32.
-        whitened: Layer to rows M⁻¹ k (n, d_in), float64; empty where `inverses` is not.
-        inverses: Layer to M⁻¹ (d_in, d_in), float64: smaller than `whitened` once n ≥ d_in; otherwise empty.
+        whitened: Layer to rows M⁻¹ k (n · c, d_in), float64; empty where `inverses` is not.
+        inverses: Layer to M⁻¹ (d_in, d_in), float64: smaller than `whitened` once n · c ≥ d_in; otherwise empty.
     """
 
     facts: tuple[Fact, ...]
@@ -58,6 +59,11 @@ class Ledger:
     @property
     def layers(self) -> list[int]:
         return sorted(self.keys)
+
+    @property
+    def keys_per_fact(self) -> int:
+        """c."""
+        return max((len(keys) // len(self.facts) for keys in self.keys.values() if self.facts), default=1)
 
     def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
         """With the facts of `other` too, and every key measured by the same `costs`. Replaces facts it has already."""
@@ -81,11 +87,13 @@ class Ledger:
     def subset(self, indices: Sequence[int]) -> Ledger:
         """Of the facts with these indices alone."""
         rows = torch.tensor(list(indices), dtype=torch.long)
-        whitened = {layer: rows_of[rows] for layer, rows_of in self.whitened.items()}
-        keys = {layer: rows_of[rows] for layer, rows_of in self.keys.items()}
+        each = self.keys_per_fact
+        own = (rows[:, None] * each + torch.arange(each)).flatten()
+        whitened = {layer: rows_of[own] for layer, rows_of in self.whitened.items()}
+        keys = {layer: rows_of[own] for layer, rows_of in self.keys.items()}
         inverses = {}
         for layer, inverse in self.inverses.items():
-            if len(rows) >= len(inverse):
+            if len(own) >= len(inverse):
                 inverses[layer] = inverse
             else:
                 whitened[layer] = keys[layer].double() @ inverse
@@ -95,6 +103,7 @@ class Ledger:
     def solve(self) -> dict[int, Factors]:
         """ΔW of every layer. What a layer fails to realise is shared out among those above it."""
         solved: dict[int, Factors] = {}
+        each = self.keys_per_fact
         carried = torch.zeros_like(self.targets, dtype=torch.float64)
         for i, layer in enumerate(self.layers):
             left = len(self.layers) - i
@@ -103,6 +112,7 @@ class Ledger:
                 A = dense_readout(keys.T, self.inverses[layer])
             else:
                 A = readout(keys.T, self.whitened[layer].T)
+            A, keys = (rows.unflatten(0, (len(self.facts), each)).sum(1) / each**0.5 for rows in (A, keys))
             R = self.shares[layer].double() + carried / left
             carried = carried * (1 - 1 / left) + R - (A @ keys.T).T @ R
             solved[layer] = _thin(R.T, A)
@@ -116,14 +126,17 @@ class Ledger:
         return found
 
     @staticmethod
-    def tensor_shapes(num_facts: int, layers: Mapping[int, int], hidden_size: int) -> dict[str, torch.Size]:
+    def tensor_shapes(
+        num_facts: int, layers: Mapping[int, int], hidden_size: int, keys_per_fact: int = 1
+    ) -> dict[str, torch.Size]:
         """Names and shapes of `tensors` for so many facts."""
+        rows = num_facts * keys_per_fact
         shapes = {"targets": (num_facts, hidden_size)}
         for layer, width in layers.items():
-            shapes[f"keys.{layer}"] = (num_facts, width)
+            shapes[f"keys.{layer}"] = (rows, width)
             shapes[f"shares.{layer}"] = (num_facts, hidden_size)
-            dense = num_facts >= width
-            shapes[f"inverses.{layer}" if dense else f"whitened.{layer}"] = (width if dense else num_facts, width)
+            dense = rows >= width
+            shapes[f"inverses.{layer}" if dense else f"whitened.{layer}"] = (width if dense else rows, width)
         return {name: torch.Size(shape) for name, shape in shapes.items()}
 
     @classmethod

@@ -202,7 +202,8 @@ class MemitMemory(Memory):
     def _read_files(cls, folder: Path, config: MemitConfig, decoder: Decoder) -> Any:
         facts = [Fact(**fact) for fact in config.facts]
         widths, size = _widths(config, decoder), decoder.hidden_size
-        ledger = read_tensors(folder / LEDGER_FILE, Ledger.tensor_shapes(len(facts), widths, size))
+        each = max(config.key_groups) + 1
+        ledger = read_tensors(folder / LEDGER_FILE, Ledger.tensor_shapes(len(facts), widths, size, each))
         rank = max(min(len(facts), size), 1)
         shapes = {}
         for layer, width in widths.items():

@@ -46,7 +46,7 @@ class Spread:
     """What each fact asks of each edited block.
 
     Attributes:
-        keys: Layer to keys (facts, d_in), float32.
+        keys: Layer to keys (facts · groups, d_in), float32, as in the ledger.
         shares: Layer to changes of the projection's output (facts, hidden_size), float32.
     """
 
@@ -70,7 +70,7 @@ def spread(
     decoder: Decoder,
     layers: Sequence[int],
     visits: Sequence[Visit],
-    weights: Sequence[float],
+    groups: Sequence[int],
     h0: Tensor,
     z: Tensor,
     as_tuple: bool,
@@ -82,22 +82,26 @@ def spread(
         decoder: Its parts.
         layers: The blocks to edit, in rising order.
         visits: Rows of all contexts of the facts.
-        weights: Share of each context in a fact's key; context 0 is the bare prompt.
+        groups: For each context, which of a fact's keys it belongs to: contexts of one group share their mean.
         h0: The stream at the last edited block in the bare prompt (facts, hidden_size), float32.
         z: What it should be.
         as_tuple: Whether the model's blocks put out tuples.
     """
-    factors = [
-        torch.tensor([weights[row.context] for row in visit.batch.rows], device=h0.device)[:, None] for visit in visits
-    ]
+    each = max(groups) + 1
+    factor = [1 / (groups.count(group) * each**0.5) for group in groups]
+    factors, places = [], []
+    for visit in visits:
+        rows = visit.batch.rows
+        factors.append(torch.tensor([factor[row.context] for row in rows], device=h0.device)[:, None])
+        places.append(torch.tensor([row.fact * each + groups[row.context] for row in rows], device=h0.device))
     keys: dict[int, Tensor] = {}
     shares: dict[int, Tensor] = {}
     now, found, states = h0, [visit.key for visit in visits], [visit.state for visit in visits]
     below = [visit.below for visit in visits]
     for i, layer in enumerate(layers):
-        total = torch.zeros(len(h0), found[0].shape[-1], device=h0.device)
-        for visit, key, factor in zip(visits, found, factors, strict=True):
-            total.index_add_(0, visit.batch.facts, key.float() * factor)
+        total = torch.zeros(len(h0) * each, found[0].shape[-1], device=h0.device)
+        for key, place, factor_of in zip(found, places, factors, strict=True):
+            total.index_add_(0, place, key.float() * factor_of)
         keys[layer] = total
         wanted = (z - now) / (len(layers) - i)
         shares[layer] = wanted.clone()

@@ -60,8 +60,8 @@ class EntryMaker:
         context = getattr(self.model.config, "max_position_embeddings", None)
         self.max_length: int = context or 1 << 30
 
-    def contexts(self) -> tuple[list[Context], list[float]]:
-        """Contexts, the bare prompt first, and the weight of each in a key: ½ for the bare prompt."""
+    def contexts(self) -> list[Context]:
+        """What a fact must hold in: its bare prompt first, then behind sampled prefixes and in the chat template."""
         prompts = [OPENINGS[i % len(OPENINGS)] for i in range(self.config.num_prefixes)]
         found = [Context()]
         if prompts:
@@ -76,8 +76,7 @@ class EntryMaker:
             found += [Context(f"{text}. ") for text in texts]
         if self.config.chat:
             found.append(chat_context(self.tokenizer))
-        others = len(found) - 1
-        return found, [0.5, *([0.5 / others] * others)] if others else [1.0]
+        return found
 
     def check(self, facts: Sequence[Fact]) -> None:
         """Raise a `ValueError` if a fact, even bare, does not fit in the model's context."""
@@ -94,19 +93,19 @@ class EntryMaker:
         Raises:
             ValueError: If a fact does not fit in the model's context, or its loss is not finite.
         """
-        contexts, weights = self.contexts()
+        contexts = self.contexts()
         own = share_of(list(facts))
         size = self._chunk(own, contexts)
         known = {} if targets is None else dict(zip(targets.facts, targets.targets, strict=True))
         parts: list[Ledger] = []
         with tqdm(total=len(own), unit="fact", desc="targets", disable=not progress) as bar, evaluating(self.model):
             for start in range(0, len(own), size):
-                parts.append(self._chunk_entries(own[start : start + size], contexts, weights, known, bar))
+                parts.append(self._chunk_entries(own[start : start + size], contexts, known, bar))
         single = [part.subset([i]) for part in parts for i in range(len(part.facts))]
         return _joined(gathered(single, len(facts)))
 
     def _chunk_entries(
-        self, facts: list[Fact], contexts: list[Context], weights: list[float], known: dict[Fact, Tensor], bar: tqdm
+        self, facts: list[Fact], contexts: list[Context], known: dict[Fact, Tensor], bar: tqdm
     ) -> Ledger:
         rows = fact_rows(facts, contexts, self.tokenizer, self.max_length)
         finder = TargetFinder(self.model, self.decoder, self.layers[-1], self.config.precision)
@@ -131,7 +130,7 @@ class EntryMaker:
             with finder.fast_weights():
                 z[new] = find_targets(finder, problems, h0, new, self.config, bar)[0][new]
         del problems
-        found = spread(self.model, self.decoder, self.layers, visits, weights, h0, z, finder.as_tuple)
+        found = spread(self.model, self.decoder, self.layers, visits, self.config.key_groups, h0, z, finder.as_tuple)
         for layer, keys in found.keys.items():
             if not torch.isfinite(keys).all():
                 raise ValueError(f"The keys at block {layer} hold NaN or infinity: check the model's weights.")
