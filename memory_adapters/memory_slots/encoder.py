@@ -118,7 +118,7 @@ class Encoder:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         with self.active():
             states = self.stack(**inputs, use_cache=False).last_hidden_state.float()
-        states = states / states.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-12)  # padding may be 0
         factor = self.parts.scale * self.parts.embedding_rms
         found = []
         for i, (text, n) in enumerate(zip(texts, counts, strict=True)):

@@ -1,0 +1,86 @@
+"""Training of an encoder: what is learned, what stays, and going on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memory_adapters.memory_slots.pretraining import (
+    Example,
+    TextExamples,
+    instruction_examples,
+    train_encoder,
+)
+from memory_adapters.memory_slots.refinement import Asked
+from tests.contract import logits
+from tests.models import byte_tokenizer, tiny_model
+from tests.test_slots import memory_on
+
+TEXT = "The sea is wide. The wind is cold. The ships are far away, and nobody knows when they will come back. " * 3
+QUIET: dict[str, Any] = dict(disable_tqdm=True, warmup_steps=0, per_device_train_batch_size=4, logging_steps=5)
+
+
+def text_examples(count: int = 40, **settings: Any) -> TextExamples:
+    ids = byte_tokenizer()(TEXT)["input_ids"]
+    return TextExamples(ids, **{"lengths": (8, 40), "continuation": 8, "share": 0.5, "count": count, **settings})
+
+
+def test_examples_are_windows_of_the_text_and_always_the_same() -> None:
+    examples = text_examples()
+    assert [examples[i] for i in range(40)] == [examples[i] for i in range(40)]
+    told = sum(examples[i].asked is None for i in range(40))
+    assert 10 < told < 30
+    for i in range(40):
+        example = examples[i]
+        following = [] if example.asked is None else [*example.asked.prompt, *example.asked.target]
+        assert byte_tokenizer().decode([*example.context, *following]) in TEXT
+        assert 8 <= len(example.context) <= 40
+    with pytest.raises(ValueError, match="give more text"):
+        TextExamples([1, 2, 3], (4, 8), 4, 0.5, 10)
+
+
+def test_instructions_end_with_the_end_of_text() -> None:
+    rows = [{"context": "Rome is old.", "prompt": "How is Rome?", "response": " Old."}]
+    (example,) = instruction_examples(rows, byte_tokenizer())
+    assert byte_tokenizer().decode(example.context) == "Rome is old."
+    assert example.asked is not None
+    assert byte_tokenizer().decode(example.asked.prompt) == "How is Rome?"
+    assert byte_tokenizer().decode(example.asked.target) == " Old.</s>"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("pooling", ["tokens", "mean"])
+def test_training_lowers_the_loss_and_moves_the_encoder_alone(architecture: str, pooling: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    base = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    before = logits(model)
+    memory = memory_on(model, pooling=pooling, lora_rank=8)
+    examples = [Example(text_examples()[i].context) for i in range(2)]
+    examples += [Example([10, 11, 12, 13, 14, 15], Asked([20], [21, 22]))] * 2
+    settings = QUIET | dict(output_dir=str(tmp_path), max_steps=80, learning_rate=2e-2)
+    log = train_encoder(memory, examples, held_out=examples, training_args=settings)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    assert memory.config.encoder_steps == 80
+    assert memory.config.steps_of_refinement == 0
+    assert torch.equal(logits(model), before)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    memory.remove()
+    assert all(torch.equal(parameter, base[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_stopped_training_goes_on_to_the_same_encoder(tmp_path: Path) -> None:
+    whole, stopped = memory_on(tiny_model()), memory_on(tiny_model())
+    settings = QUIET | dict(max_steps=6, save_steps=3, save_strategy="steps", learning_rate=1e-2)
+    train_encoder(whole, text_examples(), training_args=settings | {"output_dir": str(tmp_path / "whole")})
+    train_encoder(stopped, text_examples(), training_args=settings | {"output_dir": str(tmp_path / "parts")})
+    fresh = memory_on(tiny_model())
+    checkpoint = str(tmp_path / "parts" / "checkpoint-3")
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {p.name for p in Path(checkpoint).iterdir()}
+    arguments = settings | {"output_dir": str(tmp_path / "parts")}
+    train_encoder(fresh, text_examples(), training_args=arguments, resume_from_checkpoint=checkpoint)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
