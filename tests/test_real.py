@@ -119,7 +119,9 @@ def test_the_front_page_with_an_edit(real: tuple[Any, Any], tmp_path: Path) -> N
     before = model(**tokenizer(prompt, return_tensors="pt")).logits
     memory = inject_memory(model, MemitConfig(covariance_tokens=2048), tokenizer=tokenizer)
     assert torch.equal(model(**tokenizer(prompt, return_tensors="pt")).logits, before)
-    report = memory.write([Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome")])
+    eiffel = Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome")
+    first_in_its_prompt = Fact("{} plays the instrument", subject="Miles Davis", target="piano")
+    report = memory.write([eiffel, first_in_its_prompt])
     assert report.recall == 1
     assert answer(model, tokenizer, prompt).startswith("Rome")
     with memory.disabled():
