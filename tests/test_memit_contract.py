@@ -34,7 +34,8 @@ class TestMemitMemory(MemoryContract):
         assert isinstance(memory, MemitMemory)
         generator = torch.Generator().manual_seed(1)
         empty = memory.ledger
-        keys = {i: torch.randn(1, k.shape[1], generator=generator) for i, k in empty.keys.items()}
+        each = len(set(memory.config.key_groups))
+        keys = {i: torch.randn(each, k.shape[1], generator=generator) for i, k in empty.keys.items()}
         shares = {i: torch.randn(1, s.shape[1], generator=generator) for i, s in empty.shares.items()}
         entry = Ledger((FACT,), torch.randn(1, empty.targets.shape[1], generator=generator), keys, shares)
         cost = SOLVERS["memit"].cost
