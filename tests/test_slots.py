@@ -205,9 +205,9 @@ def test_an_interrupted_write_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_args: Any, **_kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    for name in ("refine", "reconstruction"):
+    for name in ("refine", "predict"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"memory_adapters.memory_slots.memory.{name}", interrupted)
+            patch.setattr(f"memory_adapters.memory_slots.compression.{name}", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 memory.write(TEXT, refine_steps=3, progress=False)
         assert torch.equal(logits(model), before)

@@ -39,9 +39,14 @@ class MemorySlotsConfig(MemoryConfig):
         lora_alpha: Its scale (paper: 32).
         target_modules: Names of the matrices it sits on; by default PEFT's for the architecture (q and v in most),
             or all of the blocks where PEFT knows none. Resolved to full names at injection.
-        refine_steps: Gradient steps on the slots of a text in `write`; None for none with a trained encoder and
+        objective: What the encoder's training asks of whatever is not autoencoding: `"cross-entropy"` of the text, or
+            `"distillation"`, KL from the model that reads the whole context. The mix of autoencoding, continuation and
+            instructions is that of the examples.
+        refine_steps: Most gradient steps on the slots of a text in `write`; None for none with a trained encoder and
             100 without.
         refine_learning_rate: Adam's, in units of the RMS of the token embeddings; falls to 0 as a cosine.
+        refine_target_loss: Refinement ends once every token asked is the model's first choice and the mean loss is
+            below this.
         refine_fraction: Weight of autoencoding in refinement, against predicting what is asked of the text.
         precision: Of the refinement's forward passes: `"model"` for the model's own, or `"bfloat16"`.
         encoder_steps: Updates that the encoder was trained for. Filled in by training.
@@ -57,8 +62,10 @@ class MemorySlotsConfig(MemoryConfig):
     lora_rank: int = 32
     lora_alpha: int = 32
     target_modules: list[str] | None = None
+    objective: str = "cross-entropy"
     refine_steps: int | None = None
     refine_learning_rate: float = 0.5
+    refine_target_loss: float = 0.1
     refine_fraction: float = 0.5
     precision: str = "model"
     encoder_steps: int = 0
@@ -72,11 +79,13 @@ class MemorySlotsConfig(MemoryConfig):
         check_number("num_slots", self.num_slots, low=1, integer=True)
         check_number("span_length", self.span_length, low=self.num_slots, integer=True)
         check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("objective", self.objective, ("cross-entropy", "distillation"))
         check_number("lora_rank", self.lora_rank, low=1, integer=True)
         check_number("lora_alpha", self.lora_alpha, low=0, open_low=True)
         if self.refine_steps is not None:
             check_number("refine_steps", self.refine_steps, low=0, integer=True)
         check_number("refine_learning_rate", self.refine_learning_rate, low=0, open_low=True)
+        check_number("refine_target_loss", self.refine_target_loss, low=0)
         check_number("refine_fraction", self.refine_fraction, low=0, high=1)
         check_choice("precision", self.precision, ("model", "bfloat16"))
         check_number("encoder_steps", self.encoder_steps, low=0, integer=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,10 +20,11 @@ from memory_adapters.forward_passes import evaluating
 from memory_adapters.knowledge import Document, Fact, Item, as_items
 from memory_adapters.lora import take_out
 from memory_adapters.memory import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteReport
+from memory_adapters.memory_slots.compression import compress_texts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
-from memory_adapters.memory_slots.encoder import Encoder, EncoderParts
+from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
 from memory_adapters.memory_slots.reader import Entry, attach, detach, reader_of
-from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, reconstruction, refine
+from memory_adapters.memory_slots.refinement import Asked
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.tokens import score_rows, shared_length, tokenize
 from memory_adapters.unrelated import PLAIN_SENTENCES
@@ -87,40 +87,50 @@ class SlotMemory(Memory):
         start = time.perf_counter()
         listed = as_items(items)
         self._check_writable()
-        steps = self.config.steps_of_refinement if refine_steps is None else refine_steps
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f"`refine_steps` must be an integer of at least 0, got {refine_steps!r}.")
+        steps = self._steps(refine_steps)
         asked = [self._asked(item) for item in listed if not isinstance(item, Document)]
         text = "\n".join(item.text if isinstance(item, Document) else _sentence(item) for item in listed)
         before = self._scores(asked)
-        made, losses, accuracy = self._compress(text, asked, steps, progress)
-        self.use([slots + made for slots in self.slots] or made)
+        (made,) = compress_texts(self.encoder, self.tokenizer, [text], asked, steps, progress)
+        self.use([slots + made.slots for slots in self.slots] or made.slots)
         after = self._scores(asked)
         report = WriteReport(
             method=self.config.method_name,
             num_items=_counted(listed),
             recall=after[0],
             recall_before=before[0],
-            token_accuracy=accuracy[1],
-            token_accuracy_before=accuracy[0],
+            token_accuracy=None if made.accuracy is None else made.accuracy[1],
+            token_accuracy_before=None if made.accuracy is None else made.accuracy[0],
             perplexity=after[1],
             perplexity_before=before[1],
-            losses=losses,
+            losses=made.losses,
             num_parameters=self.num_parameters(),
             seconds=time.perf_counter() - start,
             notes=[
-                f"{made.num_tokens} tokens in {made.num_slots} slots of {made.num_spans} span(s): "
-                f"compression rate {made.compression_rate:.2f}"
+                f"{made.slots.num_tokens} tokens in {made.slots.num_slots} slots of {made.slots.num_spans} span(s): "
+                f"compression rate {made.slots.compression_rate:.2f}"
             ],
         )
         self.config.writes.append(dict(report.rows()))
         return report
 
-    def compress(self, text: str, *, refine_steps: int | None = None, progress: bool = True) -> MemorySlots:
-        """Slots of `text`, without reading them: see `use`."""
+    @overload
+    def compress(self, text: str, *, refine_steps: int | None = None, progress: bool = True) -> MemorySlots: ...
+
+    @overload
+    def compress(
+        self, text: list[str] | tuple[str, ...], *, refine_steps: int | None = None, progress: bool = True
+    ) -> list[MemorySlots]: ...
+
+    def compress(
+        self, text: str | list[str] | tuple[str, ...], *, refine_steps: int | None = None, progress: bool = True
+    ) -> MemorySlots | list[MemorySlots]:
+        """Slots of a text, or of each of many (compressed in batches), without reading them: see `use`."""
         self._check_writable()
-        steps = self.config.steps_of_refinement if refine_steps is None else refine_steps
-        return self._compress(Document(text).text, [], steps, progress)[0]
+        texts = [Document(one).text for one in ([text] if isinstance(text, str) else text)]
+        steps = self._steps(refine_steps)
+        made = [one.slots for one in compress_texts(self.encoder, self.tokenizer, texts, [], steps, progress)]
+        return made[0] if isinstance(text, str) else made
 
     def use(self, slots: MemorySlots | Sequence[MemorySlots] | None) -> None:
         """Let the model read these slots before every prompt; a list has slots for each row of a batch; None: none.
@@ -156,52 +166,35 @@ class SlotMemory(Memory):
         self.slots = rows
 
     def reconstruct(self, max_new_tokens: int | None = None) -> list[str]:
-        """The text of each row's slots, as the model decodes it greedily after [AE]. Spans are decoded one by one."""
+        """The text of each row's slots, as the model decodes it greedily after [AE], each span by itself.
+
+        Args:
+            max_new_tokens: Of a span; by default twice the tokens that it has on average.
+        """
         self._check_writable()
         before = self.slots
-        texts = []
+        spans = [_span(row, vectors) for row in before for vectors in row.vectors.split(list(row.spans))]
+        length = max_new_tokens or max((2 * math.ceil(row.num_tokens / row.num_spans) for row in before), default=0)
+        size = max(1, BATCH_TOKENS // max(length, 1))
+        told: list[str] = []
         try:
-            for row in before:
-                parts = []
-                for vectors in row.vectors.split(list(row.spans)):
-                    self.use(_span(row, vectors))
-                    length = max_new_tokens or 2 * math.ceil(row.num_tokens / row.num_spans)
-                    start = self.encoder.parts.reconstruct[None].to(self.model.dtype)
-                    with evaluating(self.model):
-                        ids = self.model.generate(inputs_embeds=start, max_new_tokens=length, do_sample=False)
-                    parts.append(self.tokenizer.decode(ids[0], skip_special_tokens=True))
-                texts.append("".join(parts))
+            for start in range(0, len(spans), size):
+                batch = spans[start : start + size]
+                self.use(batch)
+                asking = self.encoder.parts.reconstruct.expand(len(batch), 1, -1).to(self.model.dtype)
+                with evaluating(self.model):
+                    ids = self.model.generate(inputs_embeds=asking, max_new_tokens=length, do_sample=False)
+                told += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         finally:
             self.use(before)
-        return texts
+        rest = iter(told)
+        return ["".join(next(rest) for _ in row.spans) for row in before]
 
-    def _compress(
-        self, text: str, asked: Sequence[Asked], steps: int, progress: bool
-    ) -> tuple[MemorySlots, list[float], tuple[float, float]]:
-        """Slots, losses of refinement, and the share of tokens right without slots' refinement and with it."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        spans = self.config.spans_of(ids)
-        losses: list[float] = []
-        with evaluating(self.model):
-            vectors = self.encoder.compress(spans, progress)
-            before = reconstruction(self.encoder, vectors, spans)[1]
-            if steps:
-                share = self.config.refine_fraction if asked else 1.0
-                rows = [autoencoding_rows(self.encoder, spans, self.tokenizer.eos_token_id, share)] if share else []
-                if asked and share < 1:
-                    rows.append(asked_rows(self.encoder, asked, [range(len(spans))] * len(asked), 1 - share))
-                vectors, losses = refine(self.encoder, vectors, rows, steps, progress)
-            after = reconstruction(self.encoder, vectors, spans)[1]
-        slots = MemorySlots(
-            torch.cat(vectors).cpu(),
-            tuple(map(len, vectors)),
-            len(ids),
-            self.config.base_fingerprint or {},
-            self.encoder.fingerprint(),
-            hashlib.sha256(text.encode()).hexdigest(),
-            steps,
-        )
-        return slots, losses, (before, after)
+    def _steps(self, asked: int | None) -> int:
+        steps = self.config.steps_of_refinement if asked is None else asked
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"`refine_steps` must be an integer of at least 0, got {asked!r}.")
+        return steps
 
     def _asked(self, item: Any) -> Asked:
         prompt = item.prompt if isinstance(item, Fact) else item.question

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from memory_adapters.checkpoint import read_tensors
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, predict
+from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, distil, predict
 
 if TYPE_CHECKING:
     from memory_adapters.memory_slots.memory import SlotMemory
@@ -102,7 +102,7 @@ class EncoderTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of what the examples ask, autoencoding and the rest weighed by their examples."""
+        """Mean loss of what the examples ask, autoencoding and the rest weighed by their examples."""
         self.memory.model.eval()
         loss = model(inputs)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
@@ -156,7 +156,11 @@ class _Trained(nn.Module):
         if asked:
             wanted = [example.asked for example in examples if example.asked is not None]
             rows = asked_rows(encoder, wanted, [sources[i] for i in asked], 1.0)
-            total = total + len(asked) / len(examples) * predict(encoder, slots, rows)[0]
+            if memory.config.objective == "distillation":
+                loss = distil(encoder, slots, rows, [examples[i].context for i in asked])
+            else:
+                loss = predict(encoder, slots, rows)[0]
+            total = total + len(asked) / len(examples) * loss
         return total
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from memory_adapters.memory_slots.encoder import Encoder, takes_positions
 
-__all__ = ["Asked", "reconstruction", "refine"]
+__all__ = ["Asked", "Rows", "asked_rows", "autoencoding_rows", "distil", "predict", "refine"]
 
 HEAD_BLOCK = 256  # positions whose logits are held at once
 
@@ -58,6 +58,8 @@ def refine(
 ) -> tuple[list[Tensor], list[float]]:
     """Adam on the slots, the model frozen, with a learning rate that falls to 0 as a cosine.
 
+    It ends early once the model gives every token asked, below the loss `refine_target_loss`.
+
     Args:
         encoder: Of the model.
         start: Slots of each span (slots, embedding_size), float32.
@@ -66,7 +68,7 @@ def refine(
         progress: Show a bar.
 
     Returns:
-        The slots, and the loss before each update.
+        The slots, and the loss before each update that was made.
 
     Raises:
         ValueError: If the loss is NaN or infinite.
@@ -79,14 +81,16 @@ def refine(
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
-            total = 0.0
+            total, right = 0.0, True
             for part in rows:
                 with torch.enable_grad():
-                    loss = part.weight * predict(encoder, slots, part)[0]
-                loss.backward()
-                total += loss.item()
+                    loss, hits = predict(encoder, slots, part)
+                    (part.weight * loss).backward()
+                total, right = total + part.weight * loss.item(), right and bool(hits.all())
             if not math.isfinite(total):
                 raise ValueError(f"The loss of refinement is {total} at step {step}: lower `refine_learning_rate`.")
+            if right and total < encoder.config.refine_target_loss:
+                break
             optimizer.step()
             losses.append(total)
             bar.set_postfix(loss=f"{total:.3f}", refresh=False)
@@ -124,7 +128,8 @@ def _rows(
     embedded, labels, lengths = [], [], []
     for head, tokens in zip(heads, wanted, strict=True):
         ids = torch.tensor(list(tokens), device=encoder.device)
-        embedded.append(torch.cat([head.to(encoder.device), encoder.decoder.embeddings(ids[:-1]).to(head)]))
+        following = encoder.decoder.embeddings(ids[:-1])
+        embedded.append(torch.cat([head.to(following), following]))
         labels.append(torch.cat([ids.new_full((len(head) - 1,), -100), ids]))
         lengths.append(len(embedded[-1]))
     longest = max(lengths)
@@ -139,6 +144,27 @@ def _rows(
 
 def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of what is asked, and whether each token asked is the first choice (tokens,)."""
+    states, wanted = _states(encoder, slots, rows), rows.labels[rows.labels != -100]
+    losses, right = [], []
+    for part, labels in zip(states.split(HEAD_BLOCK), wanted.split(HEAD_BLOCK), strict=True):
+        loss, hit = _in_block(_cross_entropy, encoder, part, labels)
+        losses.append(loss)
+        right.append(hit)
+    return torch.stack(losses).sum() / len(wanted), torch.cat(right)
+
+
+def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Rows, contexts: Sequence[Sequence[int]]) -> Tensor:
+    """Mean KL(model that reads each row's whole context ‖ model that reads its slots) where something is asked."""
+    own = [encoder.decoder.embeddings(torch.tensor(list(ids), device=encoder.device)) for ids in contexts]
+    with torch.no_grad():
+        taught = _states(encoder, own, replace(rows, sources=[[i] for i in range(len(own))]))
+    states = _states(encoder, slots, rows)
+    parts = zip(states.split(HEAD_BLOCK), taught.split(HEAD_BLOCK), strict=True)
+    return torch.stack([_in_block(_divergence, encoder, *part) for part in parts]).sum() / len(states)
+
+
+def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Rows) -> Tensor:
+    """Last hidden states (tokens asked, hidden_size), one before each token that is asked."""
     before = [torch.cat([slots[i] for i in source]) for source in rows.sources]
     longest = max(map(len, before))
     joined = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in before])
@@ -150,26 +176,31 @@ def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Rows) -> tuple[Tens
     inputs: dict[str, Any] = {"inputs_embeds": torch.cat([joined.to(rows.embedded), rows.embedded], 1)}
     if takes_positions(encoder.stack):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    bfloat16 = torch.autocast(device.type, torch.bfloat16) if encoder.config.precision == "bfloat16" else nullcontext()
-    with encoder.others_off(), bfloat16:
+    with encoder.others_off(), _autocast(encoder):
         output = encoder.stack(**inputs, attention_mask=mask, use_cache=False)
-        states = output.last_hidden_state[:, longest:][rows.labels != -100]
-        targets = rows.labels[rows.labels != -100]
-        losses, right = [], []
-        for part, wanted in zip(states.split(HEAD_BLOCK), targets.split(HEAD_BLOCK), strict=True):
-            loss, hit = checkpoint(_block, encoder.decoder.head, part, wanted, use_reentrant=False)
-            losses.append(loss)
-            right.append(hit)
-    return torch.stack(losses).sum() / len(targets), torch.cat(right)
+    return output.last_hidden_state[:, longest:][rows.labels != -100]
 
 
-def _block(head: Any, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _autocast(encoder: Encoder) -> Any:
+    bfloat16 = encoder.config.precision == "bfloat16"
+    return torch.autocast(encoder.device.type, torch.bfloat16) if bfloat16 else nullcontext()
+
+
+def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
+    """A function of logits, which are computed again for the gradient instead of kept."""
+
+    def run(*tensors: Tensor) -> Any:
+        with encoder.others_off(), _autocast(encoder):
+            return function(encoder.decoder.head, *tensors)
+
+    return checkpoint(run, *args, use_reentrant=False)
+
+
+def _cross_entropy(head: Any, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     logits = head(states).float()
     return F.cross_entropy(logits, wanted, reduction="sum"), logits.argmax(-1) == wanted
 
 
-@torch.no_grad()
-def reconstruction(encoder: Encoder, slots: Sequence[Tensor], spans: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Cross-entropy of the spans behind their slots and [AE], and the share of tokens that are the first choice."""
-    loss, right = predict(encoder, slots, autoencoding_rows(encoder, spans, None, 1.0))
-    return float(loss), float(right.float().mean())
+def _divergence(head: Any, states: Tensor, taught: Tensor) -> Tensor:
+    given, wanted = (head(x).float().log_softmax(-1) for x in (states, taught))
+    return F.kl_div(given, wanted, reduction="sum", log_target=True)

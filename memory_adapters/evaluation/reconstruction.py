@@ -1,0 +1,286 @@
+"""What slots keep of a text: is it given back, continued, and asked about as if the model read the text itself?
+
+All ways to read a text are compared on one path: its slots; the slots of another text; its token embeddings, which are
+the full context; the embeddings of as many of its last tokens as it has slots; and nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from memory_adapters.forward_passes import evaluating
+from memory_adapters.memory_slots import MemorySlots, SlotMemory
+from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, predict
+from memory_adapters.tokens import tokenize
+
+__all__ = [
+    "ReconstructionScores",
+    "answer_scores",
+    "markdown",
+    "other_texts",
+    "score_answers",
+    "score_continuations_after",
+    "score_reconstruction",
+    "ways_to_read",
+]
+
+QUESTION = "\nQuestion: {question}\nAnswer:"
+Reading = Sequence[MemorySlots | None]
+
+
+@dataclass(frozen=True)
+class ReconstructionScores:
+    """How well texts are given back from their slots.
+
+    Attributes:
+        texts: How many.
+        num_tokens: Of a text, mean.
+        num_slots: Of a text, mean.
+        compression_rate: Tokens ÷ slots, over all texts.
+        cross_entropy: Mean over tokens behind the slots, [AE] and the tokens before, in nats.
+        token_accuracy: Share of tokens that are the first choice there.
+        bleu: Corpus BLEU of the greedy reconstructions (sacrebleu), 0 to 100; None without decoding.
+        exact_prefix: EM of the ICAE paper: length of the exactly matching prefix ÷ length, in tokens, mean over texts.
+        exact: Share of texts that are given back exactly.
+    """
+
+    texts: int
+    num_tokens: float
+    num_slots: float
+    compression_rate: float
+    cross_entropy: float
+    token_accuracy: float
+    bleu: float | None = None
+    exact_prefix: float | None = None
+    exact: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def score_reconstruction(
+    memory: SlotMemory, texts: Sequence[str], slots: Reading, *, decode: bool = True
+) -> ReconstructionScores:
+    """How well `texts` come back from `slots`, which may be their own (`memory.compress(texts)`), others', or None.
+
+    Args:
+        memory: A memory with a tokenizer; what it reads is put back afterwards.
+        texts: At least one.
+        slots: One for each text.
+        decode: Decode greedily too, for BLEU and exact match.
+
+    Raises:
+        ImportError: If sacrebleu is missing.
+        ValueError: If there are not as many slots as texts.
+    """
+    _check_lengths(texts, slots)
+    encoder, tokenizer = memory.encoder, memory.tokenizer
+    loss = right = 0.0
+    lengths = []
+    with evaluating(memory.model):
+        for text, own in zip(texts, slots, strict=True):
+            spans = memory.config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"])
+            vectors = _vectors(memory, own, len(spans))
+            rows = autoencoding_rows(encoder, spans, None, 1.0, [[i] for i in range(len(spans))])
+            with torch.no_grad():
+                mean, hits = predict(encoder, vectors, rows)
+            lengths.append(len(hits))
+            loss, right = loss + float(mean) * len(hits), right + float(hits.sum())
+    num_slots = sum(0 if own is None else own.num_slots for own in slots)
+    scores = ReconstructionScores(
+        len(texts),
+        sum(lengths) / len(texts),
+        num_slots / len(texts),
+        sum(lengths) / num_slots if num_slots else math.inf,
+        loss / sum(lengths),
+        right / sum(lengths),
+    )
+    return replace(scores, **_decoded(memory, texts, slots)) if decode else scores
+
+
+def _decoded(memory: SlotMemory, texts: Sequence[str], slots: Reading) -> dict[str, Any]:
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        raise ImportError("BLEU needs the package sacrebleu: pip install memory-adapters[evaluation]") from None
+    if any(own is None for own in slots):
+        raise ValueError("`slots` holds None, from which nothing can be decoded: set `decode=False`.")
+    before = memory.slots
+    try:
+        memory.use([own for own in slots if own is not None])
+        told = memory.reconstruct()
+    finally:
+        memory.use(before)
+    prefixes = []
+    for text, other in zip(texts, told, strict=True):
+        ids, found = (memory.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, other))
+        same = next((i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b), min(len(ids), len(found)))
+        prefixes.append(same / len(ids))
+    return {
+        "bleu": corpus_bleu(told, [list(texts)]).score,
+        "exact_prefix": sum(prefixes) / len(prefixes),
+        "exact": sum(a == b for a, b in zip(texts, told, strict=True)) / len(texts),
+    }
+
+
+def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[MemorySlots]) -> dict[str, Reading]:
+    """What the model can be given of each text (see the module); for `score_continuations_after` and `score_answers`.
+
+    Args:
+        memory: The memory that compressed them.
+        texts: At least two.
+        slots: Of each text.
+
+    Raises:
+        ValueError: If there are fewer than two texts, or not as many slots.
+    """
+    _check_lengths(texts, slots)
+    if len(texts) < 2:
+        raise ValueError(f"`texts` has {len(texts)} text: two are needed, for slots of another text.")
+    whole = [_embedded(memory, text, None) for text in texts]
+    truncated = [_embedded(memory, text, own.num_slots) for text, own in zip(texts, slots, strict=True)]
+    return {
+        "full context": whole,
+        "slots": list(slots),
+        "another text's slots": [*slots[1:], slots[0]],
+        "as many last tokens": truncated,
+        "no context": [None] * len(texts),
+    }
+
+
+def score_continuations_after(memory: SlotMemory, continuations: Sequence[str], slots: Reading) -> float:
+    """Perplexity of each text's continuation (from its second token on) behind what is read of it.
+
+    Args:
+        memory: A memory with a tokenizer.
+        continuations: Of each text.
+        slots: What is read before it: one of `ways_to_read`.
+    """
+    _check_lengths(continuations, slots)
+    loss, count = 0.0, 0
+    with evaluating(memory.model), torch.no_grad():
+        for text, own in zip(continuations, slots, strict=True):
+            ids = memory.tokenizer(text, add_special_tokens=False)["input_ids"]
+            rows = asked_rows(memory.encoder, [Asked(ids[:1], ids[1:])], [[0]], 1.0)
+            mean, hits = predict(memory.encoder, _vectors(memory, own, 1, joined=True), rows)
+            loss, count = loss + float(mean) * len(hits), count + len(hits)
+    return math.exp(loss / count)
+
+
+def score_answers(
+    memory: SlotMemory,
+    questions: Sequence[tuple[str, str]],
+    slots: Reading,
+    *,
+    prompt: str = QUESTION,
+    max_new_tokens: int = 24,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[str, float]:
+    """F1 and exact match (SQuAD's normalisation) of greedy answers' first line, means over questions in [0, 1].
+
+    Args:
+        memory: A memory with a tokenizer; what it reads is put back afterwards.
+        questions: (question, answer).
+        slots: What is read before each question: one of `ways_to_read`.
+        prompt: Holds `{question}`.
+        max_new_tokens: Of an answer.
+        batch_size: Questions answered together.
+        progress: Show a bar.
+    """
+    _check_lengths(questions, slots)
+    tokenizer, before = memory.tokenizer, memory.slots
+    found: list[tuple[float, float]] = []
+    try:
+        for start in tqdm(range(0, len(questions), batch_size), desc="answering", disable=not progress):
+            batch = questions[start : start + batch_size]
+            read = [own for own in slots[start : start + batch_size] if own is not None]
+            memory.use(read or None)
+            rows = [tokenize(tokenizer, prompt.format(question=question)) for question, _ in batch]
+            inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+            with evaluating(memory.model):
+                ids = memory.model.generate(
+                    **inputs.to(memory.model.device), max_new_tokens=max_new_tokens, do_sample=False
+                )
+            said = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for text, (_, answer) in zip(said, batch, strict=True):
+                found.append(answer_scores((text.strip().splitlines() or [""])[0], answer))
+    finally:
+        memory.use(before)
+    f1, exact = zip(*found, strict=True)
+    return {"f1": sum(f1) / len(f1), "exact": sum(exact) / len(exact)}
+
+
+def answer_scores(said: str, answer: str) -> tuple[float, float]:
+    """F1 over words and exact match of an answer, both without case, punctuation and articles (SQuAD)."""
+    words, wanted = (_words(text) for text in (said, answer))
+    if not words or not wanted:
+        return (float(words == wanted),) * 2
+    same = sum((Counter(words) & Counter(wanted)).values())
+    return 2 * same / (len(words) + len(wanted)), float(words == wanted)
+
+
+def _words(text: str) -> list[str]:
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def other_texts(tokenizer: Any, texts: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
+    """The honesty check of the ICAE paper: is the model's own knowledge of language doing the reconstruction?
+
+    Returns:
+        `"normal"`: the texts. `"patterned random"`: every token id of them plus 1. `"random"`: tokens drawn evenly.
+    """
+    special = set(tokenizer.all_special_ids)
+    allowed = [i for i in range(len(tokenizer)) if i not in special]
+    rng = random.Random(seed)
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    following = dict(zip(allowed, [*allowed[1:], allowed[0]], strict=True))
+    patterned = [[following.get(i, i) for i in row] for row in rows]
+    drawn = [[rng.choice(allowed) for _ in row] for row in rows]
+    return {
+        "normal": list(texts),
+        "patterned random": [tokenizer.decode(row) for row in patterned],
+        "random": [tokenizer.decode(row) for row in drawn],
+    }
+
+
+def markdown(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """A table with one line for each row; what is None or missing is left blank."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [["", *(name.replace("_", " ") for name in columns)], ["---"] * (len(columns) + 1)]
+    for name, row in rows.items():
+        cells = [row.get(column) for column in columns]
+        lines.append([name, *("" if cell is None else f"{cell:.4g}" for cell in cells)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _embedded(memory: SlotMemory, text: str, last: int | None) -> MemorySlots:
+    """A text's own token embeddings, as if they were slots of rate 1."""
+    ids = memory.tokenizer(text, add_special_tokens=False)["input_ids"][-(last or 0) :]
+    with torch.no_grad():
+        vectors = memory.encoder.decoder.embeddings(torch.tensor(ids, device=memory.encoder.device)).float().cpu()
+    return MemorySlots(vectors, (len(ids),), len(ids), memory.config.base_fingerprint or {}, None, "")
+
+
+def _vectors(memory: SlotMemory, slots: MemorySlots | None, spans: int, joined: bool = False) -> list[torch.Tensor]:
+    if slots is None:
+        return [torch.zeros(0, memory.encoder.decoder.embedding_size, device=memory.encoder.device)] * spans
+    vectors = slots.vectors.to(memory.encoder.device)
+    return [vectors] if joined else list(vectors.split(list(slots.spans)))
+
+
+def _check_lengths(texts: Sequence[Any], slots: Sequence[Any]) -> None:
+    if not texts or len(texts) != len(slots):
+        raise ValueError(f"`slots` has {len(slots)} entries for {len(texts)} texts: give one for each, and some text.")
