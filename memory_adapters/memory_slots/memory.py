@@ -183,7 +183,13 @@ class SlotMemory(Memory):
                 self.use(batch)
                 asking = self.encoder.parts.reconstruct.expand(len(batch), 1, -1).to(self.model.dtype)
                 with evaluating(self.model):
-                    ids = self.model.generate(inputs_embeds=asking, max_new_tokens=length, do_sample=False)
+                    ids = self.model.generate(
+                        inputs_embeds=asking,
+                        max_new_tokens=length,
+                        do_sample=False,
+                        eos_token_id=self.tokenizer.eos_token_id,
+                        pad_token_id=self.tokenizer.eos_token_id,
+                    )
                 told += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         finally:
             self.use(before)
