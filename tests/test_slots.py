@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from memory_adapters import Document, Fact, MemorySlots, MemorySlotsConfig, inject_memory, load_memory
 from tests.contract import encode, logits
@@ -228,3 +228,24 @@ def test_the_encoder_speaks_only_while_it_compresses() -> None:
     for layer in memory.encoder.layers():
         torch.nn.init.zeros_(layer.lora_B["knowledge"].weight)
     assert not torch.equal(memory.compress(TEXT, progress=False).vectors, first.vectors)
+
+
+def test_kept_keys_and_values_are_those_of_the_slots_and_weights_of_now() -> None:
+    model: Any = tiny_model()
+    model.add_adapter(LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False), "style")
+    memory = memory_on(model)
+    model.set_adapter("knowledge")
+    slots = [memory.compress(text, progress=False) for text in (TEXT[:16], TEXT[16:32], TEXT)]
+
+    def told() -> tuple[torch.Tensor, torch.Tensor]:
+        kept = model(**encode("Rome"), use_cache=True).logits
+        return kept, model(**encode("Rome"), use_cache=False).logits
+
+    for i in range(30):  # freed tensors' places in memory are taken again
+        memory.use(slots[i % 3])
+        torch.testing.assert_close(*told(), rtol=1e-4, atol=1e-4)
+    model.set_adapter(["knowledge", "style"])
+    torch.testing.assert_close(*told(), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.lora_B["style"].weight.mul_(3)
+    torch.testing.assert_close(*told(), rtol=1e-4, atol=1e-4)

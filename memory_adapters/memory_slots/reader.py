@@ -80,11 +80,34 @@ class SlotReader(nn.Module, BaseTunerLayer):
         vectors = torch.cat([entry.vectors.expand(rows, -1, -1) for entry in entries], 1)
         return vectors, torch.cat([entry.mask.expand(rows, -1) for entry in entries], 1)
 
-    def state(self) -> tuple[Any, ...]:
-        """What the kept keys and values depend on."""
+    def state(self, stack: nn.Module) -> tuple[Any, ...]:
+        """What the kept keys and values depend on: slots, weights, and which adapters take part.
+
+        Tensors are held, so that none that is new can be taken for one that is gone.
+        """
         names = [name for name in self._active_adapter if name in self.slot_entries]
-        found = [(name, self.slot_entries[name].vectors) for name in names]
-        return tuple((name, id(vectors), vectors.device, vectors.dtype) for name, vectors in found)
+        entries: list[Any] = [self.slot_entries[name] for name in names]
+        tensors = [*(entry.vectors for entry in entries), *stack.parameters()]
+        versions = [_Held(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        layers: list[Any] = [m for m in stack.modules() if isinstance(m, BaseTunerLayer) and m is not self]
+        adapters = [
+            (tuple(layer.active_adapters), layer.disable_adapters, tuple(getattr(layer, "scaling", {}).items()))
+            for layer in layers
+        ]
+        return (names, versions, adapters)
+
+
+class _Held:
+    """A tensor as it is now: equal to itself as long as nothing writes into it."""
+
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        self.tensor, self.version, self.place = tensor, version, (tensor.device, tensor.dtype)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, _Held) and self.tensor is other.tensor
+        return same and (self.version, self.place) == (other.version, other.place)  # type: ignore[attr-defined]
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def attach(stack: nn.Module) -> SlotReader:
@@ -238,7 +261,7 @@ def check_length(stack: Any, slots: int, tokens: int) -> None:
 
 def fill(stack: Any, reader: SlotReader, cache: Cache, vectors: Tensor, mask: Tensor, repeats: int) -> None:
     """Put the slots' keys and values into an empty cache."""
-    state = reader.state()
+    state = reader.state(stack)
     if reader.kept_for != state:
         reader.kept = keys_and_values(stack, vectors, mask)
         reader.kept_for = state
