@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig
 
 from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number, checked_layers
 from memory_adapters.decoder import Decoder, mlp_projection, resolve_layers
+from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.solvers import SOLVERS
 
 __all__ = ["MemitConfig"]
@@ -59,7 +60,7 @@ class MemitConfig(MemoryConfig):
 
     layers: Sequence[int | float] | int | float = (0.2, 0.35)
     solver: str = "memit"
-    regularization: float = 0.03
+    regularization: float = 0.3
     null_space: float = 0.8
     steps: int = 25
     learning_rate: float = 0.09
@@ -113,6 +114,11 @@ class MemitConfig(MemoryConfig):
         """Which of a fact's keys each context belongs to: bare prompt, sampled prefixes, chat template."""
         return [0, *[1] * self.num_prefixes, *([2 if self.num_prefixes else 1] if self.chat else [])]
 
+    @property
+    def keys_per_fact(self) -> int:
+        """One a group; but one in all for an exact solver, which would have to tell nearly equal keys apart."""
+        return 1 if SOLVERS[self.solver].exact else max(self.key_groups) + 1
+
     def resolved(self, decoder: Decoder) -> list[int]:
         """The blocks to edit, in rising order."""
         assert isinstance(self.layers, list)
@@ -135,9 +141,13 @@ class MemitConfig(MemoryConfig):
             base_model_name_or_path=self.base_model_name_or_path,
         )
 
+    def widths(self, decoder: Decoder) -> dict[int, int]:
+        """d_in of each edited block's projection."""
+        return {layer: mlp_projection(decoder, layer).in_features for layer in self.resolved(decoder)}
+
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
-        """Shapes of the ledger's tensors; see `memory_adapters.memit.ledger`."""
-        raise NotImplementedError
+        """Names and shapes of the ledger's tensors."""
+        return Ledger.tensor_shapes(len(self.facts), self.widths(decoder), decoder.hidden_size, self.keys_per_fact)
 
     @classmethod
     def reference(cls, **settings: Any) -> MemitConfig:

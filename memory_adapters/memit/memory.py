@@ -57,7 +57,7 @@ class MemitMemory(Memory):
         decoder = find_decoder(model, config.layers_path)
         config.layers = config.resolved(decoder)
         self._names = {layer: mlp_projection(decoder, layer).name for layer in config.resolved(decoder)}
-        self.ledger = Ledger.empty(_widths(config, decoder), decoder.hidden_size)
+        self.ledger = Ledger.empty(config.widths(decoder), decoder.hidden_size)
         self.covariance: Covariance | None = None
         self._place(self.ledger.solve())
 
@@ -201,12 +201,11 @@ class MemitMemory(Memory):
     @classmethod
     def _read_files(cls, folder: Path, config: MemitConfig, decoder: Decoder) -> Any:
         facts = [Fact(**fact) for fact in config.facts]
-        widths, size = _widths(config, decoder), decoder.hidden_size
-        each = max(config.key_groups) + 1
-        ledger = read_tensors(folder / LEDGER_FILE, Ledger.tensor_shapes(len(facts), widths, size, each))
+        ledger = read_tensors(folder / LEDGER_FILE, config.tensor_shapes(decoder))
+        size = decoder.hidden_size
         rank = max(min(len(facts), size), 1)
         shapes = {}
-        for layer, width in widths.items():
+        for layer, width in config.widths(decoder).items():
             name = PEFT_KEY_PREFIX + mlp_projection(decoder, layer).name
             shapes[f"{name}.lora_A.weight"] = torch.Size((rank, width))
             shapes[f"{name}.lora_B.weight"] = torch.Size((size, rank))
@@ -239,7 +238,3 @@ def consistent(facts: Sequence[Any]) -> tuple[list[Fact], list[str]]:
         raise ValueError(f"`items` contradict each other ({listed}): keep one target of each.")
     repeated = len(facts) - len(said)
     return [group[0] for group in said.values()], [f"{repeated} repeated fact(s) left out"] if repeated else []
-
-
-def _widths(config: MemitConfig, decoder: Decoder) -> dict[int, int]:
-    return {layer: mlp_projection(decoder, layer).in_features for layer in config.resolved(decoder)}

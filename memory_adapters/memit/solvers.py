@@ -66,7 +66,13 @@ class NullSpaceCost(Cost):
 
 
 class Solver(ABC):
-    """A choice of M."""
+    """A choice of M.
+
+    Attributes:
+        exact: Whether ΔW K = R holds exactly.
+    """
+
+    exact: bool = False
 
     @abstractmethod
     def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
@@ -94,6 +100,8 @@ class AlphaEdit(Solver):
 
 class Emmet(Solver):
     """M = ε C₀ with ε next to 0: ΔW K = R holds exactly (Gupta et al. 2024)."""
+
+    exact = True
 
     def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
         return DenseCost(1e-6 * len(covariance) * covariance)

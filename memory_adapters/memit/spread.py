@@ -71,6 +71,7 @@ def spread(
     layers: Sequence[int],
     visits: Sequence[Visit],
     groups: Sequence[int],
+    keys_per_fact: int,
     h0: Tensor,
     z: Tensor,
     as_tuple: bool,
@@ -83,17 +84,18 @@ def spread(
         layers: The blocks to edit, in rising order.
         visits: Rows of all contexts of the facts.
         groups: For each context, which of a fact's keys it belongs to: contexts of one group share their mean.
+        keys_per_fact: As many as groups, or 1: the mean over groups.
         h0: The stream at the last edited block in the bare prompt (facts, hidden_size), float32.
         z: What it should be.
         as_tuple: Whether the model's blocks put out tuples.
     """
-    each = max(groups) + 1
-    factor = [1 / (groups.count(group) * each**0.5) for group in groups]
+    each, count = keys_per_fact, max(groups) + 1
+    factor = [1 / (groups.count(group) * (count / each) * each**0.5) for group in groups]
     factors, places = [], []
     for visit in visits:
         rows = visit.batch.rows
         factors.append(torch.tensor([factor[row.context] for row in rows], device=h0.device)[:, None])
-        places.append(torch.tensor([row.fact * each + groups[row.context] for row in rows], device=h0.device))
+        places.append(torch.tensor([row.fact * each + groups[row.context] % each for row in rows], device=h0.device))
     keys: dict[int, Tensor] = {}
     shares: dict[int, Tensor] = {}
     now, found, states = h0, [visit.key for visit in visits], [visit.state for visit in visits]

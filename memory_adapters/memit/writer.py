@@ -130,7 +130,8 @@ class EntryMaker:
             with finder.fast_weights():
                 z[new] = find_targets(finder, problems, h0, new, self.config, bar)[0][new]
         del problems
-        found = spread(self.model, self.decoder, self.layers, visits, self.config.key_groups, h0, z, finder.as_tuple)
+        groups, each = self.config.key_groups, self.config.keys_per_fact
+        found = spread(self.model, self.decoder, self.layers, visits, groups, each, h0, z, finder.as_tuple)
         for layer, keys in found.keys.items():
             if not torch.isfinite(keys).all():
                 raise ValueError(f"The keys at block {layer} hold NaN or infinity: check the model's weights.")
