@@ -64,7 +64,7 @@ def test_a_pooled_encoder_that_was_never_trained_gives_pooled_embeddings() -> No
 @pytest.mark.parametrize("pooling", ["tokens", "mean"])
 def test_spans_are_compressed_alike_alone_and_together(architecture: str, pooling: str) -> None:
     memory = memory_on(tiny_model(architecture), pooling=pooling)
-    torch.nn.init.normal_(memory.encoder.parts.scale)
+    torch.nn.init.normal_(memory.encoder.parts.projection)
     for layer in memory.encoder.layers():
         torch.nn.init.normal_(layer.lora_B["knowledge"].weight, std=0.3)
     spans = [list(range(10, 26)), list(range(30, 37)), list(range(50, 59))]
@@ -223,7 +223,7 @@ def test_the_encoder_speaks_only_while_it_compresses() -> None:
     assert torch.equal(logits(model), base)
     model.set_adapter("knowledge")  # as a user of PEFT might
     assert torch.equal(logits(model), base)
-    torch.nn.init.ones_(memory.encoder.parts.scale)
+    torch.nn.init.normal_(memory.encoder.parts.projection)
     first = memory.compress(TEXT, progress=False)
     for layer in memory.encoder.layers():
         torch.nn.init.zeros_(layer.lora_B["knowledge"].weight)

@@ -33,8 +33,8 @@ class MemorySlotsConfig(MemoryConfig):
         span_length: Tokens of a full span; longer text is cut into equal spans. `span_length / num_slots` is the
             compression rate asked for; what was achieved is `MemorySlots.compression_rate`.
         pooling: Where slots are read: `"tokens"`, the last hidden states at memory tokens appended to the span (as in
-            the paper), or `"mean"`, the mean of the span's neighbouring states, added to the mean of their
-            embeddings: an encoder that was never trained then gives pooled embeddings.
+            the paper), or `"mean"`, the mean of neighbouring tokens' embeddings plus a learned sum of their states: an
+            encoder that was never trained then gives pooled embeddings.
         lora_rank: Rank of the encoder's LoRA (paper: 128).
         lora_alpha: Its scale (paper: 32).
         target_modules: Names of the matrices it sits on; by default PEFT's for the architecture (q and v in most),
@@ -105,6 +105,11 @@ class MemorySlotsConfig(MemoryConfig):
         """Slots of a span of so many tokens: in proportion, at least one."""
         return max(1, math.ceil(num_tokens * self.num_slots / self.span_length))
 
+    @property
+    def offsets(self) -> int:
+        """Most tokens that one slot is pooled from; 1 where it is read at a memory token."""
+        return 1 if self.pooling == "tokens" else math.ceil(self.span_length / self.num_slots)
+
     def spans_of(self, ids: Sequence[int]) -> list[list[int]]:
         """Token ids cut into equal spans of at most `span_length`."""
         count = math.ceil(len(ids) / self.span_length)
@@ -160,7 +165,11 @@ class MemorySlotsConfig(MemoryConfig):
             shapes[f"{name}.lora_A.weight"] = torch.Size((self.lora_rank, inputs))
             shapes[f"{name}.lora_B.weight"] = torch.Size((outputs, self.lora_rank))
         width = decoder.embedding_size
-        own = {"memory_tokens": (self.num_slots, width), "reconstruct": (1, width), "scale": (width,)}
+        own = {
+            "memory_tokens": (self.num_slots, width),
+            "reconstruct": (1, width),
+            "projection": (self.offsets, width, width),
+        }
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
 
 

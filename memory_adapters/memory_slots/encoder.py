@@ -30,8 +30,9 @@ class EncoderParts(nn.Module):
         memory_tokens: Embeddings appended to a span (num_slots, embedding_size); read with `pooling="tokens"`.
         reconstruct: The embedding [AE], which asks for the text itself (1, embedding_size). Whatever else is asked
             stands behind the bare slots, as `generate` gives it; so [LM] and [FT] are not needed.
-        scale: Factor on the normalised hidden states, by component (embedding_size,), in units of the embeddings' RMS:
-            0 at first with `pooling="mean"`, 1 with `"tokens"`.
+        projection: Matrices from the normalised last hidden states to slots, in units of the embeddings' RMS (offsets,
+            embedding_size, embedding_size). With `pooling="mean"` one for each place in a slot's stretch of tokens, at
+            first 0; with `"tokens"` a single one, at first the identity.
         embedding_rms: RMS of the model's token embeddings.
     """
 
@@ -49,8 +50,9 @@ class EncoderParts(nn.Module):
 
         self.memory_tokens = like_tokens(config.num_slots)
         self.reconstruct = like_tokens(1)
-        start = 0.0 if config.pooling == "mean" else 1.0
-        self.scale = nn.Parameter(torch.full((len(mean),), start, device=device), requires_grad=False)
+        start = torch.zeros if config.pooling == "mean" else torch.eye
+        first = start(len(mean), len(mean), device=device)
+        self.projection = nn.Parameter(first.repeat(config.offsets, 1, 1), requires_grad=False)
         self.embedding_rms = float(table.square().mean().sqrt())
 
 
@@ -119,15 +121,17 @@ class Encoder:
         with self.active():
             states = self.stack(**inputs, use_cache=False).last_hidden_state.float()
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-12)  # padding may be 0
-        factor = self.parts.scale * self.parts.embedding_rms
-        found = []
-        for i, (text, n) in enumerate(zip(texts, counts, strict=True)):
-            if appended[i]:
-                found.append(factor * states[i, length - n :])
-            else:
-                pool = pooling_matrix(len(text), n, self.device)
-                found.append(pool @ text.float() + factor * (pool @ states[i, length - len(text) :]))
-        return found
+        matrices = self.parts.projection * self.parts.embedding_rms
+        if self.config.pooling == "tokens":
+            return [states[i, length - n :] @ matrices[0] for i, n in enumerate(counts)]
+        places, offsets, shares = stretches([len(text) for text in texts], counts, self.device)
+        pooled = torch.zeros(sum(counts), states.shape[-1], device=self.device)
+        pooled = pooled.index_add(0, places, torch.cat(texts).float() * shares[:, None])
+        flat = torch.cat([states[i, length - len(text) :] for i, text in enumerate(texts)])
+        for j, matrix in enumerate(matrices):
+            own = offsets == j
+            pooled = pooled.index_add(0, places[own], flat[own] @ matrix)
+        return list(pooled.split(counts))
 
     @torch.no_grad()
     def compress(self, spans: Sequence[Sequence[int]], progress: bool) -> list[Tensor]:
@@ -156,7 +160,7 @@ class Encoder:
             for layer in self.layers()
             for m in (layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name])
         ]
-        own = [self.parts.reconstruct, self.parts.scale]
+        own = [self.parts.reconstruct, self.parts.projection]
         return [*lora, *own, *([self.parts.memory_tokens] if self.config.pooling == "tokens" else [])]
 
     def fingerprint(self) -> str:
@@ -168,13 +172,24 @@ class Encoder:
         return digest.hexdigest()
 
 
-def pooling_matrix(tokens: int, slots: int, device: torch.device) -> Tensor:
-    """(slots, tokens): row i averages the i-th of `slots` equal stretches of the tokens."""
-    edges = [round(i * tokens / slots) for i in range(slots + 1)]
-    pool = torch.zeros(slots, tokens, device=device)
-    for i, (a, b) in enumerate(pairwise(edges)):
-        pool[i, a : max(b, a + 1)] = 1 / max(b - a, 1)
-    return pool
+def stretches(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every token of the spans in turn: its slot, its place in that slot's stretch, and 1 ÷ the stretch's length."""
+    places: list[int] = []
+    offsets: list[int] = []
+    shares: list[float] = []
+    first = 0
+    for tokens, slots in zip(lengths, counts, strict=True):
+        edges = [i * tokens // slots for i in range(slots + 1)]
+        for i, (a, b) in enumerate(pairwise(edges)):
+            places += [first + i] * (b - a)
+            offsets += range(b - a)
+            shares += [1 / (b - a)] * (b - a)
+        first += slots
+    return (
+        torch.tensor(places, device=device),
+        torch.tensor(offsets, device=device),
+        torch.tensor(shares, device=device),
+    )
 
 
 def takes_positions(stack: Any) -> bool:

@@ -56,6 +56,7 @@ class SlotMemory(Memory):
         reader.slot_entries[adapter_name] = entry.to(next(iter(entry.parts.parameters())).device)  # type: ignore[union-attr]
         self.encoder = Encoder(self.model, adapter_name, config, entry.parts)  # type: ignore[arg-type]
         for layer in self.encoder.layers():
+            layer.lora_A[adapter_name].float(), layer.lora_B[adapter_name].float()
             layer.scaling[adapter_name] = 0.0  # its LoRA speaks only within `Encoder.active`
             layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
         self.slots: list[MemorySlots] = []
