@@ -14,7 +14,7 @@ from memory_adapters.memory_slots.pretraining import (
     instruction_examples,
     train_encoder,
 )
-from memory_adapters.memory_slots.refinement import Asked
+from memory_adapters.memory_slots.refinement import Asked, asked_rows, distil
 from tests.contract import logits
 from tests.models import byte_tokenizer, tiny_model
 from tests.test_slots import memory_on
@@ -84,3 +84,52 @@ def test_a_stopped_training_goes_on_to_the_same_encoder(tmp_path: Path) -> None:
     train_encoder(fresh, text_examples(), training_args=arguments, resume_from_checkpoint=checkpoint)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_gradient_checkpointing_changes_nothing(architecture: str, tmp_path: Path) -> None:
+    trained = []
+    for checkpointing in (False, True):
+        model: Any = tiny_model(architecture)
+        memory = memory_on(model)
+        settings = QUIET | dict(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2)
+        passes, inner = [0], memory.encoder.layers()[0]
+        handle = inner.register_forward_pre_hook(lambda *_, passes=passes: passes.__setitem__(0, passes[0] + 1))
+        settings |= dict(activation_checkpointing=checkpointing)
+        train_encoder(memory, text_examples(), training_args=settings)
+        handle.remove()
+        assert not model.training
+        assert not model.is_gradient_checkpointing
+        trained.append((memory.state_dict(), passes[0]))
+    for name, tensor in trained[0][0].items():
+        torch.testing.assert_close(trained[1][0][name], tensor, rtol=1e-4, atol=1e-5)
+    assert trained[1][1] > trained[0][1]  # blocks were run again
+
+
+def test_distillation_is_the_divergence_from_the_whole_context() -> None:
+    model: Any = tiny_model()
+    memory = memory_on(model)
+    contexts, asked = [[10, 11, 12, 13, 14], [30, 31, 32]], [Asked([20], [21, 22]), Asked([40, 41], [42])]
+    slots = [torch.randn(2, model.config.hidden_size) for _ in contexts]
+    rows = asked_rows(memory.encoder, asked, [[0], [1]], 1.0)
+    with torch.no_grad(), memory.disabled():
+        found = distil(memory.encoder, slots, rows, contexts)
+        table, total, count = model.get_input_embeddings(), 0.0, 0
+        for context, one, own in zip(contexts, asked, slots, strict=True):
+            tail = table(torch.tensor([*one.prompt, *one.target]))
+            heads = (table(torch.tensor(context)), own)
+            taught, given = (
+                model(inputs_embeds=torch.cat([head, tail])[None]).logits[0, -len(one.target) - 1 : -1].log_softmax(-1)
+                for head in heads
+            )
+            total, count = total + float((taught.exp() * (taught - given)).sum()), count + len(one.target)
+    assert float(found) == pytest.approx(total / count, rel=1e-4)
+    assert float(distil(memory.encoder, [table(torch.tensor(c)) for c in contexts], rows, contexts)) < 1e-5
+
+
+def test_distillation_is_learned(tmp_path: Path) -> None:
+    memory = memory_on(tiny_model(), objective="distillation", lora_rank=8)
+    examples = [Example([10, 11, 12, 13, 14, 15], Asked([20], [21, 22]))] * 4
+    settings = QUIET | dict(output_dir=str(tmp_path), max_steps=60, learning_rate=1e-2)
+    losses = [entry["loss"] for entry in train_encoder(memory, examples, training_args=settings) if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]

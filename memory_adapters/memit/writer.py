@@ -29,6 +29,7 @@ from memory_adapters.memit.rows import (
 from memory_adapters.memit.spread import Visit, spread
 from memory_adapters.memit.targets import Problem, TargetFinder, find_targets
 from memory_adapters.processes import gathered, share_of
+from memory_adapters.quantised import differentiable
 from memory_adapters.unrelated import sample_text
 
 __all__ = ["EntryMaker"]
@@ -98,7 +99,8 @@ class EntryMaker:
         size = self._chunk(own, contexts)
         known = {} if targets is None else dict(zip(targets.facts, targets.targets, strict=True))
         parts: list[Ledger] = []
-        with tqdm(total=len(own), unit="fact", desc="targets", disable=not progress) as bar, evaluating(self.model):
+        bar = tqdm(total=len(own), unit="fact", desc="targets", disable=not progress)
+        with bar, evaluating(self.model), differentiable(self.model):
             for start in range(0, len(own), size):
                 parts.append(self._chunk_entries(own[start : start + size], contexts, known, bar))
         single = [part.subset([i]) for part in parts for i in range(len(part.facts))]

@@ -13,6 +13,7 @@ from memory_adapters.forward_passes import evaluating
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder
 from memory_adapters.memory_slots.refinement import Asked, Rows, asked_rows, autoencoding_rows, predict, refine
 from memory_adapters.memory_slots.slots import MemorySlots
+from memory_adapters.quantised import differentiable
 
 __all__ = ["Compressed", "compress_texts"]
 
@@ -57,7 +58,8 @@ def compress_texts(
             if steps:
                 rows = _wanted(encoder, spans, tokenizer.eos_token_id, asked)
                 before = _accuracy(encoder, vectors, spans)
-                vectors, losses = refine(encoder, vectors, rows, steps, progress)
+                with differentiable(encoder.model):
+                    vectors, losses = refine(encoder, vectors, rows, steps, progress)
                 accuracy = (before, _accuracy(encoder, vectors, spans))
             slots = MemorySlots(
                 torch.cat(vectors).cpu(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -71,6 +71,7 @@ class Encoder:
         self.decoder = find_decoder(model, config.layers_path)
         self.device = execution_device(self.decoder.embeddings)
         self.stack: Any = model.get_submodule(self.decoder.stack_path)
+        self.mode: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def layers(self) -> list[LoraLayer]:
         """The LoRA's layers."""
@@ -82,11 +83,13 @@ class Encoder:
         """Within this context no adapter on the model takes part, and no slots are read."""
         every: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in every]
+        mode, self.mode = self.mode, self.others_off
         try:
             for layer in every:
                 layer._active_adapter = []
             yield
         finally:
+            self.mode = mode
             for layer, names, disabled in before:
                 layer._active_adapter, layer._disable_adapters = names, disabled
 
@@ -95,6 +98,7 @@ class Encoder:
         """Within this context the encoder's LoRA is the only adapter that takes part."""
         layers: list[Any] = self.layers()
         with self.others_off():
+            self.mode = self.active
             try:
                 for layer in layers:
                     layer._active_adapter, layer._disable_adapters = [self.adapter_name], False
@@ -103,6 +107,10 @@ class Encoder:
             finally:
                 for layer in layers:
                     layer.scaling[self.adapter_name] = 0.0
+
+    def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For a checkpointed pass and its second run in the backward pass, which must see the same adapters."""
+        return nullcontext(), self.mode()
 
     def slots(self, spans: Sequence[Sequence[int]]) -> list[Tensor]:
         """Slots of each span (slots, embedding_size) in float32, from one pass; with gradients where they are on."""

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from memory_adapters.checkpoint import read_tensors
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, distil, predict
+from memory_adapters.quantised import differentiable, keep_unpacked
 
 if TYPE_CHECKING:
     from memory_adapters.memory_slots.memory import SlotMemory
@@ -104,6 +105,9 @@ class EncoderTrainer(Trainer):
     ) -> Any:
         """Mean loss of what the examples ask, autoencoding and the rest weighed by their examples."""
         self.memory.model.eval()
+        keep_unpacked(self.memory.model)
+        for block in self.memory.encoder.decoder.blocks:
+            block.training = self.args.gradient_checkpointing  # of itself alone: nothing in it drops out
         loss = model(inputs)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
@@ -135,6 +139,13 @@ class _Trained(nn.Module):
         super().__init__()
         self.base = memory.model
         self.memory: Callable[[], SlotMemory] = lambda: memory  # no submodule
+
+    def activation_checkpointing_enable(self, **_settings: Any) -> None:
+        """Of the base model, each block with the adapters of the pass that it is computed again for."""
+        settings = {"use_reentrant": False, "context_fn": self.memory().encoder.recomputing}
+        _checkpointing(self.base, "enable")(settings)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name in earlier versions of transformers
 
     def forward(self, examples: Sequence[Example]) -> Tensor:
         memory = self.memory()
@@ -206,10 +217,19 @@ def train_encoder(
         parameter.requires_grad_(True)
     try:
         trainer = EncoderTrainer(memory, args=arguments, train_dataset=examples, eval_dataset=held_out)
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
+        with differentiable(memory.model):
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
         memory.config.encoder_steps = trainer.state.global_step
     finally:
+        if arguments.gradient_checkpointing:
+            _checkpointing(memory.model, "disable")()
+        memory.model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
             parameter.grad = None
     return trainer.state.log_history
+
+
+def _checkpointing(model: Any, action: str) -> Any:
+    newer = getattr(model, f"activation_checkpointing_{action}", None)
+    return newer or getattr(model, f"gradient_checkpointing_{action}")

@@ -10,6 +10,8 @@ from peft import set_peft_model_state_dict
 from peft.functional import set_requires_grad
 from torch import nn
 
+from memory_adapters.quantised import differentiable
+
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
 
@@ -60,7 +62,8 @@ def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
     set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
     model.eval()
     try:
-        yield
+        with differentiable(model):
+            yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

@@ -19,6 +19,7 @@ from memory_adapters.checkpoint import read_tensors
 from memory_adapters.decoder import Decoder
 from memory_adapters.forward_passes import logits_at
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.quantised import keep_unpacked
 from memory_adapters.residual_mlp.reuse import ReusedStates
 from memory_adapters.residual_mlp.rows import IGNORED, Row, Slot
 from memory_adapters.tokens import pad_rows
@@ -160,6 +161,7 @@ class MemoryTrainer(Trainer):
         self.memory.model.eval()
         for layer in self.memory.tuner_layers():
             layer.train()
+        keep_unpacked(self.memory.model)
         config = self.memory.config
         targets = inputs["labels"][:, 1:]
         wanted = F.pad(targets != IGNORED, (0, 1))

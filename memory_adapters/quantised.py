@@ -1,0 +1,59 @@
+"""Gradients through bitsandbytes' 4-bit layers on a CPU.
+
+In evaluation mode such a layer packs its weight for a fast kernel on its first pass without gradients. That kernel has
+no backward pass: from then on, gradients through the layer are silently missing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["differentiable", "keep_unpacked"]
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Within this context gradients flow through all layers; afterwards each weight is packed, or not, as it was."""
+    layers = _four_bit_layers(model)
+    before = [(layer, layer.training, layer.weight.data, layer.weight.quant_state) for layer in layers]
+    try:
+        for layer, _, data, state in before:
+            if getattr(state, "packing_format_for_cpu", False):
+                layer.weight.data, layer.weight.quant_state = _unpacked(data, state)
+        keep_unpacked(model)
+        yield
+    finally:
+        for layer, training, data, state in before:
+            layer.training, layer.weight.data, layer.weight.quant_state = training, data, state
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Within `differentiable`, after a change of the model's mode: layers in training mode are not packed."""
+    for layer in _four_bit_layers(model):
+        layer.training = True
+
+
+def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Weight and state as before packing, but for the rounding of absmax, which is left unquantised."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(state)
+    state.original_nested = False
+    absmax = state.absmax.T.reshape(-1).float()
+    data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    state.absmax = absmax
+    return data, state
+
+
+def _four_bit_layers(model: nn.Module) -> list[Any]:
+    found = []
+    for module in model.modules():
+        weight: Any = module._parameters.get("weight")
+        if getattr(weight, "quant_state", None) is not None and weight.device.type == "cpu":
+            found.append(module)
+    return found
