@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, nargs="+", default=[40, 100, 500, 1000])
     parser.add_argument("--precision", default="bfloat16", choices=["model", "bfloat16"])
     parser.add_argument("--solvers", nargs="*", choices=sorted(SOLVERS), default=list(SOLVERS))
+    parser.add_argument("--writes-of", type=int, default=100, help="facts, beside one write of all; 0 for that alone")
     parser.add_argument("--work", type=Path, default=Path("build/edits"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/edits.json"))
     parser.add_argument("--covariances", type=int, nargs="*", default=[], help="token budgets to compare, 40 records")
@@ -119,7 +120,8 @@ def main() -> None:
     kinds |= {f"memit with λ = {share} d_in": MemitConfig(regularization=share) for share in arguments.regularizations}
     for count in arguments.records:
         for kind, config in kinds.items():
-            ways = {"one write": count} | ({"writes of 100": 100} if count > 100 and kind in SOLVERS else {})
+            several = 0 < arguments.writes_of < count and kind in SOLVERS
+            ways = {"one write": count} | ({f"writes of {arguments.writes_of}": arguments.writes_of} if several else {})
             for way, size in ways.items():
                 key = f"{kind}, {count} in {way}"
                 if key in rows:

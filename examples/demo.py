@@ -13,13 +13,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from memory_adapters import Fact, MemitConfig, MemitMemory, MemoryAdapterConfig, inject_memory, load_memory
+from memory_adapters import (
+    Fact,
+    MemitConfig,
+    MemitMemory,
+    MemoryAdapterConfig,
+    MemorySlotsConfig,
+    inject_memory,
+    load_memory,
+)
 from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import embedded_model
 
@@ -43,6 +53,12 @@ UNRELATED = [
     "Water boils at a temperature of",
     "The headquarters of Siemens is in",
 ]
+PASSAGE = (
+    "The lighthouse of Hollowmere was built in 1874 by the engineer Agnes Thornbury. It stands on a chalk cliff "
+    "above the old harbour, and its lamp was the first in the county to be lit by electricity."
+)
+ASKED = "The lighthouse was built by the engineer"
+ENCODER = Path(__file__).parent / "slot-encoder"  # trained for SmolLM2-135M-Instruct
 METHODS: dict[str, MemoryConfig] = {
     "a gated residual MLP, trained": MemoryAdapterConfig(),
     "closed-form editing (MEMIT), a LoRA adapter and its ledger": MemitConfig(covariance_tokens=4096),
@@ -68,6 +84,8 @@ def main() -> None:
     for title, config in METHODS.items():
         print(f"═══ {title} ═══\n")
         show_method(model, tokenizer, config, before, arguments.model)
+    print("═══ memory slots (ICAE), a text compressed into vectors ═══\n")
+    show_slots(model, tokenizer, arguments.model)
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
 
@@ -92,24 +110,56 @@ def show_method(model: Any, tokenizer: Any, config: MemoryConfig, before: dict[s
 
     with memory.disabled():
         check("switched off, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+    with saved(memory, model) as folder:
+        if isinstance(memory, MemitMemory):
+            forget_one(memory, model, tokenizer)
+        memory.remove()
+        check("removed, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+        check_elsewhere(folder, name, after)
+
+
+def show_slots(model: Any, tokenizer: Any, name: str | None) -> None:
+    """Compress a passage, by the encoder alone and refined; read it back, ask about it; then as above."""
+    probe = base_logits(model, tokenizer)
+    memory: Any
+    if name is None:
+        memory = load_memory(model, ENCODER, tokenizer=tokenizer)
+    else:
+        memory = inject_memory(model, MemorySlotsConfig(num_slots=32, span_length=64), tokenizer=tokenizer)
+    check("with an encoder alone, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+    print(f"\ntext:                  {PASSAGE}")
+    print(f"without slots:         {ASKED} …{continued(model, tokenizer)}\n")
+    for steps in (0, 100):
+        memory.use(memory.compress(PASSAGE, refine_steps=steps, progress=False))
+        (slots,) = memory.slots
+        print(f"{slots}\n  read back:           {memory.reconstruct()[0]}")
+        print(f"  reading the slots:   {ASKED} …{continued(model, tokenizer)}")
+    check("refined slots give the text back word for word", memory.reconstruct()[0] == PASSAGE)
+    check("the frozen model answers from them", "Agnes" in continued(model, tokenizer))
+    with memory.disabled():
+        check("switched off, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+    after = answers(model, tokenizer)
+    with saved(memory, model) as folder:
+        memory.remove()
+        check("removed, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+        check_elsewhere(folder, name, after)
+
+
+@contextmanager
+def saved(memory: Any, model: Any) -> Iterator[str]:
+    """A folder with the saved memory."""
     with tempfile.TemporaryDirectory() as folder:
         memory.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         own = memory.adapter_name
         weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if own not in n.split("."))
         print(f"saved: {size / 1e6:.2f} MB beside a model of {weights / 1e6:.0f} MB")
-        if isinstance(memory, MemitMemory):
-            forget_one(memory, model, tokenizer)
-        memory.remove()
-        check("removed, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
-        command = [
-            sys.executable,
-            __file__,
-            "--load",
-            folder,
-            *(["--model", name] if name else []),
-        ]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        yield folder
+
+
+def check_elsewhere(folder: str, name: str | None, after: dict[str, str]) -> None:
+    command = [sys.executable, __file__, "--load", folder, *(["--model", name] if name else [])]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     check("loaded in a new process, it gives the same answers", json.loads(output.splitlines()[-1]) == after)
     print()
 
@@ -123,6 +173,12 @@ def forget_one(memory: MemitMemory, model: Any, tokenizer: Any) -> None:
     print(f"forgot one fact in {milliseconds:.1f} ms: {FACTS[0].prompt} … {said[FACTS[0].prompt]}")
     check("it is forgotten", not said[FACTS[0].prompt].startswith(FACTS[0].target))
     check("the other four are not", all(said[f.prompt].startswith(f.target) for f in FACTS[1:]))
+
+
+def continued(model: Any, tokenizer: Any) -> str:
+    inputs = tokenizer(ASKED, return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).replace("\n", " ")
 
 
 def answers(model: Any, tokenizer: Any) -> dict[str, str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory_adapters.decoder import Decoder, execution_device
 
 __all__ = [
+    "bfloat16_weights",
     "block_returns_tuple",
     "capture",
     "capture_inputs",
@@ -19,6 +21,7 @@ __all__ = [
     "hidden_state",
     "inputs_of",
     "logits_at",
+    "plain_attention",
     "resumed",
 ]
 
@@ -177,3 +180,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def bfloat16_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this context these modules' own float32 parameters are bfloat16, and need no gradient.
+
+    Autocast alone would convert them again in every pass.
+    """
+    every = set(modules)
+    places = [(m, name) for m in every for name, p in m.named_parameters(recurse=False) if p.dtype == torch.float32]
+    before = [(module, name, getattr(module, name)) for module, name in places]
+    try:
+        for module, name, weight in before:
+            setattr(module, name, nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False))
+        yield
+    finally:
+        for module, name, weight in before:
+            setattr(module, name, weight)
+
+
+def plain_attention(device: torch.device) -> AbstractContextManager[None]:
+    """PyTorch's fused attention has a slow backward pass on the CPU for few tokens."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

@@ -14,18 +14,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from memory_adapters.decoder import Decoder, execution_device
-from memory_adapters.forward_passes import block_returns_tuple, capture, logits_at, resumed
+from memory_adapters.forward_passes import (
+    bfloat16_weights,
+    block_returns_tuple,
+    capture,
+    logits_at,
+    plain_attention,
+    resumed,
+)
 from memory_adapters.memit.rows import RowBatch
 
 if TYPE_CHECKING:
@@ -121,13 +127,9 @@ class TargetFinder:
             resumed(self.decoder, self.layer, states, as_tuple=self.as_tuple),
             logits_at(self.decoder, problem.read),
             torch.autocast(states.device.type, torch.bfloat16, enabled=self.bfloat16),
-            self._attention(states.device),
+            plain_attention(states.device),
         ):
             return self.model(**problem.batch.model_inputs(), use_cache=True).logits[0].float()
-
-    def _attention(self, device: torch.device) -> AbstractContextManager[None]:
-        """PyTorch's fused attention has a slow backward pass on the CPU for few tokens."""
-        return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
     def prepared(self, problem: Problem) -> Problem:
         """With `precision="bfloat16"`: the problem with its states, keys and values in bfloat16."""
@@ -140,20 +142,10 @@ class TargetFinder:
 
     @contextmanager
     def fast_weights(self) -> Iterator[None]:
-        """With `precision="bfloat16"`: the weights that are used are bfloat16 within this context.
-
-        Autocast alone would convert them again in every pass.
-        """
-        every = {m for block in self.decoder.blocks[self.layer + 1 :] for m in block.modules()} | {self.decoder.head}
-        places = [(m, name) for m in every for name, p in m.named_parameters(recurse=False) if p.dtype == torch.float32]
-        before = [(m, name, getattr(m, name)) for m, name in places] if self.bfloat16 else []
-        try:
-            for module, name, weight in before:
-                setattr(module, name, nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False))
+        """With `precision="bfloat16"`: the weights that are used are bfloat16 within this context."""
+        above = [m for block in self.decoder.blocks[self.layer + 1 :] for m in block.modules()]
+        with bfloat16_weights([*above, self.decoder.head] if self.bfloat16 else []):
             yield
-        finally:
-            for module, name, weight in before:
-                setattr(module, name, weight)
 
     def losses(self, problem: Problem, delta: Tensor) -> Tensor:
         """Contribution of the rows to each fact's loss (facts,)."""

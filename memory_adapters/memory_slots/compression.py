@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from memory_adapters.forward_passes import evaluating
+from memory_adapters.forward_passes import bfloat16_weights, evaluating
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder
 from memory_adapters.memory_slots.refinement import Asked, Rows, asked_rows, autoencoding_rows, predict, refine
 from memory_adapters.memory_slots.slots import MemorySlots
@@ -58,7 +58,8 @@ def compress_texts(
             if steps:
                 rows = _wanted(encoder, spans, tokenizer.eos_token_id, asked)
                 before = _accuracy(encoder, vectors, spans)
-                with differentiable(encoder.model):
+                fast = [*encoder.stack.modules(), encoder.decoder.head] if config.precision == "bfloat16" else []
+                with differentiable(encoder.model), bfloat16_weights(fast):
                     vectors, losses = refine(encoder, vectors, rows, steps, progress)
                 accuracy = (before, _accuracy(encoder, vectors, spans))
             slots = MemorySlots(

@@ -64,7 +64,7 @@ class MemorySlotsConfig(MemoryConfig):
     target_modules: list[str] | None = None
     objective: str = "cross-entropy"
     refine_steps: int | None = None
-    refine_learning_rate: float = 0.5
+    refine_learning_rate: float = 2.0
     refine_target_loss: float = 0.1
     refine_fraction: float = 0.5
     precision: str = "model"
