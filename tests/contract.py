@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from memory_adapters import Memory, inject_memory, load_memory, memories
@@ -295,6 +296,4 @@ def zero_dropout(model: torch.nn.Module) -> None:
 
 
 def memory_size(folder: Path) -> int:
-    from safetensors.torch import load_file
-
     return sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
