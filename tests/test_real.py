@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from memory_adapters import (
 )
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.editing import score_edits
+from memory_adapters.evaluation.reconstruction import score_reconstruction
 from memory_adapters.evaluation.records import load_counterfact
 from memory_adapters.evaluation.retention import load_wikitext, perplexity
 
@@ -174,3 +176,22 @@ def test_the_front_page_with_slots(real: tuple[Any, Any], tmp_path: Path) -> Non
     memory = load_memory(model, tmp_path, tokenizer=tokenizer)
     assert "Rome" in answer(model, tokenizer, prompt)
     memory.remove()
+
+
+def test_the_encoder_that_comes_with_the_examples(real: tuple[Any, Any], data: Path) -> None:
+    model, tokenizer = real
+    lines = (data / "qa" / "contexts.jsonl").read_text(encoding="utf-8").splitlines()[-16:]  # held out
+    rows = [tokenizer(json.loads(line)["context"], add_special_tokens=False)["input_ids"][:64] for line in lines]
+    texts = [tokenizer.decode(row) for row in rows]
+    folder = Path(__file__).parent.parent / "examples" / "slot-encoder"
+    memory: Any = load_memory(model, folder, tokenizer=tokenizer)
+    try:
+        assert memory.slots == []
+        assert memory.config.encoder_steps > 0
+        slots = memory.compress(texts, progress=False)
+        ways = {"own": slots, "others": [*slots[1:], slots[0]], "none": [None] * len(texts)}
+        found = {way: score_reconstruction(memory, texts, read, decode=False) for way, read in ways.items()}
+        assert found["own"].cross_entropy < 0.7 * min(found["others"].cross_entropy, found["none"].cross_entropy)
+        assert found["own"].compression_rate == pytest.approx(2, rel=0.05)
+    finally:
+        memory.remove()

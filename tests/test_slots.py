@@ -249,3 +249,8 @@ def test_kept_keys_and_values_are_those_of_the_slots_and_weights_of_now() -> Non
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.lora_B["style"].weight.mul_(3)
     torch.testing.assert_close(*told(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_card_names_matrices_once(tmp_path: Path) -> None:
+    memory_on(tiny_model()).save_pretrained(tmp_path)
+    assert "* `target_modules`: ['q_proj', 'v_proj']\n" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -94,6 +94,13 @@ class MemorySlotsConfig(MemoryConfig):
         if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
             raise ValueError(f"`target_modules` must be a list of module names, got {names!r}.")
 
+    def card_settings(self) -> dict[str, Any]:
+        """As in `MemoryConfig`; the LoRA's matrices, once resolved, by the ends of their names."""
+        settings = super().card_settings()
+        if self.target_modules is not None:
+            settings["target_modules"] = sorted({name.rpartition(".")[2] for name in self.target_modules})
+        return settings
+
     @property
     def steps_of_refinement(self) -> int:
         """`refine_steps`, or what its None stands for."""

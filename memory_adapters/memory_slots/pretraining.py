@@ -122,6 +122,7 @@ class EncoderTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Checkpoints hold the encoder, not the base model."""
+        self.memory.config.encoder_steps = self.state.global_step
         self.memory.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
