@@ -81,15 +81,13 @@ def refinement(study: Study) -> dict[str, Row]:
         rows[f"passage {i + 1}"] = {"steps": slots.refine_steps, "seconds": seconds, **_shown(scores.to_dict())}
         print(rows[f"passage {i + 1}"], flush=True)
     memory.remove()
-    whole = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
-    rows["mean"] = whole | {"share with BLEU ≥ 99": sum(row["bleu"] >= 99 for row in rows.values()) / len(rows)}
-    return rows
+    return rows | {"mean": _mean(rows)}
 
 
 def capacity(study: Study) -> dict[str, Row]:
-    """How many tokens one slot holds, and how many 64 tokens need: 5 passages each, at most 300 steps."""
+    """How many tokens one slot holds, and how many slots 64 tokens need: 5 passages each, at most 300 steps."""
     rows = {}
-    for tokens, slots in ((4, 1), (8, 1), (12, 1), (16, 1), (24, 1), (32, 1), (64, 2), (64, 4), (64, 8), (64, 16)):
+    for tokens, slots in ((4, 1), (8, 1), (16, 1), (32, 1), (64, 2), (64, 4), (64, 8), (64, 16)):
         memory, start = study.refining(slots, tokens), time.perf_counter()
         texts = study.passages(tokens, 5)
         found = memory.compress(texts, refine_steps=300, progress=False)
@@ -117,14 +115,14 @@ def encoder(study: Study) -> dict[str, Row]:
 
 
 def slots_of_a_span(study: Study) -> dict[str, Row]:
-    """Reconstruction of 64 tokens by the number of slots."""
+    """Reconstruction of 64 tokens by the number of slots, down to what the encoder was trained for."""
     memory, rows = study.trained(), {}
     texts = study.passages(64, 40)
-    trained_for = memory.config.num_slots / memory.config.span_length
-    for rate in (8, 4, 2, 1):
-        memory.config.span_length, memory.config.num_slots = 64, 64 // rate
-        name = f"{64 // rate} slots" + (" (trained for)" if trained_for * rate == 1 else "")
-        rows[name] = _shown(score_reconstruction(memory, texts, memory.compress(texts, progress=False)).to_dict())
+    fewest = 64 * memory.config.num_slots // memory.config.span_length
+    for number in (fewest, (fewest + 64) // 2, 64):
+        memory.config.span_length, memory.config.num_slots = 64, number
+        slots = memory.compress(texts, progress=False)
+        rows[f"{number} slots"] = _shown(score_reconstruction(memory, texts, slots).to_dict())
     memory.remove()
     return rows
 
@@ -151,29 +149,65 @@ def continuation(study: Study) -> dict[str, Row]:
 
 
 def answers(study: Study) -> dict[str, Row]:
-    """Questions about 100 held-out contexts, one each."""
+    """Questions about 100 held-out contexts, one each, by what is read of them."""
+    memory, rows = study.trained(), {}
     questions = [(row["questions"][0], row["answers"][0]) for row in study.rows]
-    rows = {}
-    if study.encoder is not None:
-        memory = study.trained()
-        made = memory.compress(study.texts, progress=False)
-        for name, read in ways_to_read(memory, study.texts, made).items():
-            rows[name.replace("slots", "slots (encoder)", 1)] = score_answers(memory, questions, read)
-            print(name, rows, flush=True)
-        start = time.perf_counter()
-        refined = memory.compress(study.texts, refine_steps=60, progress=False)
-    else:
-        memory, start = study.refining(16, 64), time.perf_counter()
-        refined = memory.compress(study.texts, refine_steps=60, progress=False)
-    scores = score_answers(memory, questions, refined)
-    rows["slots (refined)"] = scores | {"seconds a text": (time.perf_counter() - start) / len(refined)}
+    made = memory.compress(study.texts, progress=False)
+    for name, read in ways_to_read(memory, study.texts, made).items():
+        rows[name] = score_answers(memory, questions, read)
+        print(name, rows[name], flush=True)
     memory.remove()
     return rows
 
 
+def answers_refined(study: Study) -> dict[str, Row]:
+    """The same questions, behind slots that were refined on their contexts for at most 60 steps."""
+    memory, rows = study.trained(), {}
+    memory.config.precision = "bfloat16"
+    questions = [(row["questions"][0], row["answers"][0]) for row in study.rows]
+    start = time.perf_counter()
+    refined = memory.compress(study.texts, refine_steps=60, progress=False)
+    seconds = (time.perf_counter() - start) / len(refined)
+    steps = sum(slots.refine_steps for slots in refined) / len(refined)
+    rows["refined slots"] = score_answers(memory, questions, refined) | {"steps": steps, "seconds a text": seconds}
+    memory.remove()
+    return rows
+
+
+def refined_from_the_encoder(study: Study) -> dict[str, Row]:
+    """64 tokens, passage by passage, from the encoder's slots: at most 100 steps."""
+    memory, rows = study.trained(), {}
+    memory.config.precision = "bfloat16"
+    for i, text in enumerate(study.passages(64, 20)):
+        start = time.perf_counter()
+        slots = memory.compress(text, refine_steps=100, progress=False)
+        seconds = time.perf_counter() - start
+        scores = score_reconstruction(memory, [text], [slots])
+        rows[f"passage {i + 1}"] = {"steps": slots.refine_steps, "seconds": seconds, **_shown(scores.to_dict())}
+        print(rows[f"passage {i + 1}"], flush=True)
+    memory.remove()
+    return rows | {"mean": _mean(rows)}
+
+
 PARTS: dict[str, Callable[[Study], dict[str, Row]]] = {
-    part.__name__: part for part in (refinement, capacity, encoder, slots_of_a_span, honesty, continuation, answers)
+    part.__name__: part
+    for part in (
+        refinement,
+        capacity,
+        encoder,
+        slots_of_a_span,
+        honesty,
+        continuation,
+        answers,
+        refined_from_the_encoder,
+        answers_refined,
+    )
 }
+
+
+def _mean(rows: dict[str, Row]) -> Row:
+    mean = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
+    return mean | {"share with BLEU ≥ 99": sum(row["bleu"] >= 99 for row in rows.values()) / len(rows)}
 
 
 def _shown(scores: Row) -> Row:

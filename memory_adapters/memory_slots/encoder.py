@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memory_adapters.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.forward_passes import plain_attention
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 
 __all__ = ["Encoder", "EncoderParts"]
@@ -87,7 +88,8 @@ class Encoder:
         try:
             for layer in every:
                 layer._active_adapter = []
-            yield
+            with plain_attention(self.device):
+                yield
         finally:
             self.mode = mode
             for layer, names, disabled in before:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from memory_adapters.forward_passes import plain_attention
 from memory_adapters.memory_slots.encoder import Encoder, takes_positions
 
 __all__ = ["Asked", "Rows", "asked_rows", "autoencoding_rows", "distil", "predict", "refine"]
@@ -178,7 +177,7 @@ def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Rows) -> Tensor:
     inputs: dict[str, Any] = {"inputs_embeds": embedded}
     if takes_positions(encoder.stack):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    with encoder.others_off(), _autocast(encoder), plain_attention(device):
+    with encoder.others_off(), _autocast(encoder):
         output = encoder.stack(**inputs, attention_mask=mask, use_cache=False)
     return output.last_hidden_state[:, longest:][rows.labels != -100]
 
