@@ -177,7 +177,7 @@ def put_before(
         positions = given["position_ids"] = positions.expand(batch, -1) + mask.sum(1, keepdim=True)
     given["attention_mask"] = inserted(asked, mask.to(asked.dtype), leading)
 
-    recomputing = stack.training and getattr(stack, "is_gradient_checkpointing", False)
+    recomputing = stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
     if recomputing:
         cache, given["past_key_values"], given["use_cache"] = None, None, False
     elif cache is None and given.get("use_cache", stack.config.use_cache):
