@@ -186,6 +186,7 @@ class SlotMemory(Memory):
                 with evaluating(self.model):
                     ids = self.model.generate(
                         inputs_embeds=asking,
+                        attention_mask=asking.new_ones(asking.shape[:2], dtype=torch.long),
                         max_new_tokens=length,
                         do_sample=False,
                         eos_token_id=self.tokenizer.eos_token_id,
