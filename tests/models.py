@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 260
 _COMMON = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
@@ -42,6 +43,14 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
                 parameter.normal_(0, 0.15)
     model.generation_config.update(pad_token_id=0, eos_token_id=None)
     return model.to(dtype).eval()
+
+
+def quantised_model(folder: Path, **settings: Any) -> PreTrainedModel:
+    """A small llama loaded with bitsandbytes, wide enough for its whole blocks, by way of `folder`."""
+    wide = {**ARCHITECTURES["llama"], "hidden_size": 128, "intermediate_size": 256}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings)).eval()
 
 
 def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from memory_adapters import load_memory
 from tests.contract import logits
-from tests.models import ARCHITECTURES, byte_tokenizer
+from tests.models import byte_tokenizer, quantised_model
 from tests.test_memit_write import FACTS, memory_on
 
 pytest.importorskip("bitsandbytes")
@@ -19,11 +18,7 @@ pytest.importorskip("bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_an_edit_beside_quantised_weights(bits: int, tmp_path: Path) -> None:
-    wide = {**ARCHITECTURES["llama"], "hidden_size": 128, "intermediate_size": 256}  # bitsandbytes packs whole blocks
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path / "base")
-    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised).eval()
+    model = quantised_model(tmp_path / "base", load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     base = logits(model)
     weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
     memory = memory_on(model)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from memory_adapters.quantised import differentiable
 from tests.contract import encode, logits
-from tests.models import ARCHITECTURES
+from tests.models import quantised_model
 
 pytest.importorskip("bitsandbytes")
 
@@ -27,11 +26,7 @@ def gradient(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_gradients_flow_after_passes_without_them(double: bool, tmp_path: Path) -> None:
-    wide = {**ARCHITECTURES["llama"], "hidden_size": 128, "intermediate_size": 256}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
+    model = quantised_model(tmp_path, load_in_4bit=True, bnb_4bit_use_double_quant=double)
     with differentiable(model):
         fresh = gradient(model)
     assert fresh.norm() > 0

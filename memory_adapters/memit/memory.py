@@ -181,11 +181,6 @@ class MemitMemory(Memory):
         loss = -found.log_prob[len(rows) :].sum() / found.count[len(rows) :].sum()
         return float(right), math.exp(loss)
 
-    def _check_writable(self) -> None:
-        self._check_attached()
-        if self.tokenizer is None:
-            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
-
     def _detach(self) -> None:
         self.active = False  # so that PEFT does not activate another adapter in its place
         take_out(self.model, self._names, self.adapter_name)

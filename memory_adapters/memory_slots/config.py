@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number
-from memory_adapters.decoder import Decoder, base_linears
+from memory_adapters.decoder import Decoder, base_linears, unwrapped
 
 __all__ = ["MemorySlotsConfig"]
 
@@ -154,7 +153,7 @@ class MemorySlotsConfig(MemoryConfig):
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,
             target_modules=list(modules),
-            fan_in_fan_out=all(type(_base(m)).__name__ == "Conv1D" for m in modules.values()),
+            fan_in_fan_out=all(type(unwrapped(m)).__name__ == "Conv1D" for m in modules.values()),
             inference_mode=True,
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base_model_name_or_path,
@@ -180,11 +179,7 @@ class MemorySlotsConfig(MemoryConfig):
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
 
 
-def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def _weight(module: nn.Module) -> torch.Tensor | None:
     """Its matrix; None if it has none, as an activation or a norm."""
-    weight = getattr(_base(module), "weight", None)
+    weight = getattr(unwrapped(module), "weight", None)
     return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from memory_adapters.checkpoint import check_fingerprint, read_tensors, write_tensors
 from memory_adapters.decoder import Decoder, find_decoder
 from memory_adapters.forward_passes import evaluating
-from memory_adapters.knowledge import Document, Fact, Item, as_items
+from memory_adapters.knowledge import Document, Fact, as_items
 from memory_adapters.lora import take_out
-from memory_adapters.memory import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteReport
+from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteReport
 from memory_adapters.memory_slots.compression import compress_texts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
@@ -42,7 +43,6 @@ class SlotMemory(Memory):
     """
 
     config: MemorySlotsConfig
-    files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
     optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE,)
 
     def __init__(self, model: nn.Module, adapter_name: str, config: MemorySlotsConfig, tokenizer: Any = None) -> None:
@@ -97,7 +97,7 @@ class SlotMemory(Memory):
         after = self._scores(asked)
         report = WriteReport(
             method=self.config.method_name,
-            num_items=_counted(listed),
+            num_items=dict(Counter(type(item).__name__ for item in listed)),
             recall=after[0],
             recall_before=before[0],
             token_accuracy=None if made.accuracy is None else made.accuracy[1],
@@ -215,24 +215,18 @@ class SlotMemory(Memory):
         plain = [tokenize(self.tokenizer, sentence) for sentence in PLAIN_SENTENCES]
         rows = [[*a.prompt, *a.target] for a in asked] + plain
         first = [len(a.prompt) for a in asked] + [1] * len(plain)
-        one = self.slots[:1] if len(self.slots) > 1 else self.slots
-        several, self_slots = len(self.slots) > 1, self.slots
-        if several:
-            self.use(one)
+        slots = self.slots
         try:
+            if len(slots) > 1:
+                self.use(slots[0])
             with evaluating(self.model):
                 found = score_rows(self.model, self.encoder.decoder, rows, first)
         finally:
-            if several:
-                self.use(self_slots)
+            if len(slots) > 1:
+                self.use(slots)
         right = (found.right == found.count)[: len(asked)].float().mean() if asked else None
         loss = -found.log_prob[len(asked) :].sum() / found.count[len(asked) :].sum()
         return (None if right is None else float(right)), math.exp(loss)
-
-    def _check_writable(self) -> None:
-        self._check_attached()
-        if self.tokenizer is None:
-            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
 
     def _detach(self) -> None:
         names = dict(enumerate(self.config.target_modules or []))
@@ -278,10 +272,3 @@ def _sentence(item: Any) -> str:
     if isinstance(item, Fact):
         return f"{item.prompt}{item.continuation}."
     return f"{item.question}{item.continuation}"
-
-
-def _counted(items: Sequence[Item]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for item in items:
-        found[type(item).__name__] = found.get(type(item).__name__, 0) + 1
-    return found
