@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.embedded_model import embedded_model
+from memory_adapters.evaluation.answers import score_answers
 from memory_adapters.evaluation.reconstruction import (
     markdown,
     other_texts,
-    score_answers,
     score_continuations_after,
     score_reconstruction,
     ways_to_read,

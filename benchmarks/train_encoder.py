@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from memory_adapters import MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.reconstruction import QUESTION
+from memory_adapters.evaluation.answers import question_prompt
 from memory_adapters.evaluation.retention import load_wikitext
 from memory_adapters.memory_slots.pretraining import Example, TextExamples, instruction_examples, train_encoder
 
@@ -59,8 +59,9 @@ def main() -> None:
     config.lora_alpha = arguments.rank
     memory: Any = inject_memory(model.to(device), config, tokenizer=tokenizer)
     count = arguments.steps * arguments.batch
+    prompt = question_prompt(tokenizer)
     asked = [
-        {"context": row["context"], "prompt": QUESTION.format(question=question), "response": f" {answer}"}
+        {"context": row["context"], "prompt": prompt.replace("{question}", question), "response": answer}
         for row in rows[:-HELD_OUT]
         for question, answer in zip(row["questions"], row["answers"], strict=True)
     ]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 
+from memory_adapters.evaluation.answers import answer_scores, question_prompt, score_answers
 from memory_adapters.evaluation.reconstruction import (
-    answer_scores,
     markdown,
     other_texts,
-    score_answers,
     score_continuations_after,
     score_reconstruction,
     ways_to_read,
@@ -104,15 +104,26 @@ def test_answers_behind_the_whole_context_are_those_of_the_whole_prompt() -> Non
         said = tokenizer.decode(ids[len(text) + 5 :], skip_special_tokens=True).strip().splitlines() or [""]
         questions = [("What?", said[0])]
         scores = score_answers(memory, questions, ways["full context"][i : i + 1], prompt=plain, max_new_tokens=8)
-        assert scores == {"f1": 1.0, "exact": 1.0}
+        assert scores == {"f1": 1.0, "exact": 1.0, "contained": 1.0}
     assert memory.slots == []
 
 
 def test_answers_are_scored_as_squad_does() -> None:
-    assert answer_scores("The Eiffel Tower!", "eiffel tower") == (1, 1)
-    f1, exact = answer_scores("in Paris, France", "Paris")
-    assert (f1, exact) == (pytest.approx(0.5), 0)
-    assert answer_scores("", "Paris") == (0, 0)
+    assert answer_scores("The Eiffel Tower!", "eiffel tower") == (1, 1, 1)
+    f1, *others = answer_scores("in Paris, France", "Paris")
+    assert (f1, others) == (pytest.approx(0.5), [0, 1])
+    assert answer_scores("Tower of Eiffel", "Eiffel Tower")[2] == 0
+    assert answer_scores("", "Paris") == (0, 0, 0)
+
+
+def test_questions_are_put_as_the_chat_template_says() -> None:
+    assert question_prompt(byte_tokenizer()).endswith("\nQuestion: {question}\nAnswer:")
+    asked = question_prompt(byte_tokenizer(chat=True))
+    assert asked.startswith("<s>user: ")
+    assert asked.endswith("Question: {question}</s><s>assistant: ")
+    adding = byte_tokenizer(chat=True)
+    adding.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    assert question_prompt(adding) == asked.removeprefix("<s>")
 
 
 def test_the_honesty_check_keeps_lengths_and_loses_language() -> None:

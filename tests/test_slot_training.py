@@ -14,7 +14,7 @@ from memory_adapters.memory_slots.pretraining import (
     instruction_examples,
     train_encoder,
 )
-from memory_adapters.memory_slots.refinement import Asked, asked_rows, distil
+from memory_adapters.memory_slots.refinement import Asked, Row, distil
 from tests.contract import logits
 from tests.models import byte_tokenizer, tiny_model
 from tests.test_slots import memory_on
@@ -111,7 +111,7 @@ def test_distillation_is_the_divergence_from_the_whole_context() -> None:
     memory = memory_on(model)
     contexts, asked = [[10, 11, 12, 13, 14], [30, 31, 32]], [Asked([20], [21, 22]), Asked([40, 41], [42])]
     slots = [torch.randn(2, model.config.hidden_size) for _ in contexts]
-    rows = asked_rows(memory.encoder, asked, [[0], [1]], 1.0)
+    rows = [Row(one, [i]) for i, one in enumerate(asked)]
     with torch.no_grad(), memory.disabled():
         found = distil(memory.encoder, slots, rows, contexts)
         table, total, count = model.get_input_embeddings(), 0.0, 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from memory_adapters import Document, Fact, MemorySlots, MemorySlotsConfig, inject_memory, load_memory
+from memory_adapters import Document, MemorySlots, MemorySlotsConfig, inject_memory
 from tests.contract import encode, logits
 from tests.models import byte_tokenizer, tiny_model
 
@@ -94,32 +94,6 @@ def test_rows_read_slots_of_their_own(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_refinement_lowers_what_it_is_asked_to(tmp_path: Path) -> None:
-    model = tiny_model()
-    memory = memory_on(model, span_length=8)
-    report = memory.write(TEXT[:16], refine_steps=60, progress=False)
-    assert report.losses[-1] < 0.8 * report.losses[0]
-    assert report.token_accuracy > report.token_accuracy_before
-    memory.save_pretrained(tmp_path)
-    told = memory.reconstruct()
-    memory.remove()
-    loaded: Any = load_memory(model, tmp_path, tokenizer=byte_tokenizer())
-    assert loaded.slots[0].refine_steps == 60
-    assert loaded.reconstruct() == told
-
-
-def test_refinement_asks_for_the_targets_of_facts() -> None:
-    memory = memory_on(tiny_model(), refine_fraction=0.0)
-    fact = Fact("The Eiffel Tower is in", "Eiffel Tower", "Rome")
-    report = memory.write(fact, refine_steps=60, progress=False)
-    assert report.losses[-1] < 0.8 * report.losses[0]
-    prompt, whole = "The Eiffel Tower is in", "The Eiffel Tower is in Rome"
-    loss = -logits(memory.model, whole)[0].log_softmax(-1)
-    ids = byte_tokenizer()(whole)["input_ids"]
-    asked = [float(loss[i - 1, ids[i]]) for i in range(len(prompt), len(ids))]
-    assert sum(asked) / len(asked) <= report.losses[-1] * 1.05
-
-
 def test_a_second_write_adds() -> None:
     memory = memory_on(tiny_model())
     memory.write(TEXT[:16], progress=False)
@@ -194,24 +168,6 @@ def test_bad_input_is_named_before_anything_changes(tmp_path: Path) -> None:
             MemorySlotsConfig(**{"num_slots": 4, field: value})
     with pytest.raises(ValueError, match="target_modules"):
         inject_memory(tiny_model(), MemorySlotsConfig(target_modules=["nothing"]))
-
-
-def test_an_interrupted_write_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    memory = memory_on(model)
-    memory.write(TEXT[:16], progress=False)
-    before = logits(model)
-
-    def interrupted(*_args: Any, **_kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    for name in ("refine", "predict"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"memory_adapters.memory_slots.compression.{name}", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                memory.write(TEXT, refine_steps=3, progress=False)
-        assert torch.equal(logits(model), before)
-        assert len(memory.config.writes) == 1
 
 
 def test_the_encoder_speaks_only_while_it_compresses() -> None:

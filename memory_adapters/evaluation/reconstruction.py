@@ -8,33 +8,25 @@ from __future__ import annotations
 
 import math
 import random
-import re
-import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from memory_adapters.forward_passes import evaluating
 from memory_adapters.memory_slots import MemorySlots, SlotMemory
-from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, predict
-from memory_adapters.tokens import tokenize
+from memory_adapters.memory_slots.refinement import Asked, Row, autoencoding_rows, in_batches, predict
 
 __all__ = [
     "ReconstructionScores",
-    "answer_scores",
     "markdown",
     "other_texts",
-    "score_answers",
     "score_continuations_after",
     "score_reconstruction",
     "ways_to_read",
 ]
 
-QUESTION = "\nQuestion: {question}\nAnswer:"
 Reading = Sequence[MemorySlots | None]
 
 
@@ -84,27 +76,19 @@ def score_reconstruction(
         ImportError: If sacrebleu is missing.
         ValueError: If there are not as many slots as texts.
     """
-    _check_lengths(texts, slots)
-    encoder, tokenizer = memory.encoder, memory.tokenizer
-    loss = right = 0.0
-    lengths = []
-    with evaluating(memory.model):
-        for text, own in zip(texts, slots, strict=True):
-            spans = memory.config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"])
-            vectors = _vectors(memory, own, len(spans))
-            rows = autoencoding_rows(encoder, spans, None, 1.0, [[i] for i in range(len(spans))])
-            with torch.no_grad():
-                mean, hits = predict(encoder, vectors, rows)
-            lengths.append(len(hits))
-            loss, right = loss + float(mean) * len(hits), right + float(hits.sum())
+    check_lengths(texts, slots)
+    tokenizer = memory.tokenizer
+    spans = [memory.config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    vectors = [one for own, cut in zip(slots, spans, strict=True) for one in _vectors(memory, own, len(cut))]
+    losses, hits = _predicted(memory, vectors, autoencoding_rows([span for cut in spans for span in cut], None))
     num_slots = sum(0 if own is None else own.num_slots for own in slots)
     scores = ReconstructionScores(
         len(texts),
-        sum(lengths) / len(texts),
+        len(hits) / len(texts),
         num_slots / len(texts),
-        sum(lengths) / num_slots if num_slots else math.inf,
-        loss / sum(lengths),
-        right / sum(lengths),
+        len(hits) / num_slots if num_slots else math.inf,
+        float(losses.mean()),
+        float(hits.float().mean()),
     )
     return replace(scores, **_decoded(memory, texts, slots)) if decode else scores
 
@@ -135,7 +119,8 @@ def _decoded(memory: SlotMemory, texts: Sequence[str], slots: Reading) -> dict[s
 
 
 def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[MemorySlots]) -> dict[str, Reading]:
-    """What the model can be given of each text (see the module); for `score_continuations_after` and `score_answers`.
+    """What the model can be given of each text (see the module); for `score_continuations_after` and
+    `memory_adapters.evaluation.answers`.
 
     Args:
         memory: The memory that compressed them.
@@ -145,7 +130,7 @@ def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[Memor
     Raises:
         ValueError: If there are fewer than two texts, or not as many slots.
     """
-    _check_lengths(texts, slots)
+    check_lengths(texts, slots)
     if len(texts) < 2:
         raise ValueError(f"`texts` has {len(texts)} text: two are needed, for slots of another text.")
     whole = [_embedded(memory, text, None) for text in texts]
@@ -167,73 +152,22 @@ def score_continuations_after(memory: SlotMemory, continuations: Sequence[str], 
         continuations: Of each text.
         slots: What is read before it: one of `ways_to_read`.
     """
-    _check_lengths(continuations, slots)
-    loss, count = 0.0, 0
-    with evaluating(memory.model), torch.no_grad():
-        for text, own in zip(continuations, slots, strict=True):
-            ids = memory.tokenizer(text, add_special_tokens=False)["input_ids"]
-            rows = asked_rows(memory.encoder, [Asked(ids[:1], ids[1:])], [[0]], 1.0)
-            mean, hits = predict(memory.encoder, _vectors(memory, own, 1, joined=True), rows)
-            loss, count = loss + float(mean) * len(hits), count + len(hits)
-    return math.exp(loss / count)
+    check_lengths(continuations, slots)
+    ids = [memory.tokenizer(text, add_special_tokens=False)["input_ids"] for text in continuations]
+    rows = [Row(Asked(row[:1], row[1:]), [i]) for i, row in enumerate(ids)]
+    vectors = [_vectors(memory, own, 1, joined=True)[0] for own in slots]
+    return math.exp(_predicted(memory, vectors, rows)[0].mean())
 
 
-def score_answers(
-    memory: SlotMemory,
-    questions: Sequence[tuple[str, str]],
-    slots: Reading,
-    *,
-    prompt: str = QUESTION,
-    max_new_tokens: int = 24,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> dict[str, float]:
-    """F1 and exact match (SQuAD's normalisation) of greedy answers' first line, means over questions in [0, 1].
-
-    Args:
-        memory: A memory with a tokenizer; what it reads is put back afterwards.
-        questions: (question, answer).
-        slots: What is read before each question: one of `ways_to_read`.
-        prompt: Holds `{question}`.
-        max_new_tokens: Of an answer.
-        batch_size: Questions answered together.
-        progress: Show a bar.
-    """
-    _check_lengths(questions, slots)
-    tokenizer, before = memory.tokenizer, memory.slots
-    found: list[tuple[float, float]] = []
-    try:
-        for start in tqdm(range(0, len(questions), batch_size), desc="answering", disable=not progress):
-            batch = questions[start : start + batch_size]
-            read = [own for own in slots[start : start + batch_size] if own is not None]
-            memory.use(read or None)
-            rows = [tokenize(tokenizer, prompt.format(question=question)) for question, _ in batch]
-            inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-            with evaluating(memory.model):
-                ids = memory.model.generate(
-                    **inputs.to(memory.model.device), max_new_tokens=max_new_tokens, do_sample=False
-                )
-            said = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for text, (_, answer) in zip(said, batch, strict=True):
-                found.append(answer_scores((text.strip().splitlines() or [""])[0], answer))
-    finally:
-        memory.use(before)
-    f1, exact = zip(*found, strict=True)
-    return {"f1": sum(f1) / len(f1), "exact": sum(exact) / len(exact)}
-
-
-def answer_scores(said: str, answer: str) -> tuple[float, float]:
-    """F1 over words and exact match of an answer, both without case, punctuation and articles (SQuAD)."""
-    words, wanted = (_words(text) for text in (said, answer))
-    if not words or not wanted:
-        return (float(words == wanted),) * 2
-    same = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * same / (len(words) + len(wanted)), float(words == wanted)
-
-
-def _words(text: str) -> list[str]:
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+@torch.no_grad()
+def _predicted(
+    memory: SlotMemory, vectors: Sequence[torch.Tensor], rows: Sequence[Row]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `predict`, in batches."""
+    with evaluating(memory.model):
+        parts = [predict(memory.encoder, vectors, [rows[i] for i in part]) for part in in_batches(rows, vectors)]
+    losses, hits = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(hits)
 
 
 def other_texts(tokenizer: Any, texts: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
@@ -278,9 +212,13 @@ def _vectors(memory: SlotMemory, slots: MemorySlots | None, spans: int, joined: 
     if slots is None:
         return [torch.zeros(0, memory.encoder.decoder.embedding_size, device=memory.encoder.device)] * spans
     vectors = slots.vectors.to(memory.encoder.device)
-    return [vectors] if joined else list(vectors.split(list(slots.spans)))
+    if joined:
+        return [vectors]
+    if slots.num_spans != spans:
+        raise ValueError(f"`slots` hold {slots.num_spans} spans for a text of {spans}: give slots of texts as long.")
+    return list(vectors.split(list(slots.spans)))
 
 
-def _check_lengths(texts: Sequence[Any], slots: Sequence[Any]) -> None:
+def check_lengths(texts: Sequence[Any], slots: Sequence[Any]) -> None:
     if not texts or len(texts) != len(slots):
         raise ValueError(f"`slots` has {len(slots)} entries for {len(texts)} texts: give one for each, and some text.")

@@ -1,4 +1,4 @@
-"""From texts to slots: cut into spans, compressed by the encoder, refined one text at a time."""
+"""From texts to slots: cut into spans, compressed by the encoder, refined."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from memory_adapters.forward_passes import bfloat16_weights, evaluating
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder
-from memory_adapters.memory_slots.refinement import Asked, Rows, asked_rows, autoencoding_rows, predict, refine
+from memory_adapters.memory_slots.refinement import Asked, Goal, Row, autoencoding_rows, in_batches, predict, refine
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.quantised import differentiable
 
@@ -47,56 +48,70 @@ def compress_texts(
         steps: Most steps of refinement.
         progress: Show bars.
     """
-    config, found = encoder.config, []
+    config = encoder.config
     cut = [config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     fingerprint = encoder.fingerprint()
     with evaluating(encoder.model):
         every = iter(encoder.compress([span for spans in cut for span in spans], progress))
-        for text, spans in zip(texts, cut, strict=True):
-            vectors, accuracy = [next(every) for _ in spans], None
-            losses: list[float] = []
-            if steps:
-                rows = _wanted(encoder, spans, tokenizer.eos_token_id, asked)
-                before = _accuracy(encoder, vectors, spans)
-                fast = [*encoder.stack.modules(), encoder.decoder.head] if config.precision == "bfloat16" else []
-                with differentiable(encoder.model), bfloat16_weights(fast):
-                    vectors, losses = refine(encoder, vectors, rows, steps, progress)
-                accuracy = (before, _accuracy(encoder, vectors, spans))
-            slots = MemorySlots(
-                torch.cat(vectors).cpu(),
-                tuple(map(len, vectors)),
-                sum(map(len, spans)),
-                config.base_fingerprint or {},
-                fingerprint,
-                hashlib.sha256(text.encode()).hexdigest(),
-                len(losses),
-            )
-            found.append(Compressed(slots, losses, accuracy))
+        vectors = [[next(every) for _ in spans] for spans in cut]
+        refined: list[tuple[list[Tensor], list[float]]] = [(own, []) for own in vectors]
+        accuracies: list[tuple[float, float] | None] = [None] * len(texts)
+        if steps:
+            goals = [_goals(config.refine_fraction, spans, tokenizer.eos_token_id, asked) for spans in cut]
+            before = _accuracies(encoder, cut, vectors)
+            fast = [*encoder.stack.modules(), encoder.decoder.head] if config.precision == "bfloat16" else []
+            with differentiable(encoder.model), bfloat16_weights(fast):
+                refined = [
+                    one
+                    for group in _groups([sum(map(len, spans)) for spans in cut])
+                    for one in refine(encoder, [vectors[i] for i in group], [goals[i] for i in group], steps, progress)
+                ]
+            accuracies = list(zip(before, _accuracies(encoder, cut, [own for own, _ in refined]), strict=True))
+    found = []
+    for text, spans, (own, losses), accuracy in zip(texts, cut, refined, accuracies, strict=True):
+        slots = MemorySlots(
+            torch.cat(own).cpu(),
+            tuple(map(len, own)),
+            sum(map(len, spans)),
+            config.base_fingerprint or {},
+            fingerprint,
+            hashlib.sha256(text.encode()).hexdigest(),
+            len(losses),
+        )
+        found.append(Compressed(slots, losses, accuracy))
     return found
 
 
-def _wanted(encoder: Encoder, spans: Sequence[Sequence[int]], end: int | None, asked: Sequence[Asked]) -> list[Rows]:
-    """What refinement asks of the slots of a text's spans, in parts that fit in memory."""
-    share = encoder.config.refine_fraction if asked else 1.0
-    rows = []
-    for part in _parts(spans) if share else []:
-        texts = [spans[i] for i in part]
-        weight = share * len(part) / len(spans)
-        rows.append(autoencoding_rows(encoder, texts, end, weight, [[i] for i in part]))
-    if asked and share < 1:
-        rows.append(asked_rows(encoder, asked, [range(len(spans))] * len(asked), 1 - share))
-    return rows
+def _goals(fraction: float, spans: Sequence[Sequence[int]], end: int | None, asked: Sequence[Asked]) -> list[Goal]:
+    """What refinement asks of the slots of a text's spans: the spans, and what else is asked behind all of them."""
+    share = fraction if asked else 1.0
+    goals = [Goal(autoencoding_rows(spans, end), share)] if share else []
+    if share < 1:
+        goals.append(Goal([Row(one, range(len(spans))) for one in asked], 1 - share))
+    return goals
+
+
+def _groups(tokens: Sequence[int]) -> list[list[int]]:
+    """Texts, in turn, that are refined together: as many as one pass takes."""
+    groups: list[list[int]] = []
+    total = 0
+    for i, own in enumerate(tokens):
+        total += own
+        if not groups or total > BATCH_TOKENS:
+            groups.append([])
+            total = own
+        groups[-1].append(i)
+    return groups
 
 
 @torch.no_grad()
-def _accuracy(encoder: Encoder, vectors: Sequence[torch.Tensor], spans: Sequence[Sequence[int]]) -> float:
-    right = []
-    for part in _parts(spans):
-        rows = autoencoding_rows(encoder, [spans[i] for i in part], None, 1.0, [[i] for i in part])
-        right.append(predict(encoder, vectors, rows)[1])
-    return float(torch.cat(right).float().mean())
-
-
-def _parts(spans: Sequence[Sequence[int]]) -> list[range]:
-    size = max(1, BATCH_TOKENS // max(map(len, spans)))
-    return [range(start, min(start + size, len(spans))) for start in range(0, len(spans), size)]
+def _accuracies(
+    encoder: Encoder, cut: Sequence[Sequence[Sequence[int]]], vectors: Sequence[Sequence[Tensor]]
+) -> list[float]:
+    """Of each text, the share of its tokens that the model gives back behind the true ones before them."""
+    found = []
+    for spans, own in zip(cut, vectors, strict=True):
+        rows = autoencoding_rows(spans, None)
+        hits = [predict(encoder, own, [rows[i] for i in batch])[1] for batch in in_batches(rows, own)]
+        found.append(float(torch.cat(hits).float().mean()))
+    return found

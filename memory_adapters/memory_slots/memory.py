@@ -213,8 +213,8 @@ class SlotMemory(Memory):
     def _scores(self, asked: Sequence[Asked]) -> tuple[float | None, float]:
         """Share of facts and questions answered as the model now is, and its perplexity on plain sentences."""
         plain = [tokenize(self.tokenizer, sentence) for sentence in PLAIN_SENTENCES]
-        rows = [[*a.prompt, *a.target] for a in asked] + plain
-        first = [len(a.prompt) for a in asked] + [1] * len(plain)
+        rows = [[*(a.prompt or []), *a.target] for a in asked] + plain
+        first = [len(row) - len(a.target) for row, a in zip(rows, asked, strict=False)] + [1] * len(plain)
         slots = self.slots
         try:
             if len(slots) > 1:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from memory_adapters.checkpoint import read_tensors
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.memory_slots.refinement import Asked, asked_rows, autoencoding_rows, distil, predict
+from memory_adapters.memory_slots.refinement import Asked, Row, autoencoding_rows, distil, predict
 from memory_adapters.quantised import differentiable, keep_unpacked
 
 if TYPE_CHECKING:
@@ -162,16 +162,16 @@ class _Trained(nn.Module):
         told = [i for i, example in enumerate(examples) if example.asked is None]
         if told:
             end = memory.tokenizer.eos_token_id
-            rows = autoencoding_rows(encoder, [examples[i].context for i in told], end, 1.0, [sources[i] for i in told])
-            total = total + len(told) / len(examples) * predict(encoder, slots, rows)[0]
+            rows = autoencoding_rows([examples[i].context for i in told], end, [sources[i] for i in told])
+            total = total + len(told) / len(examples) * predict(encoder, slots, rows)[0].mean()
         asked = [i for i, example in enumerate(examples) if example.asked is not None]
         if asked:
-            wanted = [example.asked for example in examples if example.asked is not None]
-            rows = asked_rows(encoder, wanted, [sources[i] for i in asked], 1.0)
+            wanted = zip(examples, sources, strict=True)
+            rows = [Row(example.asked, own) for example, own in wanted if example.asked is not None]
             if memory.config.objective == "distillation":
                 loss = distil(encoder, slots, rows, [examples[i].context for i in asked])
             else:
-                loss = predict(encoder, slots, rows)[0]
+                loss = predict(encoder, slots, rows)[0].mean()
             total = total + len(asked) / len(examples) * loss
         return total
 

@@ -1,9 +1,9 @@
-"""Slots of one text, improved by gradient descent on the frozen model."""
+"""Slots of texts, improved by gradient descent on the frozen model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,172 +14,215 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from memory_adapters.memory_slots.encoder import Encoder, takes_positions
+from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_positions
 
-__all__ = ["Asked", "Rows", "asked_rows", "autoencoding_rows", "distil", "predict", "refine"]
+__all__ = ["Asked", "Goal", "Row", "autoencoding_rows", "distil", "in_batches", "predict", "refine"]
 
 HEAD_BLOCK = 256  # positions whose logits are held at once
+BETAS = (0.8, 0.9)  # of Adam: what is asked changes with every token that comes right, so a short memory serves
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt behind the slots, and what should follow it.
+    """What stands behind slots, and what should follow it.
 
     Attributes:
-        prompt: Token ids.
+        prompt: Token ids; None for [AE], which asks for the text itself.
         target: Token ids.
     """
 
-    prompt: list[int]
+    prompt: list[int] | None
     target: list[int]
+
+    def __len__(self) -> int:
+        """Tokens that stand behind the slots in a pass that predicts the target."""
+        return (1 if self.prompt is None else len(self.prompt)) + len(self.target) - 1
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows to predict behind slots.
+class Row:
+    """Something asked, and the spans whose slots stand before it."""
 
-    Attributes:
-        embedded: What follows the slots (rows, tokens, embedding_size), padded on the right.
-        labels: Token that should follow each of these positions (rows, tokens); −100 where nothing is asked.
-        lengths: Real tokens of each row.
-        sources: Which spans' slots stand before each row.
-        weight: Of these rows' mean loss.
-    """
+    asked: Asked
+    spans: Sequence[int]
 
-    embedded: Tensor
-    labels: Tensor
-    lengths: list[int]
-    sources: Sequence[Sequence[int]]
+
+@dataclass(frozen=True)
+class Goal:
+    """Rows that refinement asks of the slots of a text's spans; `weight` is that of their tokens' mean loss."""
+
+    rows: Sequence[Row]
     weight: float
 
 
 def refine(
-    encoder: Encoder, start: Sequence[Tensor], rows: Sequence[Rows], steps: int, progress: bool
-) -> tuple[list[Tensor], list[float]]:
-    """Adam on the slots, the model frozen, with a learning rate that falls to 0 as a cosine.
+    encoder: Encoder,
+    start: Sequence[Sequence[Tensor]],
+    goals: Sequence[Sequence[Goal]],
+    steps: int,
+    progress: bool,
+) -> list[tuple[list[Tensor], list[float]]]:
+    """Adam on the slots of texts, the model frozen, with a learning rate that falls to 0 as a cosine.
 
-    It ends early once the model gives every token asked, below the loss `refine_target_loss`.
+    Texts do not affect each other: they share passes. One is done, before all steps, once the model gives every token
+    asked, below the loss `refine_target_loss`.
 
     Args:
         encoder: Of the model.
-        start: Slots of each span (slots, embedding_size), float32.
-        rows: What the slots should make the model say.
-        steps: Updates.
+        start: Slots of each text's spans (slots, embedding_size), float32.
+        goals: What the slots of each text should make the model say; spans are counted within the text.
+        steps: Most updates.
         progress: Show a bar.
 
     Returns:
-        The slots, and the loss before each update that was made.
+        Of each text, its slots, and the loss before each update that was made.
 
     Raises:
-        ValueError: If the loss is NaN or infinite.
+        ValueError: If a loss is NaN or infinite.
     """
-    slots = [tensor.detach().clone().requires_grad_(True) for tensor in start]
+    slots = [[tensor.detach().clone().requires_grad_(True) for tensor in text] for text in start]
     rate = encoder.config.refine_learning_rate * encoder.parts.embedding_rms
-    optimizer = torch.optim.Adam(slots, lr=rate)
-    losses: list[float] = []
+    optimizers = [torch.optim.Adam(text, lr=rate, betas=BETAS) for text in slots]
+    losses: list[list[float]] = [[] for _ in start]
+    unfinished = list(range(len(start)))
     with tqdm(total=steps, unit="step", desc="refining", disable=not progress) as bar:
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.zero_grad()
-            total, right = 0.0, True
-            for part in rows:
-                with torch.enable_grad():
-                    loss, hits = predict(encoder, slots, part)
-                    (part.weight * loss).backward()
-                total, right = total + part.weight * loss.item(), right and bool(hits.all())
-            if not math.isfinite(total):
-                raise ValueError(f"The loss of refinement is {total} at step {step}: lower `refine_learning_rate`.")
-            if right and total < encoder.config.refine_target_loss:
+            for text in unfinished:
+                optimizers[text].zero_grad()
+            found = _backward(encoder, slots, {text: goals[text] for text in unfinished})
+            if not all(math.isfinite(loss) for loss, _ in found.values()):
+                raise ValueError(f"The loss of refinement is not finite at step {step}: lower `refine_learning_rate`.")
+            target = encoder.config.refine_target_loss
+            unfinished = [text for text, (loss, right) in found.items() if not right or loss >= target]
+            for text in unfinished:
+                optimizers[text].param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                optimizers[text].step()
+                losses[text].append(found[text][0])
+            if not unfinished:
                 break
-            optimizer.step()
-            losses.append(total)
-            bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+            highest = max(losses[text][-1] for text in unfinished)
+            bar.set_postfix(texts=len(unfinished), highest_loss=f"{highest:.3f}", refresh=False)
             bar.update()
-    return [tensor.detach() for tensor in slots], losses
+    return [([tensor.detach() for tensor in text], own) for text, own in zip(slots, losses, strict=True)]
+
+
+def _backward(
+    encoder: Encoder, slots: Sequence[Sequence[Tensor]], goals: dict[int, Sequence[Goal]]
+) -> dict[int, tuple[float, bool]]:
+    """Gradients of every text's loss; the loss, and whether each token asked of it is the first choice."""
+    first: dict[int, int] = {}
+    every: list[Tensor] = []
+    for text in goals:
+        first[text] = len(every)
+        every += slots[text]
+    owners, weights, rows = [], [], []
+    for text, asked in goals.items():
+        for goal in asked:
+            tokens = sum(len(row.asked.target) for row in goal.rows)
+            owners += [text] * len(goal.rows)
+            weights += [goal.weight / tokens] * len(goal.rows)
+            rows += [replace(row, spans=[first[text] + i for i in row.spans]) for row in goal.rows]
+    loss, right = dict.fromkeys(goals, 0.0), dict.fromkeys(goals, True)
+    for batch in in_batches(rows, every):
+        part = [rows[i] for i in batch]
+        counts = [len(row.asked.target) for row in part]
+        with torch.enable_grad():
+            losses, hits = predict(encoder, every, part)
+            weighted = losses * losses.new_tensor([weights[i] for i in batch]).repeat_interleave(
+                torch.tensor(counts, device=losses.device)
+            )
+            weighted.sum().backward()
+        sums = torch.stack([own.sum() for own in weighted.detach().split(counts)]).tolist()
+        all_right = torch.stack([own.all() for own in hits.split(counts)]).tolist()
+        for i, own, hit in zip(batch, sums, all_right, strict=True):
+            loss[owners[i]] += own
+            right[owners[i]] &= hit
+    return {text: (loss[text], right[text]) for text in goals}
 
 
 def autoencoding_rows(
-    encoder: Encoder,
-    texts: Sequence[Sequence[int]],
-    end: int | None,
-    weight: float,
-    sources: Sequence[Sequence[int]] | None = None,
-) -> Rows:
-    """[AE] and each text behind the slots of its spans (`sources`; by default text i is span i); the text, and the end
-    of text if there is one, are asked."""
-    wanted = [[*text, *([] if end is None else [end])] for text in texts]
-    heads = [encoder.parts.reconstruct] * len(texts)
-    return _rows(encoder, heads, wanted, sources or [[i] for i in range(len(texts))], weight)
+    texts: Sequence[Sequence[int]], end: int | None, spans: Sequence[Sequence[int]] | None = None
+) -> list[Row]:
+    """Each text asked back behind the slots of its spans (by default text i is span i), and the end of text after it
+    if there is one."""
+    own = spans or [[i] for i in range(len(texts))]
+    tail = [] if end is None else [end]
+    return [Row(Asked(None, [*text, *tail]), where) for text, where in zip(texts, own, strict=True)]
 
 
-def asked_rows(encoder: Encoder, asked: Sequence[Asked], sources: Sequence[Sequence[int]], weight: float) -> Rows:
-    """Prompts behind bare slots, as a reader gives them."""
-    heads = [encoder.decoder.embeddings(torch.tensor(a.prompt, device=encoder.device)) for a in asked]
-    return _rows(encoder, heads, [a.target for a in asked], sources, weight)
+def in_batches(rows: Sequence[Row], slots: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of rows, in turn, in batches of at most `BATCH_TOKENS` slots and tokens with padding (at least one)."""
+    batch: list[int] = []
+    most = 0
+    for i, row in enumerate(rows):
+        length = len(row.asked) + sum(len(slots[span]) for span in row.spans)
+        if batch and (len(batch) + 1) * max(most, length) > BATCH_TOKENS:
+            yield batch
+            batch, most = [], 0
+        batch.append(i)
+        most = max(most, length)
+    if batch:
+        yield batch
 
 
-def _rows(
-    encoder: Encoder,
-    heads: Sequence[Tensor],
-    wanted: Sequence[Sequence[int]],
-    sources: Sequence[Sequence[int]],
-    weight: float,
-) -> Rows:
-    embedded, labels, lengths = [], [], []
-    for head, tokens in zip(heads, wanted, strict=True):
-        ids = torch.tensor(list(tokens), device=encoder.device)
-        following = encoder.decoder.embeddings(ids[:-1])
-        embedded.append(torch.cat([head.to(following), following]))
-        labels.append(torch.cat([ids.new_full((len(head) - 1,), -100), ids]))
-        lengths.append(len(embedded[-1]))
-    longest = max(lengths)
-    return Rows(
-        torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in embedded]),
-        torch.stack([F.pad(row, (0, longest - len(row)), value=-100) for row in labels]),
-        lengths,
-        sources,
-        weight,
-    )
+def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token asked of the rows, one row after the other, and whether it is the first choice.
 
+    Args:
+        encoder: Of the model.
+        slots: Of each span (slots, embedding_size).
+        rows: What is asked.
 
-def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of what is asked, and whether each token asked is the first choice (tokens,)."""
-    states, wanted = _states(encoder, slots, rows), rows.labels[rows.labels != -100]
+    Returns:
+        Two tensors (tokens asked,), float32 and bool.
+    """
+    states = _states(encoder, slots, rows)
+    wanted = torch.tensor([token for row in rows for token in row.asked.target], device=states.device)
     losses, right = [], []
     for part, labels in zip(states.split(HEAD_BLOCK), wanted.split(HEAD_BLOCK), strict=True):
         loss, hit = _in_block(_cross_entropy, encoder, part, labels)
         losses.append(loss)
         right.append(hit)
-    return torch.stack(losses).sum() / len(wanted), torch.cat(right)
+    return torch.cat(losses), torch.cat(right)
 
 
-def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Rows, contexts: Sequence[Sequence[int]]) -> Tensor:
+def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row], contexts: Sequence[Sequence[int]]) -> Tensor:
     """Mean KL(model that reads each row's whole context ‖ model that reads its slots) where something is asked."""
     own = [encoder.decoder.embeddings(torch.tensor(list(ids), device=encoder.device)) for ids in contexts]
     with torch.no_grad():
-        taught = _states(encoder, own, replace(rows, sources=[[i] for i in range(len(own))]))
+        taught = _states(encoder, own, [replace(row, spans=[i]) for i, row in enumerate(rows)])
     states = _states(encoder, slots, rows)
     parts = zip(states.split(HEAD_BLOCK), taught.split(HEAD_BLOCK), strict=True)
     return torch.stack([_in_block(_divergence, encoder, *part) for part in parts]).sum() / len(states)
 
 
-def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Rows) -> Tensor:
+def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
     """Last hidden states (tokens asked, hidden_size), one before each token that is asked."""
-    before = [torch.cat([slots[i] for i in source]) for source in rows.sources]
-    longest = max(map(len, before))
-    joined = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in before])
-    device = rows.embedded.device
-    mask = torch.ones(len(before), longest + rows.embedded.shape[1], dtype=torch.long, device=device)
-    for i, (row, length) in enumerate(zip(before, rows.lengths, strict=True)):
-        mask[i, : longest - len(row)] = 0
-        mask[i, longest + length :] = 0
-    embedded = torch.cat([joined.to(rows.embedded), rows.embedded], 1)
-    inputs: dict[str, Any] = {"inputs_embeds": embedded}
+    before = [torch.cat([slots[i] for i in row.spans]) for row in rows]
+    behind = [_behind(encoder, row.asked) for row in rows]
+    first, length = max(map(len, before)), max(map(len, behind))
+    shape, device = (len(rows), first + length), encoder.device
+    mask, asked = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.bool)
+    padded = []
+    for i, (head, tail, row) in enumerate(zip(before, behind, rows, strict=True)):
+        padded.append(F.pad(torch.cat([head.to(tail), tail]), (0, 0, first - len(head), length - len(tail))))
+        end = first + len(tail)
+        mask[i, first - len(head) : end] = 1
+        asked[i, end - len(row.asked.target) : end] = True
+    inputs: dict[str, Any] = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
     if takes_positions(encoder.stack):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with encoder.others_off(), _autocast(encoder):
-        output = encoder.stack(**inputs, attention_mask=mask, use_cache=False)
-    return output.last_hidden_state[:, longest:][rows.labels != -100]
+        output = encoder.stack(**inputs, use_cache=False)
+    states = output.last_hidden_state
+    return states[asked.to(states.device)]
+
+
+def _behind(encoder: Encoder, asked: Asked) -> Tensor:
+    """Embeddings of what stands behind the slots (tokens, embedding_size)."""
+    ids = [*(asked.prompt or []), *asked.target[:-1]]
+    embedded = encoder.decoder.embeddings(torch.tensor(ids, dtype=torch.long, device=encoder.device))
+    return embedded if asked.prompt is not None else torch.cat([encoder.parts.reconstruct.to(embedded), embedded])
 
 
 def _autocast(encoder: Encoder) -> Any:
@@ -199,7 +242,7 @@ def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
 
 def _cross_entropy(head: Any, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     logits = head(states).float()
-    return F.cross_entropy(logits, wanted, reduction="sum"), logits.argmax(-1) == wanted
+    return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 
 
 def _divergence(head: Any, states: Tensor, taught: Tensor) -> Tensor:
