@@ -12,8 +12,9 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.answers import score_answers
+from memory_adapters.evaluation.answers import question_prompt, score_answers
 from memory_adapters.evaluation.reconstruction import (
     markdown,
     other_texts,
@@ -32,8 +33,12 @@ from memory_adapters.evaluation.reconstruction import (
     score_reconstruction,
     ways_to_read,
 )
+from memory_adapters.memory_slots.pretraining import Example, train_encoder
+from memory_adapters.plots import score_curves
 
 HELD_OUT = 100
+OVERFITTING_STEPS = 120
+ANSWER_STEPS = 40
 Row = dict[str, Any]
 
 
@@ -71,23 +76,37 @@ class Study:
 
 
 def refinement(study: Study) -> dict[str, Row]:
-    """64 tokens in 16 slots, passage by passage, from pooled embeddings."""
+    """64 tokens in 16 slots, from pooled embeddings."""
     return _refined(study.refining(16, 64), study.passages(64, 20))
 
 
 def capacity(study: Study) -> dict[str, Row]:
-    """How many tokens one slot holds, and how many slots 64 tokens need: 5 passages each, at most 300 steps."""
+    """How many tokens slots hold: 4 passages each, from pooled embeddings, at most 150 steps."""
     rows = {}
-    for tokens, slots in ((4, 1), (8, 1), (16, 1), (32, 1), (64, 2), (64, 4), (64, 8), (64, 16)):
-        memory, start = study.refining(slots, tokens), time.perf_counter()
-        texts = study.passages(tokens, 5)
-        found = memory.compress(texts, refine_steps=300, progress=False)
-        seconds = (time.perf_counter() - start) / len(texts)
-        scores = score_reconstruction(memory, texts, found)
-        steps = sum(one.refine_steps for one in found) / len(found)
-        rows[f"{tokens} tokens in {slots}"] = {"steps": steps, "seconds": seconds, **_shown(scores.to_dict())}
-        print(f"{tokens} in {slots}", rows[f"{tokens} tokens in {slots}"], flush=True)
-        memory.remove()
+    for tokens, slots in ((8, 1), (16, 1), (32, 1), (64, 1), (64, 2), (64, 4), (64, 8), (64, 16)):
+        rows[f"{tokens} tokens in {slots}"] = _refined(study.refining(slots, tokens), study.passages(tokens, 4), 150)[
+            "all"
+        ]
+    return rows
+
+
+def overfitting(study: Study) -> dict[str, Row]:
+    """An encoder from scratch on 64 passages of 32 tokens, each in 16 slots: does the training code learn them?"""
+    study.model.to(torch.bfloat16)
+    config = MemorySlotsConfig(num_slots=16, span_length=32, lora_rank=32)
+    memory: Any = inject_memory(study.model, config, tokenizer=study.tokenizer)
+    texts = study.passages(32, 64)
+    examples = [Example(study.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    start, steps = time.perf_counter(), 20
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(output_dir=folder, max_steps=OVERFITTING_STEPS, per_device_train_batch_size=16)
+        settings |= dict(learning_rate=2e-3, warmup_steps=10, logging_steps=steps, disable_tqdm=True)
+        log = train_encoder(memory, examples, training_args=settings)
+    rows = {f"updates to {row['step']}": {"loss": row["loss"]} for row in log if "loss" in row}
+    scores = score_reconstruction(memory, texts, memory.compress(texts, progress=False))
+    rows["afterwards"] = {**scores.to_dict(), "minutes": (time.perf_counter() - start) / 60}
+    memory.remove()
+    study.model.to(torch.float32)
     return rows
 
 
@@ -100,7 +119,7 @@ def encoder(study: Study) -> dict[str, Row]:
         ways = {"slots": slots, "another text's slots": [*slots[1:], slots[0]], "no slots": [None] * len(texts)}
         for name, read in ways.items():
             scores = score_reconstruction(memory, texts, read, decode=name == "slots")
-            rows[f"{tokens} tokens, {name}"] = _shown(scores.to_dict())
+            rows[f"{tokens} tokens, {name}"] = scores.to_dict()
     memory.remove()
     return rows
 
@@ -113,7 +132,7 @@ def slots_of_a_span(study: Study) -> dict[str, Row]:
     for number in (fewest, (fewest + 64) // 2, 64):
         memory.config.span_length, memory.config.num_slots = 64, number
         slots = memory.compress(texts, progress=False)
-        rows[f"{number} slots"] = _shown(score_reconstruction(memory, texts, slots).to_dict())
+        rows[f"{number} slots"] = score_reconstruction(memory, texts, slots).to_dict()
     memory.remove()
     return rows
 
@@ -122,7 +141,7 @@ def honesty(study: Study) -> dict[str, Row]:
     """Normal text against text that is none."""
     memory, rows = study.trained(), {}
     for name, texts in other_texts(study.tokenizer, study.passages(64, 40)).items():
-        rows[name] = _shown(score_reconstruction(memory, texts, memory.compress(texts, progress=False)).to_dict())
+        rows[name] = score_reconstruction(memory, texts, memory.compress(texts, progress=False)).to_dict()
     memory.remove()
     return rows
 
@@ -143,30 +162,28 @@ def answers(study: Study) -> dict[str, Row]:
     """Questions about 100 held-out contexts, one each, by what is read of them."""
     memory, rows = study.trained(), {}
     questions = [(row["questions"][0], row["answers"][0]) for row in study.rows]
-    made = memory.compress(study.texts, progress=False)
-    for name, read in ways_to_read(memory, study.texts, made).items():
+    for name, read in ways_to_read(memory, study.texts, memory.compress(study.texts, progress=False)).items():
         rows[name] = score_answers(memory, questions, read)
-        print(name, rows[name], flush=True)
-    memory.remove()
-    return rows
-
-
-def answers_refined(study: Study) -> dict[str, Row]:
-    """The same questions, behind slots that were refined on their contexts for at most 60 steps."""
-    memory, rows = study.trained(), {}
+    template = question_prompt(study.tokenizer)
+    head = "Answer the question"  # as users put it: the text in the message, before what is asked of it
+    inside = [template.replace(head, f"{row['context']}\n\n{head}") for row in study.rows]
+    asked = [
+        (text.replace("{question}", question), answer)
+        for text, (question, answer) in zip(inside, questions, strict=True)
+    ]
+    rows["full context, in the message"] = score_answers(memory, asked, [None] * len(asked), prompt="{question}")
     memory.config.precision = "bfloat16"
-    questions = [(row["questions"][0], row["answers"][0]) for row in study.rows]
     start = time.perf_counter()
-    refined = memory.compress(study.texts, refine_steps=60, progress=False)
-    seconds = (time.perf_counter() - start) / len(refined)
-    steps = sum(slots.refine_steps for slots in refined) / len(refined)
-    rows["refined slots"] = score_answers(memory, questions, refined) | {"steps": steps, "seconds a text": seconds}
+    refined = memory.compress(study.texts, refine_steps=ANSWER_STEPS, progress=False)
+    spent = {"steps": _mean([one.refine_steps for one in refined])}
+    spent["seconds a text"] = (time.perf_counter() - start) / len(refined)
+    rows["refined slots"] = score_answers(memory, questions, refined) | spent
     memory.remove()
     return rows
 
 
 def refined_from_the_encoder(study: Study) -> dict[str, Row]:
-    """64 tokens, passage by passage, from the encoder's slots: at most 100 steps."""
+    """64 tokens in 32 slots, from the encoder's slots."""
     memory = study.trained()
     memory.config.precision = "bfloat16"
     return _refined(memory, study.passages(64, 20))
@@ -177,38 +194,60 @@ PARTS: dict[str, Callable[[Study], dict[str, Row]]] = {
     for part in (
         refinement,
         capacity,
+        overfitting,
         encoder,
         slots_of_a_span,
         honesty,
         continuation,
         answers,
         refined_from_the_encoder,
-        answers_refined,
     )
 }
 
 
-def _refined(memory: Any, texts: list[str]) -> dict[str, Row]:
-    """Each text by itself, at most 100 steps; the memory is removed afterwards."""
-    rows: dict[str, Row] = {}
-    for i, text in enumerate(texts):
-        start = time.perf_counter()
-        slots = memory.compress(text, refine_steps=100, progress=False)
-        seconds = time.perf_counter() - start
-        scores = score_reconstruction(memory, [text], [slots])
-        rows[f"passage {i + 1}"] = {"steps": slots.refine_steps, "seconds": seconds, **_shown(scores.to_dict())}
-        print(rows[f"passage {i + 1}"], flush=True)
+def _refined(memory: Any, texts: list[str], steps: int = 100) -> dict[str, Row]:
+    """Texts refined together; the memory is removed afterwards."""
+    start = time.perf_counter()
+    slots = memory.compress(texts, refine_steps=steps, progress=False)
+    seconds = (time.perf_counter() - start) / len(texts)
+    every = [score_reconstruction(memory, [text], [own]) for text, own in zip(texts, slots, strict=True)]
+    taken = [own.refine_steps for own in slots]
+    rows: dict[str, Row] = {
+        f"passage {i + 1}": {**scores.to_dict(), "steps": own}
+        for i, (scores, own) in enumerate(zip(every, taken, strict=True))
+    }
+    rows["all"] = {
+        **score_reconstruction(memory, texts, slots).to_dict(),
+        "steps": _mean(taken),
+        "seconds a text": seconds,
+        "share with BLEU ≥ 99": _mean([(scores.bleu or 0) >= 99 for scores in every]),
+    }
     memory.remove()
-    return rows | {"mean": _mean(rows)}
+    print(json.dumps(rows["all"]), flush=True)
+    return rows
 
 
-def _mean(rows: dict[str, Row]) -> Row:
-    mean = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
-    return mean | {"share with BLEU ≥ 99": sum(row["bleu"] >= 99 for row in rows.values()) / len(rows)}
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def _shown(scores: Row) -> Row:
-    return {name: value for name, value in scores.items() if name != "num_tokens"}
+def plots(parts: dict[str, dict[str, Row]], folder: Path) -> None:
+    """Curves of whatever was measured, in the shape of the ICAE paper's: over the length, over the number of slots."""
+    scores = ["cross_entropy", "token_accuracy", "bleu", "exact_prefix"]
+    if "encoder" in parts:
+        lines: dict[str, list[tuple[float, Row]]] = {}
+        for name, row in parts["encoder"].items():
+            lines.setdefault(name.partition(", ")[2], []).append((row["num_tokens"], row))
+        score_curves(lines, scores, folder / "slots_by_length.png", across="tokens of the text")
+    if "slots_of_a_span" in parts:
+        points = [(row["num_slots"], row) for row in parts["slots_of_a_span"].values()]
+        score_curves({"64 tokens": points}, scores, folder / "slots_by_number.png", across="slots")
+    if "capacity" in parts:
+        held: dict[str, list[tuple[float, Row]]] = {"one slot": [], "64 tokens": []}
+        for row in parts["capacity"].values():
+            for name, own in (("one slot", row["num_slots"] == 1), ("64 tokens", row["num_tokens"] == 64)):
+                held[name] += [(row["compression_rate"], row)] if own else []
+        score_curves(held, scores, folder / "slot_capacity.png", across="tokens a slot")
 
 
 def main() -> None:
@@ -235,6 +274,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         arguments.output.with_suffix(".md").write_text(tables(results))
         print(f"{part}\n{markdown(results['parts'][part])}", flush=True)
+    plots(results["parts"], arguments.output.parent)
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -73,16 +73,19 @@ def score_bars(
 
 
 def score_curves(
-    points: Mapping[str, Sequence[tuple[int, Mapping[str, float | None]]]],
+    points: Mapping[str, Sequence[tuple[float, Mapping[str, float | None]]]],
     metrics: Sequence[str],
     path: Path | None = None,
+    *,
+    across: str = "edits",
 ) -> Figure:
-    """Each metric over the number of edits, on a logarithmic axis: a panel a metric, a line a method.
+    """Each metric over the number of edits or something else, on a logarithmic axis: a panel a metric, a line a method.
 
     Args:
-        points: Name of a method to (number of edits, its scores then), in any order; what is None has no point.
+        points: Name of a method to (number above 0, its scores then), in any order; what is None has no point.
         metrics: Which scores, from left to right.
         path: As in `trace_heatmap`.
+        across: What the numbers are.
 
     Raises:
         ValueError: If `metrics` is empty, or no point has a value of one of them.
@@ -94,10 +97,10 @@ def score_curves(
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
         for i, (name, line) in enumerate(points.items()):
-            known = sorted((edits, scores[metric]) for edits, scores in line if scores.get(metric) is not None)
-            panel.plot([edits for edits, _ in known], [y for _, y in known], "o-", ms=4, color=f"C{i}", label=name)
+            known = sorted((x, scores[metric]) for x, scores in line if scores.get(metric) is not None)
+            panel.plot([x for x, _ in known], [y for _, y in known], "o-", ms=4, color=f"C{i}", label=name)
         panel.set_xscale("log")
-        panel.set_xlabel("edits")
+        panel.set_xlabel(across)
         panel.set_title(_label(metric), fontsize=10)
         panel.grid(alpha=0.3)
     _tidy(figure, panels[0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from memory_adapters import Document, MemorySlots, MemorySlotsConfig, inject_memory
+from memory_adapters import Document, MemorySlots, MemorySlotsConfig, inject_memory, load_memory
 from tests.contract import encode, logits
 from tests.models import byte_tokenizer, tiny_model
 
@@ -150,6 +150,13 @@ def test_bad_input_is_named_before_anything_changes(tmp_path: Path) -> None:
         slots + other.compress(TEXT, progress=False)
     with pytest.raises(ValueError, match="as many slots as the spans"):
         MemorySlots(slots.vectors, (3,), 5, {}, None, "")
+    with pytest.raises(ValueError, match="5 wide"):
+        memory.use(MemorySlots(torch.zeros(2, 5), (2,), 8, slots.base_fingerprint, None, ""))
+    memory.save_pretrained(tmp_path / "encoder")
+    settings = tmp_path / "encoder" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_rank": 2', '"lora_rank": 3'))
+    with pytest.raises(ValueError, match="lora_A"):
+        load_memory(model, tmp_path / "encoder", "again")
     foreign = memory_on(tiny_model(), seed=5)
     with pytest.warns(UserWarning, match="another encoder"):
         foreign.use(slots)
@@ -168,6 +175,12 @@ def test_bad_input_is_named_before_anything_changes(tmp_path: Path) -> None:
             MemorySlotsConfig(**{"num_slots": 4, field: value})
     with pytest.raises(ValueError, match="target_modules"):
         inject_memory(tiny_model(), MemorySlotsConfig(target_modules=["nothing"]))
+
+
+def test_a_text_shorter_than_the_slots_takes_as_many_as_it_has_tokens() -> None:
+    memory = memory_on(tiny_model(), num_slots=16)
+    slots = memory.compress(["a", "abc"], progress=False)
+    assert [(own.num_slots, own.compression_rate) for own in slots] == [(1, 1), (3, 1)]
 
 
 def test_the_encoder_speaks_only_while_it_compresses() -> None:

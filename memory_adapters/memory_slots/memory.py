@@ -155,6 +155,11 @@ class SlotMemory(Memory):
                     "These slots were made by another encoder: the model reads them, but `reconstruct` may fail.",
                     stacklevel=2,
                 )
+        self._read(rows)
+
+    def _read(self, rows: list[MemorySlots]) -> None:
+        """As `use`, of slots that fit."""
+        decoder = self.encoder.decoder
         longest = max((row.num_slots for row in rows), default=0)
         device = self.encoder.device
         vectors = torch.zeros(max(len(rows), 1), longest, decoder.embedding_size, device=device)
@@ -181,7 +186,7 @@ class SlotMemory(Memory):
         try:
             for start in range(0, len(spans), size):
                 batch = spans[start : start + size]
-                self.use(batch)
+                self._read(batch)
                 asking = self.encoder.parts.reconstruct.expand(len(batch), 1, -1).to(self.model.dtype)
                 with evaluating(self.model):
                     ids = self.model.generate(
@@ -194,7 +199,7 @@ class SlotMemory(Memory):
                     )
                 told += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         finally:
-            self.use(before)
+            self._read(before)
         rest = iter(told)
         return ["".join(next(rest) for _ in row.spans) for row in before]
 
@@ -218,12 +223,12 @@ class SlotMemory(Memory):
         slots = self.slots
         try:
             if len(slots) > 1:
-                self.use(slots[0])
+                self._read(slots[:1])
             with evaluating(self.model):
                 found = score_rows(self.model, self.encoder.decoder, rows, first)
         finally:
             if len(slots) > 1:
-                self.use(slots)
+                self._read(slots)
         right = (found.right == found.count)[: len(asked)].float().mean() if asked else None
         loss = -found.log_prob[len(asked) :].sum() / found.count[len(asked) :].sum()
         return (None if right is None else float(right)), math.exp(loss)

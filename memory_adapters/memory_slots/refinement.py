@@ -19,7 +19,7 @@ from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_po
 __all__ = ["Asked", "Goal", "Row", "autoencoding_rows", "distil", "in_batches", "predict", "refine"]
 
 HEAD_BLOCK = 256  # positions whose logits are held at once
-BETAS = (0.8, 0.9)  # of Adam: what is asked changes with every token that comes right, so a short memory serves
+BETAS = (0.6, 0.7)  # of Adam: what is asked changes with every token that comes right, so a short memory serves
 
 
 @dataclass(frozen=True)
