@@ -156,7 +156,7 @@ def test_bad_input_is_named_before_anything_changes(tmp_path: Path) -> None:
     settings = tmp_path / "encoder" / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"lora_rank": 2', '"lora_rank": 3'))
     with pytest.raises(ValueError, match="lora_A"):
-        load_memory(model, tmp_path / "encoder", "again")
+        load_memory(tiny_model(), tmp_path / "encoder")
     foreign = memory_on(tiny_model(), seed=5)
     with pytest.warns(UserWarning, match="another encoder"):
         foreign.use(slots)
