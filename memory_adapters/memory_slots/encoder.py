@@ -88,7 +88,7 @@ class Encoder:
         try:
             for layer in every:
                 layer._active_adapter = []
-            with plain_attention(self.device):
+            with plain_attention(self.device) if torch.is_grad_enabled() else nullcontext():
                 yield
         finally:
             self.mode = mode
