@@ -1,8 +1,10 @@
 """Pretrain an encoder of memory slots on any text: autoencoding and text continuation, half and half.
 
     python examples/pretrain_slots.py --text FILE [FILE ...] [--model HUB_ID_OR_PATH] [--steps 1000] [--output FOLDER]
+    python examples/pretrain_slots.py --dataset NAME [--subset NAME] [--split train] [--column text] ...
 
-Resumes from the newest checkpoint in FOLDER. On several GPUs: `accelerate launch examples/pretrain_slots.py ...`.
+The second form reads a dataset of the Hub, or a local folder of data files, through the package `datasets`. Resumes from
+the newest checkpoint in FOLDER. On several GPUs: `accelerate launch examples/pretrain_slots.py ...`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from memory_adapters.memory_slots.pretraining import TextExamples, train_encoder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, nargs="+", help="text files")
+    source.add_argument("--dataset", help="Hub id, or a folder of data files")
+    parser.add_argument("--subset", help="of the dataset")
+    parser.add_argument("--split", default="train", help="of the dataset")
+    parser.add_argument("--column", default="text", help="of the dataset")
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
     parser.add_argument("--slots", type=int, default=16, help="of a full span")
     parser.add_argument("--span", type=int, default=64, help="tokens of a full span")
@@ -37,7 +44,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).to(device)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    text = "\n\n".join(path.read_text(encoding="utf-8") for path in arguments.text)
+    if arguments.dataset:
+        from datasets import load_dataset
+
+        texts = load_dataset(arguments.dataset, arguments.subset, split=arguments.split)[arguments.column]
+    else:
+        texts = [path.read_text(encoding="utf-8") for path in arguments.text]
+    text = "\n\n".join(texts)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     held_out = len(ids) // 20
 
