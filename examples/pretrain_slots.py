@@ -3,8 +3,8 @@
     python examples/pretrain_slots.py --text FILE [FILE ...] [--model HUB_ID_OR_PATH] [--steps 1000] [--output FOLDER]
     python examples/pretrain_slots.py --dataset NAME [--subset NAME] [--split train] [--column text] ...
 
-The second form reads a dataset of the Hub, or a local folder of data files, through the package `datasets`. Resumes from
-the newest checkpoint in FOLDER. On several GPUs: `accelerate launch examples/pretrain_slots.py ...`.
+The second form reads a dataset of the Hub, or a local folder of data files, through the package `datasets`. It resumes
+from the newest checkpoint in FOLDER. On several GPUs: `accelerate launch examples/pretrain_slots.py ...`.
 """
 
 from __future__ import annotations
