@@ -43,7 +43,8 @@ class MemorySlotsConfig(MemoryConfig):
             instructions is that of the examples.
         refine_steps: Most gradient steps on the slots of a text in `write`; None for none with a trained encoder and
             100 without.
-        refine_learning_rate: Adam's, in units of the RMS of the token embeddings; falls to 0 as a cosine.
+        refine_learning_rate: Adam's, in units of the RMS of the token embeddings; falls to 0 as a cosine. None for 0.25
+            with a trained encoder, whose slots are near what is sought, and 2 without.
         refine_target_loss: Refinement ends once every token asked is the model's first choice and the mean loss is
             below this.
         refine_fraction: Weight of autoencoding in refinement, against predicting what is asked of the text.
@@ -63,7 +64,7 @@ class MemorySlotsConfig(MemoryConfig):
     target_modules: list[str] | None = None
     objective: str = "cross-entropy"
     refine_steps: int | None = None
-    refine_learning_rate: float = 2.0
+    refine_learning_rate: float | None = None
     refine_target_loss: float = 0.1
     refine_fraction: float = 0.5
     precision: str = "model"
@@ -83,7 +84,8 @@ class MemorySlotsConfig(MemoryConfig):
         check_number("lora_alpha", self.lora_alpha, low=0, open_low=True)
         if self.refine_steps is not None:
             check_number("refine_steps", self.refine_steps, low=0, integer=True)
-        check_number("refine_learning_rate", self.refine_learning_rate, low=0, open_low=True)
+        if self.refine_learning_rate is not None:
+            check_number("refine_learning_rate", self.refine_learning_rate, low=0, open_low=True)
         check_number("refine_target_loss", self.refine_target_loss, low=0)
         check_number("refine_fraction", self.refine_fraction, low=0, high=1)
         check_choice("precision", self.precision, ("model", "bfloat16"))
@@ -106,6 +108,13 @@ class MemorySlotsConfig(MemoryConfig):
         if self.refine_steps is not None:
             return self.refine_steps
         return 0 if self.encoder_steps else 100
+
+    @property
+    def learning_rate_of_refinement(self) -> float:
+        """`refine_learning_rate`, or what its None stands for."""
+        if self.refine_learning_rate is not None:
+            return self.refine_learning_rate
+        return 0.25 if self.encoder_steps else 2.0
 
     def slots_for(self, num_tokens: int) -> int:
         """Slots of a span of so many tokens: in proportion, at least one."""
