@@ -178,6 +178,22 @@ def test_the_front_page_with_slots(real: tuple[Any, Any], tmp_path: Path) -> Non
     memory.remove()
 
 
+def test_64_tokens_come_back_from_16_slots_without_an_encoder(real: tuple[Any, Any], data: Path) -> None:
+    model, tokenizer = real
+    lines = (data / "qa" / "contexts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [tokenizer(json.loads(line)["context"], add_special_tokens=False)["input_ids"] for line in lines[:8]]
+    text = tokenizer.decode(next(row[:64] for row in rows if len(row) >= 64))
+    config = MemorySlotsConfig(num_slots=16, span_length=64, precision="bfloat16")
+    memory: Any = inject_memory(model, config, tokenizer=tokenizer)
+    try:
+        report = memory.write(text, refine_steps=100, progress=False)
+        assert report.token_accuracy == 1
+        assert memory.slots[0].compression_rate == 4
+        assert memory.reconstruct() == [text]
+    finally:
+        memory.remove()
+
+
 def test_the_encoder_that_comes_with_the_examples(real: tuple[Any, Any], data: Path) -> None:
     model, tokenizer = real
     lines = (data / "qa" / "contexts.jsonl").read_text(encoding="utf-8").splitlines()[-16:]  # held out
@@ -193,5 +209,9 @@ def test_the_encoder_that_comes_with_the_examples(real: tuple[Any, Any], data: P
         found = {way: score_reconstruction(memory, texts, read, decode=False) for way, read in ways.items()}
         assert found["own"].cross_entropy < 0.7 * min(found["others"].cross_entropy, found["none"].cross_entropy)
         assert found["own"].compression_rate == pytest.approx(2, rel=0.05)
+        memory.config.precision = "bfloat16"
+        refined = memory.compress(texts[:4], refine_steps=40, progress=False)
+        assert max(own.refine_steps for own in refined) < 40
+        assert score_reconstruction(memory, texts[:4], refined).exact == 1
     finally:
         memory.remove()
