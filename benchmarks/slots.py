@@ -9,6 +9,7 @@ train_encoder.py). Results are added to the JSON file as they come, part by part
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -91,22 +92,18 @@ def capacity(study: Study) -> dict[str, Row]:
 
 def overfitting(study: Study) -> dict[str, Row]:
     """An encoder from scratch on 64 passages of 32 tokens, each in 16 slots: does the training code learn them?"""
-    study.model.to(torch.bfloat16)
     config = MemorySlotsConfig(num_slots=16, span_length=32, lora_rank=32)
-    memory: Any = inject_memory(study.model, config, tokenizer=study.tokenizer)
+    model = copy.deepcopy(study.model).to(torch.bfloat16)
+    memory: Any = inject_memory(model, config, tokenizer=study.tokenizer)
     texts = study.passages(32, 64)
     examples = [Example(study.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    start, steps = time.perf_counter(), 20
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(output_dir=folder, max_steps=OVERFITTING_STEPS, per_device_train_batch_size=16)
-        settings |= dict(learning_rate=2e-3, warmup_steps=10, logging_steps=steps, disable_tqdm=True)
+        settings |= dict(learning_rate=2e-3, warmup_steps=10, logging_steps=20, disable_tqdm=True)
         log = train_encoder(memory, examples, training_args=settings)
-    rows = {f"updates to {row['step']}": {"loss": row["loss"]} for row in log if "loss" in row}
+    rows: dict[str, Row] = {f"updates to {row['step']}": {"loss": row["loss"]} for row in log if "loss" in row}
     scores = score_reconstruction(memory, texts, memory.compress(texts, progress=False))
-    rows["afterwards"] = {**scores.to_dict(), "minutes": (time.perf_counter() - start) / 60}
-    memory.remove()
-    study.model.to(torch.float32)
-    return rows
+    return rows | {"afterwards": scores.to_dict()}
 
 
 def encoder(study: Study) -> dict[str, Row]:

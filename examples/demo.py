@@ -134,9 +134,9 @@ def show_slots(model: Any, tokenizer: Any, name: str | None) -> None:
         (slots,) = memory.slots
         print(f"{slots}\n  read back:           {memory.reconstruct()[0].strip()}")
         print(f"  reading the slots:   {ASKED} …{continued(model, tokenizer)}")
-        if steps == 0 and name is None:
-            check("the frozen model answers from the encoder's slots", "Agnes Thornbury" in continued(model, tokenizer))
-    check("refined to be read back, slots give the text word for word", memory.reconstruct()[0] == PASSAGE)
+    check("refined, slots give the text back word for word", memory.reconstruct()[0] == PASSAGE)
+    if name is None:
+        check("the frozen model answers from them", "Agnes Thornbury" in continued(model, tokenizer))
     with memory.disabled():
         check("switched off, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
     after = answers(model, tokenizer)
