@@ -44,7 +44,7 @@ class MemorySlotsConfig(MemoryConfig):
         refine_steps: Most gradient steps on the slots of a text in `write`; None for none with a trained encoder and
             100 without.
         refine_learning_rate: Adam's, in units of the RMS of the token embeddings; falls to 0 as a cosine. None for 0.25
-            with a trained encoder, whose slots are near what is sought, and 2 without.
+            with a trained encoder, whose slots are near what is sought, and 1 without.
         refine_target_loss: Refinement ends once every token asked is the model's first choice and the mean loss is
             below this.
         refine_fraction: Weight of autoencoding in refinement, against predicting what is asked of the text.
@@ -114,7 +114,7 @@ class MemorySlotsConfig(MemoryConfig):
         """`refine_learning_rate`, or what its None stands for."""
         if self.refine_learning_rate is not None:
             return self.refine_learning_rate
-        return 0.25 if self.encoder_steps else 2.0
+        return 0.25 if self.encoder_steps else 1.0
 
     def slots_for(self, num_tokens: int) -> int:
         """Slots of a span of so many tokens: in proportion, at least one."""
