@@ -1,11 +1,15 @@
 """Knowledge for frozen language models: memories that are written, switched off, removed, saved and shared."""
 
+from memory_adapters.activation import speaking, speaking_by_row
+from memory_adapters.collection import SaveAdapters, load_adapters, save_adapters
+from memory_adapters.export import export
 from memory_adapters.inject import inject_memory, load_memory, memories
 from memory_adapters.knowledge import Document, Fact, QuestionAnswer
 from memory_adapters.memit import Covariance, CovarianceFitter, MemitConfig, MemitMemory
 from memory_adapters.memory import Memory, WriteReport
 from memory_adapters.memory_slots import MemorySlots, MemorySlotsConfig, SlotMemory
-from memory_adapters.residual_mlp import MemoryAdapterConfig, ResidualMemory, speaking_by_row
+from memory_adapters.merging import merge_lora
+from memory_adapters.residual_mlp import MemoryAdapterConfig, ResidualMemory
 
 __version__ = "0.1.0"
 
@@ -22,10 +26,16 @@ __all__ = [
     "MemorySlotsConfig",
     "QuestionAnswer",
     "ResidualMemory",
+    "SaveAdapters",
     "SlotMemory",
     "WriteReport",
+    "export",
     "inject_memory",
+    "load_adapters",
     "load_memory",
     "memories",
+    "merge_lora",
+    "save_adapters",
+    "speaking",
     "speaking_by_row",
 ]

@@ -9,11 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -22,6 +24,7 @@ from torch import nn
 from memory_adapters.decoder import find_decoder
 
 __all__ = [
+    "adapter_tensors",
     "atomic_directory",
     "base_fingerprint",
     "check_fingerprint",
@@ -176,6 +179,14 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under PEFT's checkpoint names (without the adapter's name)."""
+    # Not the whole model's state dict: bitsandbytes' 4-bit layers on a CPU compute otherwise once asked for theirs.
+    every = chain(model.named_parameters(), model.named_buffers())
+    own = {name: tensor.detach() for name, tensor in every if adapter_name in name.split(".")}
+    return get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

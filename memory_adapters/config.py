@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+ANSWER_FIELDS = {"prompt", "before", "after"}
+
+
 class MemoryPeftType(str, enum.Enum):
     """PEFT types of the memory methods, beside PEFT's own closed `PeftType`."""
 
@@ -41,6 +44,8 @@ class MemoryConfig(PeftConfig):
         layers_path: Dotted name of the model's list of decoder blocks; only needed where it is not recognised.
         base_fingerprint: Which base model and tokenizer the memory belongs to. Filled in at injection, checked at load.
         writes: What each `write` did, as label and value; shown on the model card.
+        answers: Prompts of what was written last (`prompt`), and the model's answers without the memory (`before`) and
+            with it (`after`); shown on the model card.
     """
 
     method_name: ClassVar[str]
@@ -49,6 +54,14 @@ class MemoryConfig(PeftConfig):
     layers_path: str | None = None
     base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     writes: list[dict[str, str]] = field(default_factory=list, repr=False)
+    answers: list[dict[str, str]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for answer in self.answers if isinstance(self.answers, list) else [self.answers]:
+            fields_found = set(answer) if isinstance(answer, dict) else set()
+            if fields_found != ANSWER_FIELDS or not all(isinstance(text, str) for text in answer.values()):
+                raise ValueError(f"`answers` must be a list of {sorted(ANSWER_FIELDS)}, got {answer!r}.")
 
     def card_settings(self) -> dict[str, Any]:
         """Fields of this method that differ from their defaults, for the model card."""

@@ -1,38 +1,133 @@
-"""The Hugging Face Hub: pushing a memory and finding its files again."""
+"""The Hugging Face Hub: pushing what can be saved, and finding its files again."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError
 
 from memory_adapters.checkpoint import recover
 from memory_adapters.config import saved_files
+from memory_adapters.model_card import CARD_FILE, HERE
 
-if TYPE_CHECKING:
-    from memory_adapters.memory import Memory
+__all__ = ["OnHub", "OneFile", "find_file", "find_files"]
 
-
-def push(memory: Memory, repo_id: str, *, private: bool | None, token: str | None, commit_message: str | None) -> str:
-    """Upload what `memory.save_pretrained` writes, in one commit; returns the commit's address."""
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        memory.save_pretrained(folder)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        message = commit_message or f"Upload {type(memory.config).__name__} memory"
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url
+MEMORY_FILE = "adapter_config.json"  # every saved memory has it
 
 
-def find_files(path_or_repo_id: str | os.PathLike[str], *, revision: str | None, token: str | None) -> Path:
-    """The local folder of a saved memory: a folder given as such, or downloaded from the Hub.
+class OnHub(ABC):
+    """What can be pushed to a repository on the Hub."""
 
-    Only files that a memory has are downloaded.
+    @abstractmethod
+    def _write_repository(self, folder: Path) -> None:
+        """Write the repository's files into an empty folder; the card among them holds `HERE` for its address."""
+
+    def _left_out(self, api: HfApi, repo_id: str, revision: str | None) -> list[str]:
+        """Files of `_write_repository` that must not replace those in the repository."""
+        return []
+
+    def _replaced(self) -> list[str]:
+        """Files in the repository that go if they are not written again."""
+        return []
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Save to the Hub in one commit, with a model card; makes the repository if need be.
+
+        Until that commit is made, the repository shows what it showed before: after an error, push again.
+
+        Args:
+            repo_id: `"user/name"`.
+            private: Visibility of a new repository, None for the account's default; one that exists keeps its own.
+            token: Access token; None for the one logged in.
+            commit_message: Message of the commit.
+            revision: Branch to push to, made from the default branch if there is none; None for the default branch.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            OSError: What huggingface_hub raises (no access, no such name), or a `ConnectionError` if the connection
+                broke more often than it tries again.
+        """
+        api = HfApi(token=token)
+        remedy = "The repository shows its latest commit whole: push again."
+        with tempfile.TemporaryDirectory() as folder, _connected(f"pushing to `{repo_id}`", remedy):
+            self._write_repository(Path(folder))
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            address = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
+            card = Path(folder) / CARD_FILE
+            card.write_text(card.read_text(encoding="utf-8").replace(f'"{HERE}"', address), encoding="utf-8")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                ignore_patterns=self._left_out(api, repo_id, revision),
+                delete_patterns=self._replaced() or None,
+            ).commit_url
+
+
+class OneFile(OnHub):
+    """What one safetensors file holds, beside or without a memory.
+
+    Attributes:
+        file: The file's name in a repository.
+    """
+
+    file: ClassVar[str]
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+
+    @abstractmethod
+    def _card(self) -> str:
+        """The model card."""
+
+    def _write_repository(self, folder: Path) -> None:
+        self.save(folder / self.file)
+        (folder / CARD_FILE).write_text(self._card(), encoding="utf-8")
+
+    def _left_out(self, api: HfApi, repo_id: str, revision: str | None) -> list[str]:
+        """Beside a memory, the card is the memory's."""
+        return [CARD_FILE] if api.file_exists(repo_id, MEMORY_FILE, revision=revision) else []
+
+
+def find_files(
+    path_or_repo_id: str | os.PathLike[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    names: Sequence[str] | None = None,
+) -> Path:
+    """The local folder of what was saved: a folder given as such, or downloaded from the Hub.
+
+    Args:
+        path_or_repo_id: A folder, or a repository on the Hub.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token for the Hub.
+        names: Which files are downloaded; by default those that a memory has.
 
     Raises:
-        OSError: What huggingface_hub raises: repository or revision not found, no access, not in the offline cache.
+        OSError: What huggingface_hub raises: repository or revision not found, no access, not in the offline cache. A
+            `ConnectionError` if the connection broke.
         FileNotFoundError: If a path was given (absolute, starting with a dot, or with more than one slash) that is no
             folder.
     """
@@ -43,10 +138,43 @@ def find_files(path_or_repo_id: str | os.PathLike[str], *, revision: str | None,
         return path
     name = str(path_or_repo_id)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
-        raise FileNotFoundError(f"`{name}` is not a folder with a saved memory.")
+        raise FileNotFoundError(f"`{name}` is not a folder with {'a saved memory' if names is None else names[0]}.")
+    patterns = list(saved_files() if names is None else names)
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=saved_files()))
+        with _connected(f"downloading from `{name}`", "Nothing half downloaded is kept: load again."):
+            return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     except OSError as error:
         if hasattr(error, "add_note"):
             error.add_note(f"There is no local folder `{name}` either.")
         raise
+
+
+def find_file(
+    path_or_repo_id: str | os.PathLike[str], name: str, *, revision: str | None, token: str | None
+) -> Path:
+    """The local path of a file: given as such, `name` in a folder, or `name` downloaded from the Hub.
+
+    Raises:
+        OSError: As `find_files`.
+        FileNotFoundError: If there is no such file. What ends as `name` does is a file, not a repository.
+    """
+    path = Path(path_or_repo_id)
+    if path.is_file():
+        return path
+    if path.suffix == Path(name).suffix:
+        raise FileNotFoundError(f"`{path}` does not exist: give a saved file, or a repository on the Hub.")
+    found = find_files(path_or_repo_id, revision=revision, token=token, names=[name]) / name
+    if not found.is_file():
+        raise FileNotFoundError(f"`{path_or_repo_id}` has no {name}.")
+    return found
+
+
+@contextmanager
+def _connected(doing: str, remedy: str) -> Iterator[None]:
+    """Raise what the HTTP client does about a broken connection, which is no `OSError`, as a `ConnectionError`."""
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        raise ConnectionError(f"The connection to the Hub broke while {doing} ({error}). {remedy}") from error

@@ -19,7 +19,7 @@ from memory_adapters.decoder import find_decoder
 from memory_adapters.hub import find_files
 from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
 
-__all__ = ["inject_memory", "load_memory", "memories"]
+__all__ = ["base_model", "inject_memory", "load_memory", "memories"]
 
 _DEFAULT_NAME = "knowledge"
 
@@ -45,7 +45,7 @@ def inject_memory(
     memory_type = memory_class(config)
     if memory_type is None:
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {', '.join(memory_config_names())}.")
-    base = _base_model(model)
+    base = base_model(model)
     config = copy.deepcopy(config)
     decoder = find_decoder(base, config.layers_path)
     fingerprint = base_fingerprint(base, config.layers_path)
@@ -113,7 +113,7 @@ def load_memory(
     memory_type = memory_class(config)
     assert memory_type is not None
     _check_files(folder, [file for file in memory_type.files if file != CARD_FILE])
-    base = _base_model(model)
+    base = base_model(model)
     decoder = find_decoder(base, config.layers_path)
     if config.base_fingerprint is not None:
         check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
@@ -126,12 +126,13 @@ def load_memory(
 
 def memories(model: nn.Module) -> dict[str, Memory]:
     """The memories on a model by adapter name, in the order they came, however they were put there."""
-    base = _base_model(model)
+    base = base_model(model)
     attached: Attached = getattr(base, ATTACHED, None) or Attached()
     found: dict[str, Memory] = {}
+    attached.memories = {name: memory for name, memory in attached.memories.items() if memory.attached}
     for name, config in getattr(base, "peft_config", {}).items():
         known, memory_type = attached.memories.get(name), memory_class(config)
-        if known is not None and known.attached:
+        if known is not None:
             found[name] = known
         elif memory_type is not None:
             found[name] = memory_type(base, name, config)
@@ -147,7 +148,8 @@ def _check_files(folder: Path, names: list[str]) -> None:
             raise FileNotFoundError(f"`{folder}` has no {name}: it is not a saved memory, or only part of one.")
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model itself, also of a PeftModel."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-__all__ = ["Document", "Fact", "Item", "QuestionAnswer", "as_items"]
+__all__ = ["Document", "Fact", "Item", "QuestionAnswer", "as_items", "read_items"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,73 @@ def as_items(items: object, accepted: tuple[type, ...] = (Fact, Document, Questi
             names = ", ".join(kind.__name__ for kind in accepted)
             raise TypeError(f"`items` holds a {type(item).__name__}; this memory takes {names}.")
     return converted  # type: ignore[return-value]
+
+
+def read_items(path: str | os.PathLike[str]) -> list[Item]:
+    """Items from a file in UTF-8 that holds nothing else.
+
+    A `.json` file is a list of objects, a `.jsonl` file has one on each line: `{"prompt", "subject", "target"}`,
+    `{"question", "answer"}` or `{"text"}`, mixed, without other fields. A `.txt` file is one document.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If something in it is no item (with the line that it begins on), there is none, or the file's name
+            ends otherwise.
+    """
+    file = Path(path)
+    readers = {".json": _listed, ".jsonl": _line_by_line, ".txt": lambda _, text: [(1, {"text": text})]}
+    if file.suffix.lower() not in readers:
+        raise ValueError(f"`{file}` is of no known type: name it {', '.join(readers)} after what it holds.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"`{file}`, line {line} is not UTF-8: save the file as UTF-8.") from None
+    items = [_item(value, f"`{file}`, line {line}") for line, value in readers[file.suffix.lower()](file, text)]
+    if not items:
+        raise ValueError(f"`{file}` is empty: give at least one item.")
+    return items
+
+
+_KINDS: tuple[type[Item], ...] = (Fact, QuestionAnswer, Document)
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def _item(value: Any, place: str) -> Item:
+    for kind in _KINDS:
+        if isinstance(value, dict) and set(value) == {field.name for field in fields(kind)}:
+            try:
+                return kind(**value)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+    kinds = " or ".join(str({field.name for field in fields(kind)}) for kind in _KINDS)
+    found = f"the fields {', '.join(value) or 'of nothing'}" if isinstance(value, dict) else f"{value!r}"
+    raise ValueError(f"{place} has {found}; an item has {kinds}, and no other fields.")
+
+
+def _listed(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Line and value of each element of a JSON list."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{file}` is not JSON: {error}. If each line is an item, name it .jsonl.") from None
+    if not isinstance(whole, list):
+        raise ValueError(f"`{file}` must hold a list of items, got a {type(whole).__name__}.")
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    for _ in whole:
+        place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+        line = text.count("\n", 0, place) + 1
+        value, place = decoder.raw_decode(text, place)
+        yield line, value
+
+
+def _line_by_line(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for line, value in enumerate(text.split("\n"), 1):
+        if value.strip():
+            try:
+                yield line, json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`{file}`, line {line} is not JSON: {error.msg} (column {error.colno}).") from None
 
 
 def _joint(before: str, after: str) -> str:

@@ -1,13 +1,21 @@
-"""LoRA layers of PEFT by their place in the model, and how an adapter is taken out of them."""
+"""Adapter layers of PEFT on a model, and how one adapter among others is taken out of LoRA layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-__all__ = ["lora_layers", "take_out"]
+__all__ = ["adapter_layers", "lora_layers", "take_out"]
+
+
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[Any]:
+    """PEFT's layers of all methods, lowest block first; only those that hold the adapter, if one is named."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [x for x in layers if adapter_name is None or adapter_name in x._get_available_adapters()]
 
 
 def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLayer]:

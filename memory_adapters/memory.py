@@ -5,22 +5,25 @@ from __future__ import annotations
 import html
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from memory_adapters import hub
-from memory_adapters.checkpoint import atomic_directory, read_tensors, write_tensors
+from memory_adapters.checkpoint import adapter_tensors, atomic_directory, base_fingerprint, read_tensors, write_tensors
 from memory_adapters.config import MemoryConfig
 from memory_adapters.decoder import Decoder
+from memory_adapters.lora import adapter_layers
 from memory_adapters.model_card import model_card
+
+if TYPE_CHECKING:
+    from memory_adapters.export import Exporter
 
 __all__ = ["Memory", "WriteReport"]
 
@@ -105,6 +108,23 @@ class Attached:
 ATTACHED = "_memory_adapters"
 
 
+def forget_adapter(model: Any, adapter_name: str) -> None:
+    """Take an adapter whose modules are gone out of the model's books; after the last one nothing is left in them."""
+    del model.peft_config[adapter_name]
+    attached: Attached | None = getattr(model, ATTACHED, None)
+    if attached is not None:
+        attached.memories.pop(adapter_name, None)
+        if not attached.memories:
+            parameters = dict(model.named_parameters())
+            for name in attached.trainable:
+                if name in parameters:
+                    parameters[name].requires_grad_(True)
+            delattr(model, ATTACHED)
+    if not model.peft_config:
+        del model.peft_config
+        model.__dict__.pop("_hf_peft_config_loaded", None)
+
+
 class Memory(ABC):
     """Knowledge that can be written into one model, switched off, taken out, saved and loaded.
 
@@ -119,6 +139,8 @@ class Memory(ABC):
 
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
     optional_files: ClassVar[tuple[str, ...]] = ()
+    exporters: ClassVar[Mapping[str, Exporter]] = {}  # by format, for `export`
+    export_note: ClassVar[str] = ""  # what to do without a format
 
     def __init__(self, model: Any, adapter_name: str, config: MemoryConfig, tokenizer: Any = None) -> None:
         self.model = model
@@ -142,8 +164,24 @@ class Memory(ABC):
 
     @property
     def attached(self) -> bool:
-        """Whether the memory is still on its model."""
+        """Whether the memory is still on its model.
+
+        PEFT's `merge_and_unload` and `unload` of another adapter drop the configs of all: a memory whose modules they
+        left in place is entered again, as one of the model as it is now.
+        """
+        configs: dict[str, Any] = getattr(self.model, "peft_config", {})
+        if self.adapter_name not in configs and self._in_place():
+            self.model.peft_config = {**configs, self.adapter_name: self._adapter_config}
+            self._rebase(base_fingerprint(self.model, self._config.layers_path))
         return getattr(self.model, "peft_config", {}).get(self.adapter_name) is self._adapter_config
+
+    def _in_place(self) -> bool:
+        """Whether all of this memory's modules are on the model, whatever the model's books say."""
+        return bool(self.tuner_layers())
+
+    def _rebase(self, fingerprint: dict[str, Any]) -> None:
+        """Belong to the model as it is now."""
+        self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
 
     def _check_attached(self) -> None:
         if not self.attached:
@@ -156,8 +194,7 @@ class Memory(ABC):
 
     def tuner_layers(self) -> list[BaseTunerLayer]:
         """PEFT layers that hold this memory, lowest block first."""
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        return [layer for layer in layers if self.adapter_name in layer._get_available_adapters()]
+        return adapter_layers(self.model, self.adapter_name)
 
     @property
     def active(self) -> bool:
@@ -193,12 +230,7 @@ class Memory(ABC):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The memory's tensors under PEFT's checkpoint names (without the adapter's name)."""
         self._check_attached()
-        # Not the whole model's state dict: bitsandbytes' 4-bit layers on a CPU compute otherwise once asked for theirs.
-        every = chain(self.model.named_parameters(), self.model.named_buffers())
-        own = {name: tensor.detach() for name, tensor in every if self.adapter_name in name.split(".")}
-        return get_peft_model_state_dict(
-            self.model, state_dict=own, adapter_name=self.adapter_name, save_embedding_layers=False
-        )
+        return adapter_tensors(self.model, self.adapter_name)
 
     def remove(self) -> None:
         """Take the memory out. When it was the last adapter, nothing is left: no hook, parameter, config or key.
@@ -207,19 +239,7 @@ class Memory(ABC):
         """
         self._check_attached()
         self._detach()
-        model: Any = self.model
-        del model.peft_config[self.adapter_name]
-        attached: Attached = getattr(model, ATTACHED)
-        attached.memories.pop(self.adapter_name, None)
-        if not attached.memories:
-            parameters = dict(model.named_parameters())
-            for name in attached.trainable:
-                if name in parameters:
-                    parameters[name].requires_grad_(True)
-            delattr(model, ATTACHED)
-        if not model.peft_config:
-            del model.peft_config
-            model.__dict__.pop("_hf_peft_config_loaded", None)
+        forget_adapter(self.model, self.adapter_name)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Save `adapter_config.json`, `adapter_model.safetensors` and a model card (README.md), all or none.

@@ -1,15 +1,22 @@
-"""The model card that travels with a saved memory."""
+"""The model cards that travel with a saved memory, and with what is pushed beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import peft
 from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
     from memory_adapters.config import MemoryConfig
+
+__all__ = ["CARD_FILE", "HERE", "file_card", "model_card"]
+
+CARD_FILE = "README.md"
+HERE = "<this repository or folder>"  # in quotes, as code; `push_to_hub` puts the repository's name in its place
+TITLE_LENGTH = 40
 
 _TEMPLATE = """---
 {metadata}
@@ -28,10 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{base}")
 tokenizer = AutoTokenizer.from_pretrained("{base}")
-memory = load_memory(model, "<this repository or folder>", tokenizer=tokenizer)
+memory = load_memory(model, "{here}", tokenizer=tokenizer)
 ```
 
-{note}## What was written
+{note}{answers}## What was written
 
 {writes}
 
@@ -42,9 +49,34 @@ memory = load_memory(model, "<this repository or folder>", tokenizer=tokenizer)
 Stored numbers: {num_parameters:,}. PEFT {peft_version}.
 """
 
+_ANSWERS = """## Before and after
+
+Greedy answers of the model to prompts of what was written, without the memory and with it.
+
+| prompt | without | with |
+|---|---|---|
+{rows}
+
+"""
+
+_FILE_TEMPLATE = """---
+{metadata}
+---
+
+# {title}
+
+{text} Made with memory-adapters (`pip install memory-adapters`).
+
+```python
+{snippet}
+```
+
+{about}
+"""
+
 
 def model_card(config: MemoryConfig, num_parameters: int) -> str:
-    """Markdown with the Hub's metadata: base model, tags, import line, what was written and how it scored."""
+    """Markdown with the Hub's metadata: base model, tags, answers, import line, what was written and how it scored."""
     base = config.base_model_name_or_path or "the base model"
     is_repo_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     metadata = ModelCardData(
@@ -52,14 +84,17 @@ def model_card(config: MemoryConfig, num_parameters: int) -> str:
         base_model=base if is_repo_id else None,
         pipeline_tag="text-generation",
         tags=["memory-adapters", str(config.peft_type.value).lower().replace("_", "-")],
+        widget=[_widget(answer) for answer in config.answers] or None,
     )
     card = _TEMPLATE.format(
         metadata=metadata.to_yaml(),
         title=f"Memory for {base}",
         method=config.method_name,
         base=base,
+        here=HERE,
         note=config.card_note,
-        writes="\n\n".join(_written(write) for write in config.writes) or "Nothing yet.",
+        answers=_before_and_after(config.answers),
+        writes="\n\n".join(_table(write) for write in config.writes) or "Nothing yet.",
         settings="\n".join(f"* `{name}`: {value}" for name, value in config.card_settings().items()),
         num_parameters=num_parameters,
         peft_version=peft.__version__,
@@ -67,6 +102,47 @@ def model_card(config: MemoryConfig, num_parameters: int) -> str:
     return str(ModelCard(card))
 
 
-def _written(write: Mapping[str, str]) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in write.items())
+def file_card(
+    *, title: str, tag: str, text: str, snippet: str, about: Mapping[str, object], base_fingerprint: Mapping[str, Any]
+) -> str:
+    """Markdown with the Hub's metadata for one file that is no memory.
+
+    Args:
+        title: The heading.
+        tag: What it is, among the Hub's tags.
+        text: What it is, in a sentence.
+        snippet: Python that loads it from `HERE`.
+        about: Label and value of what is known of it.
+        base_fingerprint: Of the model that it belongs to, which the card names by type and size.
+    """
+    metadata = ModelCardData(library_name="memory-adapters", tags=["memory-adapters", tag])
+    base = ("model_type", "num_layers", "hidden_size")
+    known = {name.replace("_", " "): base_fingerprint[name] for name in base if name in base_fingerprint}
+    rows = {key: _plain(str(value)) for key, value in {**about, **known}.items()}
+    card = _FILE_TEMPLATE.format(
+        metadata=metadata.to_yaml(), title=title, text=text, snippet=snippet, about=_table(rows)
+    )
+    return str(ModelCard(card))
+
+
+def _widget(answer: Mapping[str, str]) -> dict[str, Any]:
+    """An example for the Hub's inference widget, with the output that the memory gives."""
+    prompt = answer["prompt"]
+    title = prompt if len(prompt) <= TITLE_LENGTH else prompt[: TITLE_LENGTH - 1] + "…"
+    return {"text": prompt, "example_title": title, "output": {"text": answer["after"]}}
+
+
+def _before_and_after(answers: Sequence[Mapping[str, str]]) -> str:
+    rows = [" | ".join(_plain(answer[name]) for name in ("prompt", "before", "after")) for answer in answers]
+    return _ANSWERS.format(rows="\n".join(f"| {row} |" for row in rows)) if rows else ""
+
+
+def _plain(text: str) -> str:
+    """Text as it is, on one line, whatever it means in Markdown."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", " ".join(printable.split()))
+
+
+def _table(labelled: Mapping[str, str]) -> str:
+    rows = "\n".join(f"| {key} | {value} |" for key, value in labelled.items())
     return f"| | |\n|---|---|\n{rows}"

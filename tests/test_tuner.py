@@ -10,8 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-from memory_adapters import MemoryAdapterConfig, inject_memory, load_memory, memories
-from memory_adapters.residual_mlp import speaking_by_row
+from memory_adapters import MemoryAdapterConfig, inject_memory, load_memory, memories, speaking_by_row
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 from tests.contract import PROMPT, encode, fingerprint, logits
 from tests.models import byte_tokenizer, tiny_model
@@ -146,7 +145,7 @@ def test_rows_through_peft_and_bad_names() -> None:
         rows = wrapped(**inputs, adapter_names=["__base__", "red"]).logits
         torch.testing.assert_close(rows[0], logits(tiny_model())[0])
         assert not torch.equal(rows[0], rows[1])
-        with pytest.raises(ValueError, match=r"`adapter_names` has \['c'\], but the memories are \['blue', 'red'\]"):
+        with pytest.raises(ValueError, match=r"`adapter_names` has \['c'\], but the adapters are \['blue', 'red'\]"):
             wrapped(**inputs, adapter_names=["red", "c"])
         with pytest.raises(ValueError, match="3 entries for a batch of 2"):
             wrapped(**inputs, adapter_names=["red", "blue", "red"])

@@ -20,6 +20,7 @@ from memory_adapters.lora import lora_layers, take_out
 from memory_adapters.memit.adapter import place
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.covariance import Covariance, CovarianceFitter
+from memory_adapters.memit.export import EXPORTERS
 from memory_adapters.memit.ledger import Factors, Ledger, relation_of
 from memory_adapters.memit.rows import Context, fact_rows
 from memory_adapters.memit.solvers import SOLVERS
@@ -51,6 +52,7 @@ class MemitMemory(Memory):
 
     config: MemitConfig
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, LEDGER_FILE, CARD_FILE)
+    exporters = EXPORTERS
 
     def __init__(self, model: nn.Module, adapter_name: str, config: MemitConfig, tokenizer: Any = None) -> None:
         super().__init__(model, adapter_name, config, tokenizer)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -24,7 +25,9 @@ from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteR
 from memory_adapters.memory_slots.compression import compress_texts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
-from memory_adapters.memory_slots.reader import Entry, attach, detach, reader_of
+from memory_adapters.memory_slots.entries import Entry
+from memory_adapters.memory_slots.export import EXPORTERS
+from memory_adapters.memory_slots.reader import CHILD, attach, detach, reader_of
 from memory_adapters.memory_slots.refinement import Asked
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.tokens import score_rows, shared_length, tokenize
@@ -44,6 +47,7 @@ class SlotMemory(Memory):
 
     config: MemorySlotsConfig
     optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE,)
+    exporters = EXPORTERS
 
     def __init__(self, model: nn.Module, adapter_name: str, config: MemorySlotsConfig, tokenizer: Any = None) -> None:
         super().__init__(model, adapter_name, config, tokenizer)
@@ -68,7 +72,27 @@ class SlotMemory(Memory):
     def state_dict(self) -> dict[str, Tensor]:
         """The encoder's tensors."""
         self._check_attached()
+        self._check_encoder()
         return self.encoder.tensors()
+
+    def _check_encoder(self) -> None:
+        if self.config.target_modules and not self.encoder.layers():
+            raise RuntimeError(
+                f"The encoder of {self.adapter_name!r} was taken off with another LoRA: its slots are still read, but "
+                "nothing can be compressed or saved. Load the memory again, and use `merge_lora` to merge one LoRA."
+            )
+
+    def _check_writable(self) -> None:
+        super()._check_writable()
+        self._check_encoder()
+
+    def _in_place(self) -> bool:
+        reader = self._stack._modules.get(CHILD)
+        return reader is not None and self.adapter_name in reader.slot_entries  # type: ignore[operator]
+
+    def _rebase(self, fingerprint: dict[str, Any]) -> None:
+        super()._rebase(fingerprint)
+        self._read([replace(row, base_fingerprint=dict(self.config.base_fingerprint or {})) for row in self.slots])
 
     def write(self, items: Any, *, refine_steps: int | None = None, progress: bool = True) -> WriteReport:
         """Compress text, and let the model read it from now on, behind what was written before.
@@ -234,7 +258,7 @@ class SlotMemory(Memory):
         return (None if right is None else float(right)), math.exp(loss)
 
     def _detach(self) -> None:
-        names = dict(enumerate(self.config.target_modules or []))
+        names = dict(enumerate(self.config.target_modules or [])) if self.encoder.layers() else {}
         take_out(self.model, names, self.adapter_name)
         reader = reader_of(self._stack)
         del reader.slot_entries[self.adapter_name]

@@ -13,101 +13,15 @@ import inspect
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-__all__ = ["CHILD", "SlotReader", "attach", "detach", "reader_of"]
+from memory_adapters.memory_slots.entries import SlotReader
+
+__all__ = ["CHILD", "attach", "detach", "reader_of"]
 
 CHILD = "slot_reader"
 MARK = "_memory_slots"
-
-
-class Entry(nn.Module):
-    """The slots that one memory lets the model read.
-
-    Attributes:
-        vectors: (rows, slots, embedding_size); one row serves every row of a batch.
-        mask: (rows, slots), 0 where a row has fewer slots (on the left); buffers, so that they move with the model.
-    """
-
-    vectors: Tensor
-    mask: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("vectors", torch.zeros(1, 0, width), persistent=False)
-        self.register_buffer("mask", torch.zeros(1, 0, dtype=torch.long), persistent=False)
-
-
-class SlotReader(nn.Module, BaseTunerLayer):
-    """Slots of all memories on a model, by adapter name."""
-
-    adapter_layer_names = ("slot_entries",)
-    other_param_names = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slot_entries = nn.ModuleDict()
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self.kept_for: tuple[Any, ...] = ()
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-
-    def get_base_layer(self) -> nn.Module:
-        return self
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Slots go where the embeddings are when they are put in."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Does nothing: slots are inputs, not weights."""
-
-    def unmerge(self) -> None:
-        """Does nothing, as `merge` did nothing."""
-
-    def read(self) -> tuple[Tensor, Tensor] | None:
-        """Vectors (rows, slots, width) and mask of the active memories, one after the other; None if there is none."""
-        if self._disable_adapters:
-            return None
-        names = [name for name in self._active_adapter if name in self.slot_entries]
-        entries: list[Any] = [self.slot_entries[name] for name in names]
-        entries = [entry for entry in entries if entry.vectors.shape[1]]
-        if not entries:
-            return None
-        rows = max(len(entry.vectors) for entry in entries)
-        vectors = torch.cat([entry.vectors.expand(rows, -1, -1) for entry in entries], 1)
-        return vectors, torch.cat([entry.mask.expand(rows, -1) for entry in entries], 1)
-
-    def state(self, stack: nn.Module) -> tuple[Any, ...]:
-        """What the kept keys and values depend on: slots, weights, and which adapters take part.
-
-        Tensors are held, so that none that is new can be taken for one that is gone.
-        """
-        names = [name for name in self._active_adapter if name in self.slot_entries]
-        entries: list[Any] = [self.slot_entries[name] for name in names]
-        tensors = [*(entry.vectors for entry in entries), *stack.parameters()]
-        versions = [_Held(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        layers: list[Any] = [m for m in stack.modules() if isinstance(m, BaseTunerLayer) and m is not self]
-        adapters = [
-            (tuple(layer.active_adapters), layer.disable_adapters, tuple(getattr(layer, "scaling", {}).items()))
-            for layer in layers
-        ]
-        return (names, versions, adapters)
-
-
-class _Held:
-    """A tensor as it is now: equal to itself as long as nothing writes into it."""
-
-    def __init__(self, tensor: Tensor, version: int) -> None:
-        self.tensor, self.version, self.place = tensor, version, (tensor.device, tensor.dtype)
-
-    def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _Held) and self.tensor is other.tensor
-        return same and (self.version, self.place) == (other.version, other.place)  # type: ignore[attr-defined]
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def attach(stack: nn.Module) -> SlotReader:

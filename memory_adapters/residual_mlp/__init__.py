@@ -3,9 +3,9 @@
 from memory_adapters.config import register_memory
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.memory import ResidualMemory
-from memory_adapters.residual_mlp.tuner import register_with_peft, speaking_by_row
+from memory_adapters.residual_mlp.tuner import register_with_peft
 
-__all__ = ["MemoryAdapterConfig", "ResidualMemory", "speaking_by_row"]
+__all__ = ["MemoryAdapterConfig", "ResidualMemory"]
 
 register_with_peft()
 register_memory(MemoryAdapterConfig, ResidualMemory)

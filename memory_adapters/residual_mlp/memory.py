@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
@@ -20,6 +20,7 @@ class ResidualMemory(Memory):
     """Knowledge trained into gated residual MLPs on a few decoder blocks, the base frozen."""
 
     config: MemoryAdapterConfig
+    export_note: ClassVar[str] = "Its MLP is not linear, so no LoRA and no weight can hold it: keep it as an adapter."
 
     @property
     def weight(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
@@ -13,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from memory_adapters.activation import speaking_by_row
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint
 from memory_adapters.config import MemoryPeftType
 from memory_adapters.decoder import execution_device, find_decoder, resolve_layers
@@ -20,11 +21,10 @@ from memory_adapters.forward_passes import hidden_state
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 
-__all__ = ["BASE_ROW", "MemoryLayer", "MemoryTuner", "speaking_by_row"]
+__all__ = ["MemoryLayer", "MemoryTuner"]
 
 PREFIX = "memory_adapter_"
 CHILD = "residual_memory"  # must not contain the prefix: PEFT skips such modules when it deletes an adapter
-BASE_ROW = "__base__"
 
 
 class MemoryLayer(nn.Module, BaseTunerLayer):
@@ -119,31 +119,6 @@ def discard_empty_layers(model: nn.Module) -> None:
             delattr(block, CHILD)
             for key in [key for key, hook in block._forward_hooks.items() if hook is speak]:
                 del block._forward_hooks[key]
-
-
-@contextmanager
-def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Within this context row i of a batch uses the residual memory `adapter_names[i]`, or none for `"__base__"`.
-
-    Args:
-        model: A model with residual memories.
-        adapter_names: One name a row; beam search repeats them over its beams.
-
-    Raises:
-        ValueError: If a name is no residual memory of the model.
-    """
-    layers = memory_layers(model)
-    known = {name for layer in layers for name in layer.memory_adapter_mlp}
-    if unknown := sorted(set(adapter_names) - known - {BASE_ROW}):
-        raise ValueError(f"`adapter_names` has {unknown}, but the memories are {sorted(known)} (or {BASE_ROW!r}).")
-    before = [layer.rows for layer in layers]
-    for layer in layers:
-        layer.rows = list(adapter_names)
-    try:
-        yield
-    finally:
-        for layer, rows in zip(layers, before, strict=True):
-            layer.rows = rows
 
 
 class MemoryTuner(BaseTuner):

@@ -1,0 +1,46 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Causal LM: a Hub id, a folder, or `embedded` for SmolLM2-135M-Instruct (./embedded is a folder).",
+    ),
+]
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Saved memory: a folder or a Hub id.")]
+RecordsArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECORDS",
+        help="Facts with prompts to judge them by: CounterFact, zsRE, or your own with the fields prompt, subject, "
+        "target and, if you have them, true_target, paraphrases, neighbours. A .json, .jsonl or .csv file, or a Hub id.",
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N records.  [default: all]")]
+TextOption = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Unrelated text for the perplexity.")
+]
+TextTokensOption = Annotated[int, typer.Option(min=2, metavar="N", help="Most tokens of --text that are read.")]
+ReportOption = Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.json", help="Also save the result.")]
+PushOption = Annotated[
+    str | None, typer.Option(metavar="REPO_ID", help="Also upload to this Hub repository, made if need be.")
+]
+PrivateOption = Annotated[
+    bool, typer.Option("--private", help="With --push: a new repository is private.  [default: as the account says]")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the model's weights; auto is that of its files.")]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]

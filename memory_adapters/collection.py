@@ -1,0 +1,134 @@
+"""All adapters of a model in one folder, memories and PEFT's own, and a Trainer callback that saves them there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from memory_adapters.checkpoint import adapter_tensors, atomic_directory, write_tensors
+from memory_adapters.inject import base_model, load_memory, memories
+from memory_adapters.lora import adapter_layers
+from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory
+from memory_adapters.processes import is_first
+
+__all__ = ["SaveAdapters", "load_adapters", "save_adapters"]
+
+INDEX_FILE = "adapters.json"
+BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
+
+
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save every adapter of a model in a subfolder named after it: memories whole, others as PEFT saves them.
+
+    Each subfolder can be loaded alone, by `load_memory` or by PEFT. The index (names in their order, and which are
+    active) is written last.
+
+    Args:
+        model: A model with adapters, or a PeftModel around one.
+        folder: Where to; each adapter is replaced whole or not at all.
+
+    Raises:
+        ValueError: If the model has no adapter, or one cannot be saved.
+    """
+    base: Any = base_model(model)
+    known = memories(base)
+    configs: dict[str, PeftConfig] = dict(getattr(base, "peft_config", {}))
+    if not configs:
+        raise ValueError("`model` has no adapter to save: inject a memory or add a LoRA first.")
+    for name, config in configs.items():
+        if name in known:
+            known[name].save_pretrained(Path(folder) / name)
+            continue
+        with atomic_directory(Path(folder) / name) as staging:
+            tensors = adapter_tensors(base, name)
+            write_tensors(staging / WEIGHTS_FILE, {PEFT_KEY_PREFIX + key: tensor for key, tensor in tensors.items()})
+            config.save_pretrained(str(staging))
+    index = [{"name": n, "memory": n in known, "active": _is_active(base, n, known)} for n in configs]
+    with atomic_directory(folder) as staging:
+        (staging / INDEX_FILE).write_text(json.dumps({"adapters": index}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> dict[str, Memory]:
+    """Load all that `save_adapters` saved, in the same order, with the same ones active.
+
+    Args:
+        model: The base model.
+        folder: A folder written by `save_adapters`.
+        tokenizer: The model's tokenizer; needed to write more.
+
+    Returns:
+        The memories among them, by name.
+
+    Raises:
+        FileNotFoundError: If the folder has no index of adapters.
+        ValueError: As `load_memory`; what was loaded before the one that failed is taken off again.
+    """
+    index_file = Path(folder) / INDEX_FILE
+    if not index_file.is_file():
+        raise FileNotFoundError(f"`{folder}` has no {INDEX_FILE}: give a folder written by `save_adapters`.")
+    base: Any = base_model(model)
+    index = _read_index(index_file)
+    loaded: list[str] = []
+    before = {id(layer): list(layer.active_adapters) for layer in adapter_layers(base)}
+    try:
+        for name, is_memory, _ in index:
+            if is_memory:
+                load_memory(base, Path(folder) / name, tokenizer=tokenizer, adapter_name=name)
+            else:
+                base.load_adapter(str(Path(folder) / name), adapter_name=name)
+            loaded.append(name)
+    except BaseException:
+        for name in reversed(loaded):
+            base.delete_adapter(name) if name not in memories(base) else memories(base)[name].remove()
+        raise
+    finally:
+        for layer in adapter_layers(base):
+            layer._active_adapter = before.get(id(layer), [])
+    found = memories(base)
+    for name, _, active in index:
+        if active and name in found:
+            found[name].active = True
+        elif active:
+            for layer in adapter_layers(base, name):
+                layer._active_adapter = [*layer.active_adapters, name]
+    return {name: found[name] for name, _, _ in index if name in found}
+
+
+class SaveAdapters(TrainerCallback):
+    """Trainer callback: every checkpoint holds all adapters of the model under `adapters/`, and no base weights.
+
+    Trainer itself saves what PEFT knows of a PeftModel; here memories come with all of their files (the ledger of an
+    edit, slots), ready for `load_adapters`.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After Trainer wrote a checkpoint."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if is_first():
+            save_adapters(model, checkpoint / "adapters")
+            for pattern in BASE_WEIGHTS:
+                for file in checkpoint.glob(pattern):
+                    file.unlink()
+
+
+def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["adapters"]
+        index = [(entry["name"], entry["memory"], entry["active"]) for entry in entries]
+        if any(Path(name).name != name or {type(memory), type(active)} != {bool} for name, memory, active in index):
+            raise ValueError("names must be single folders, `memory` and `active` true or false")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` is damaged ({error!r}). Save the adapters again.") from error
+    return index
+
+
+def _is_active(base: nn.Module, name: str, known: dict[str, Memory]) -> bool:
+    if name in known:
+        return known[name].active
+    return any(name in layer.active_adapters for layer in adapter_layers(base, name))

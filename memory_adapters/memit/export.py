@@ -1,0 +1,192 @@
+"""An edit for other programs: a LoRA adapter for vLLM, a LoRA file for llama.cpp, or the whole model, edited."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memory_adapters.checkpoint import write_tensors
+from memory_adapters.export import Exporter, Write, check_finite
+from memory_adapters.lora import adapter_layers, lora_layers
+from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from memory_adapters.memit.memory import MemitMemory
+
+__all__ = ["EXPORTERS", "VLLM_RANKS"]
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` can be."""
+
+GGUF_FILE = "adapter.gguf"
+GGUF_ARCHITECTURES = {
+    "cohere": "command-r",
+    "glm": "chatglm",
+    "gpt_bigcode": "starcoder",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+}
+"""Model types whose architecture has another name in GGUF files; the others differ in separators at most."""
+
+
+def vllm(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
+    """A plain LoRA adapter, its rank filled up with zeros to one of `VLLM_RANKS`."""
+    factors = _factors(memory, dtype or memory.model.dtype)
+    rank = _rank(factors)
+    padded = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    if padded is None:
+        raise ValueError(
+            f'`format="vllm"`: the edit has rank {rank} (one for each fact, at most the width of the model), and vLLM '
+            f'loads adapters up to rank {VLLM_RANKS[-1]}: export it as "merged", or write fewer facts to a memory.'
+        )
+    tensors = {}
+    for name, (A, B) in factors.items():
+        tensors[f"{PEFT_KEY_PREFIX}{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, padded - rank))
+        tensors[f"{PEFT_KEY_PREFIX}{name}.lora_B.weight"] = F.pad(B, (0, padded - rank))
+    config = copy.copy(memory._adapter_config)
+    config.r = config.lora_alpha = padded
+    config.inference_mode = True
+
+    def write(folder: Path) -> Path:
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        config.save_pretrained(str(folder))
+        return folder
+
+    return write
+
+
+def gguf(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
+    """A LoRA file as llama.cpp's `convert_lora_to_gguf.py` makes it."""
+    try:
+        import gguf as library
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('`format="gguf"` needs the package gguf: run `pip install gguf`.') from None
+    text = memory.model.config.get_text_config()
+    wanted = _plain(GGUF_ARCHITECTURES.get(text.model_type, text.model_type.removesuffix("_text")))
+    architecture = next((kind for kind, name in library.MODEL_ARCH_NAMES.items() if _plain(name) == wanted), None)
+    known = architecture and library.get_tensor_name_map(architecture, text.num_hidden_layers)
+    dtype = dtype or torch.float32
+    factors = _factors(memory, dtype)
+    names = {name: known.get_name(name) if known else None for name in factors}
+    if missing := [name for name, found in names.items() if found is None]:
+        raise ValueError(
+            f'`format="gguf"`: the package gguf has no name for `{missing[0]}` of a {text.model_type!r} model, which '
+            'llama.cpp may not run: export it as "merged" or "vllm", or update gguf.'
+        )
+    kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    file_type = library.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]
+
+    def write(folder: Path) -> Path:
+        writer = library.GGUFWriter(folder / GGUF_FILE, library.MODEL_ARCH_NAMES[architecture])
+        writer.add_type(library.GGUFType.ADAPTER)
+        writer.add_string(library.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(library.Keys.Adapter.LORA_ALPHA, float(_rank(factors)))
+        writer.add_file_type(file_type)
+        for name, pair in factors.items():
+            for suffix, matrix in zip(("lora_a", "lora_b"), pair, strict=True):
+                stored = library.GGMLQuantizationType[kind]
+                data = library.quantize(matrix.float().contiguous().numpy(), stored)
+                writer.add_tensor(f"{names[name]}.weight.{suffix}", data, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return folder / GGUF_FILE
+
+    return write
+
+
+def merged(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
+    """The base with W + B A, summed in float32, for W of the edited projections, and the tokenizer if it is known."""
+    _check_written(memory)
+    model: Any = memory.model
+    if any(layer.merged for layer in adapter_layers(model)):
+        raise ValueError("Adapters are merged into the weights of this model: call `unmerge_adapter()` first.")
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of a model that was dequantised at loading; others are refused below
+    with torch.device("meta"):
+        edited = type(model)(config)
+    tensors = {name: _base_tensor(model, name, like) for name, like in edited.state_dict().items()}
+    for layer, module in lora_layers(model, memory._names).items():
+        name = f"{memory._names[layer]}.weight"
+        weight = tensors[name]
+        change = module.get_delta_weight(memory.adapter_name).detach().to(weight.device)
+        tensors[name] = (weight.float() + change).to(dtype or weight.dtype)
+    edited.load_state_dict(tensors, assign=True)  # the memory of all others is shared with the model
+    edited.tie_weights()
+    edited.to(dtype)
+    for name, parameter in edited.named_parameters():
+        check_finite(parameter, name)
+    edited.generation_config = copy.deepcopy(model.generation_config)
+
+    def write(folder: Path) -> Path:
+        edited.save_pretrained(folder)
+        if memory.tokenizer is not None:
+            memory.tokenizer.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EXPORTERS: Mapping[str, Exporter] = {"gguf": gguf, "merged": merged, "vllm": vllm}
+
+
+def _factors(memory: MemitMemory, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (rank, d_in) and B (hidden_size, rank) of each edited projection, by its dotted name, on the CPU."""
+    _check_written(memory)
+    factors = {}
+    for layer, module in lora_layers(memory.model, memory._names).items():
+        name = memory._names[layer]
+        pair = [part[memory.adapter_name].weight for part in (module.lora_A, module.lora_B)]
+        A, B = (check_finite(matrix.detach().to("cpu", dtype), name) for matrix in pair)
+        factors[name] = A, B
+    return factors
+
+
+def _rank(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    return max(len(A) for A, _ in factors.values())
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").replace("_", "")
+
+
+def _check_written(memory: MemitMemory) -> None:
+    if not memory.facts:
+        raise ValueError("`memory` has no facts: write some, then export it.")
+
+
+def _base_tensor(model: nn.Module, name: str, like: Tensor) -> Tensor:
+    """A parameter or buffer of the model that the adapters on it were put on, by its name there."""
+    *path, leaf = name.split(".")
+    module: Any = model
+    for part in path:
+        module = getattr(module, part)
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+    tensor = getattr(module, leaf, None)
+    if isinstance(tensor, Tensor) and tensor.device.type == "meta":  # accelerate keeps it elsewhere
+        with align_module_device(module):
+            tensor = getattr(module, leaf).detach().cpu()
+    usable = isinstance(tensor, Tensor) and type(tensor.data) is Tensor
+    if tensor is None or not usable or (like.is_floating_point() and tensor.dtype not in _FLOATS):
+        raise ValueError(
+            f'`format="merged"` cannot add to quantised weights, such as `{name}`: load the base in bfloat16 or '
+            "float32, load the saved memory into it (`load_memory`), and export that."
+        )
+    return tensor.detach()
