@@ -104,8 +104,21 @@ class SaveAdapters(TrainerCallback):
     """Trainer callback: every checkpoint holds all adapters of the model under `adapters/`, and no base weights.
 
     Trainer itself saves what PEFT knows of a PeftModel; here memories come with all of their files (the ledger of an
-    edit, slots), ready for `load_adapters`.
+    edit, slots), ready for `load_adapters`. When Trainer resumes, it makes the LoRA the only active one of its kind,
+    which silences edits; the adapters that were active when the Trainer was made are active again.
     """
+
+    def __init__(self) -> None:
+        self.active: list[tuple[Any, list[str]]] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """When the Trainer is made."""
+        self.active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a checkpoint was loaded, before the first step."""
+        for layer, names in self.active:
+            layer._active_adapter = list(names)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After Trainer wrote a checkpoint."""

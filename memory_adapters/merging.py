@@ -31,8 +31,8 @@ def merge_lora(model: nn.Module, adapter_name: str = "default") -> nn.Module:
         The Hugging Face model.
 
     Raises:
-        ValueError: If the adapter is none of the model's LoRAs, something is merged for a while, it trained whole modules
-            beside its matrices (`modules_to_save`), or merging gives NaN. The model is unchanged then.
+        ValueError: If the adapter is none of the model's LoRAs, something is merged for a while, it trained whole
+            modules beside its matrices (`modules_to_save`), or merging gives NaN. The model is unchanged then.
     """
     base: Any = base_model(model)
     found = memories(base)

@@ -120,7 +120,7 @@ def test_a_lora_is_merged_while_a_memory_stays(kind: str, lora_first: bool, tmp_
 
 @methods
 def test_pefts_own_merge_leaves_no_memory_behind_unseen(kind: str) -> None:
-    """It merges every active LoRA, edits too, and drops the others; what it leaves in place is still ours to take out."""
+    """It merges every active LoRA, edits too, and drops the others; what it leaves in place can still be taken out."""
     wrapped = get_peft_model(tiny_model(), lora_config())
     memory = inject_memory(wrapped, SUITES[kind].make_config(), tokenizer=byte_tokenizer())
     SUITES[kind].speak(memory)
@@ -181,12 +181,16 @@ def test_another_adapter_for_each_row(first: str, second: str, beams: int) -> No
 def test_names_that_are_wrong_and_matrices_that_are_shared() -> None:
     model = both("lora", "memit")
     for context in (speaking, speaking_by_row):
-        with pytest.raises(ValueError, match=r"`adapter_names` has \['three'\], but the adapters are \['one', 'two'\]"):
-            with context(model, ["three"]):
-                pass
-    with pytest.raises(ValueError, match=r"\['two'\], but \['one'\] is active on the same matrices"):
-        with speaking_by_row(model, ["two", "__base__"]):
-            pass
+        with (
+            pytest.raises(ValueError, match=r"`adapter_names` has \['three'\], but the adapters are \['one', 'two'\]"),
+            context(model, ["three"]),
+        ):
+            raise AssertionError("unreachable")
+    with (
+        pytest.raises(ValueError, match=r"\['two'\], but \['one'\] is active on the same matrices"),
+        speaking_by_row(model, ["two", "__base__"]),
+    ):
+        raise AssertionError("unreachable")
     model = both("residual", "memit")
     with pytest.raises(ValueError, match="2 entries for a batch of 3"), speaking_by_row(model, ["one", "two"]):
         logits(model, "a", "b", "c")
