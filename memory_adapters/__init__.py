@@ -9,7 +9,7 @@ from memory_adapters.memit import Covariance, CovarianceFitter, MemitConfig, Mem
 from memory_adapters.memory import Memory, WriteReport
 from memory_adapters.memory_slots import MemorySlots, MemorySlotsConfig, SlotMemory
 from memory_adapters.merging import merge_lora
-from memory_adapters.residual_mlp import MemoryAdapterConfig, ResidualMemory
+from memory_adapters.residual_mlp import MemoryAdapterConfig, MemoryRouter, ResidualMemory, route_memories
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "MemitMemory",
     "Memory",
     "MemoryAdapterConfig",
+    "MemoryRouter",
     "MemorySlots",
     "MemorySlotsConfig",
     "QuestionAnswer",
@@ -35,6 +36,7 @@ __all__ = [
     "load_memory",
     "memories",
     "merge_lora",
+    "route_memories",
     "save_adapters",
     "speaking",
     "speaking_by_row",

@@ -62,7 +62,7 @@ def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[
 
     Raises:
         ValueError: If a name is no adapter of the model, or an adapter that is not named is on the same matrix as one
-            that is.
+            that is, or the model has a router.
     """
     base = base_model(model)
     found = memories(base)
@@ -74,6 +74,8 @@ def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[
     mixed = _mixed_layers(layers, found, named)
     before = [(layer, layer._active_adapter) for layer in layers]
     by_row = [layer for layer in layers if hasattr(layer, "rows")]
+    if any(getattr(layer, "router", None) is not None for layer in by_row):
+        raise ValueError("`model` has a router, which chooses for each row: `remove` it first.")
     rows_before = [layer.rows for layer in by_row]
     with ExitStack() as stack:
         for layer in mixed:

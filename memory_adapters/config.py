@@ -24,7 +24,6 @@ __all__ = [
     "register_memory",
 ]
 
-
 ANSWER_FIELDS = {"prompt", "before", "after"}
 
 
@@ -59,8 +58,8 @@ class MemoryConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for answer in self.answers if isinstance(self.answers, list) else [self.answers]:
-            fields_found = set(answer) if isinstance(answer, dict) else set()
-            if fields_found != ANSWER_FIELDS or not all(isinstance(text, str) for text in answer.values()):
+            known = isinstance(answer, dict) and set(answer) == ANSWER_FIELDS
+            if not known or not all(isinstance(text, str) for text in answer.values()):
                 raise ValueError(f"`answers` must be a list of {sorted(ANSWER_FIELDS)}, got {answer!r}.")
 
     def card_settings(self) -> dict[str, Any]:

@@ -149,9 +149,7 @@ def find_files(
         raise
 
 
-def find_file(
-    path_or_repo_id: str | os.PathLike[str], name: str, *, revision: str | None, token: str | None
-) -> Path:
+def find_file(path_or_repo_id: str | os.PathLike[str], name: str, *, revision: str | None, token: str | None) -> Path:
     """The local path of a file: given as such, `name` in a folder, or `name` downloaded from the Hub.
 
     Raises:

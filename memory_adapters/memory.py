@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,12 +15,12 @@ import torch
 from peft import PeftConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from memory_adapters import hub
 from memory_adapters.checkpoint import adapter_tensors, atomic_directory, base_fingerprint, read_tensors, write_tensors
-from memory_adapters.config import MemoryConfig
+from memory_adapters.config import MemoryConfig, saved_files
 from memory_adapters.decoder import Decoder
+from memory_adapters.hub import OnHub
 from memory_adapters.lora import adapter_layers
-from memory_adapters.model_card import model_card
+from memory_adapters.model_card import CARD_FILE, model_card
 
 if TYPE_CHECKING:
     from memory_adapters.export import Exporter
@@ -31,7 +31,6 @@ CONFIG_FILE = "adapter_config.json"
 SETTINGS_FILE = "memory_config.json"  # of methods whose adapter is of a PEFT type that is not their own
 CONFIG_FILES = (SETTINGS_FILE, CONFIG_FILE)
 WEIGHTS_FILE = "adapter_model.safetensors"
-CARD_FILE = "README.md"
 PEFT_KEY_PREFIX = "base_model.model."
 
 
@@ -53,6 +52,8 @@ class WriteReport:
         num_parameters: Numbers stored by the memory.
         seconds: Wall time of the whole write.
         notes: What the user should know, such as documents split into windows.
+        answers: Prompts of what was written last, at most 4 (`prompt`), and the model's greedy answers without the
+            memory (`before`) and with it (`after`).
     """
 
     method: str
@@ -67,6 +68,7 @@ class WriteReport:
     num_parameters: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    answers: list[dict[str, str]] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of what is known, for display."""
@@ -88,12 +90,16 @@ class WriteReport:
         """Plain values, for JSON."""
         return asdict(self)
 
+    def _all_rows(self) -> list[tuple[str, str]]:
+        said = [f"{answer['prompt']!r}: {answer['before']!r} → {answer['after']!r}" for answer in self.answers]
+        return self.rows() + [("answer", one) for one in said]
+
     def __repr__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
-        return f"WriteReport ({self.method})\n" + "\n".join(f"  {a:<{width}}  {b}" for a, b in self.rows())
+        return f"WriteReport ({self.method})\n" + "\n".join(f"  {a:<{width}}  {b}" for a, b in self._all_rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
+        cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self._all_rows())
         return f"<table><caption>{html.escape(self.method)}</caption>{cells}</table>"
 
 
@@ -125,7 +131,7 @@ def forget_adapter(model: Any, adapter_name: str) -> None:
         model.__dict__.pop("_hf_peft_config_loaded", None)
 
 
-class Memory(ABC):
+class Memory(OnHub):
     """Knowledge that can be written into one model, switched off, taken out, saved and loaded.
 
     Made by `inject_memory` and `load_memory`, not directly.
@@ -272,21 +278,11 @@ class Memory(ABC):
         """Put what `_read_files` read into a memory that was just injected."""
         set_peft_model_state_dict(self.model, contents, adapter_name=self.adapter_name)
 
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
-    ) -> str:
-        """Save to the Hub; makes the repository if need be.
+    def _write_repository(self, folder: Path) -> None:
+        self.save_pretrained(folder)
 
-        Args:
-            repo_id: `"user/name"`.
-            private: Visibility of a new repository, None for the account's default; one that exists keeps its own.
-            token: Access token; None for the one logged in.
-            commit_message: Message of the commit.
-
-        Returns:
-            The commit's address.
-        """
-        return hub.push(self, repo_id, private=private, token=token, commit_message=commit_message)
+    def _replaced(self) -> list[str]:
+        return saved_files()
 
     def __repr__(self) -> str:
         if not self.attached:

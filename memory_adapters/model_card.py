@@ -51,7 +51,7 @@ Stored numbers: {num_parameters:,}. PEFT {peft_version}.
 
 _ANSWERS = """## Before and after
 
-Greedy answers of the model to prompts of what was written, without the memory and with it.
+Greedy answers of the model to what was written last, without the memory and with it, as they were after that write.
 
 | prompt | without | with |
 |---|---|---|

@@ -11,6 +11,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest_plugins = ["memory_adapters.testing.fixtures"]
+
 
 @pytest.fixture(scope="session")
 def data() -> Path:

@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line; exits with 0 (done), 1 (failed), 2 (wrong usage), 3 (result missed) or 130 (interrupted)."""
+    """Run the command line; exits with 0 (done), 1 (failed), 2 (wrong usage), 3 (missed) or 130 (interrupted)."""
     try:
         from memory_adapters.cli.commands import app
     except ModuleNotFoundError as error:

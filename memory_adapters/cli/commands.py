@@ -8,7 +8,8 @@ import typer
 
 import memory_adapters
 from memory_adapters.cli.files import export, info
-from memory_adapters.cli.measuring import compare, covariance, evaluate, trace
+from memory_adapters.cli.measuring import compare, evaluate
+from memory_adapters.cli.preparing import covariance, trace
 from memory_adapters.cli.writing import write
 
 __all__ = ["app"]
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but the result missed what was asked for, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but not as well as asked, 130 interrupted.",
 )
 for command in (write, evaluate, compare, trace, covariance, export, info):
     app.command()(command)

@@ -19,7 +19,6 @@ from memory_adapters.cli.options import (
     QuietOption,
 )
 from memory_adapters.cli.run import Run, running
-from memory_adapters.memory_slots.memory import SLOTS_FILE
 from memory_adapters.processes import is_first
 
 __all__ = ["export", "info"]
@@ -47,12 +46,12 @@ def export(
 ) -> None:
     """Save the memory ADAPTER in a format that other programs load."""
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
-        from memory_adapters import export as exporting
+        from memory_adapters.export import export as saved_as
 
         base, tokenizer = run.load_model(model, "auto")
         memory = load_memory(base, adapter, tokenizer=tokenizer)
         if is_first():
-            made = exporting.export(memory, output, format=file_format, dtype=None if dtype == "auto" else dtype)
+            made = saved_as(memory, output, format=file_format, dtype=None if dtype == "auto" else dtype)
             run.show({"format": file_format, "output": str(made)}, f"saved in {made}")
 
 
@@ -67,7 +66,10 @@ def info(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what the memory ADAPTER is and holds, from its files alone."""
+    """Say what the memory ADAPTER is and holds.
+
+    Read from its files; no model is loaded unless --model names one.
+    """
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
         saved = SavedMemory.find(adapter)
         result = _description(saved)
@@ -81,7 +83,7 @@ def info(
 
 def _description(saved: SavedMemory) -> dict[str, Any]:
     config: Any = saved.config
-    slots_file = saved.folder / SLOTS_FILE
+    slots_file = saved.folder / MemorySlots.file
     slots = MemorySlots.load(slots_file) if slots_file.is_file() and getattr(config, "has_slots", False) else None
     settings = {name: value for name, value in config.card_settings().items() if name != "layers"}
     return {

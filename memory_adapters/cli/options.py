@@ -21,8 +21,8 @@ RecordsArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECORDS",
-        help="Facts with prompts to judge them by: CounterFact, zsRE, or your own with the fields prompt, subject, "
-        "target and, if you have them, true_target, paraphrases, neighbours. A .json, .jsonl or .csv file, or a Hub id.",
+        help="Facts with prompts to judge them by, in a .json, .jsonl or .csv file, or a Hub id: CounterFact, zsRE, or "
+        "your own with the fields prompt, subject, target and, optionally, true_target, paraphrases, neighbours.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N records.  [default: all]")]

@@ -13,7 +13,6 @@ from memory_adapters.cli.adapters import CONFIGS, MethodName, SavedMemory, parse
 from memory_adapters.cli.options import (
     DebugOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     JsonOption,
     ModelArgument,
@@ -83,7 +82,7 @@ def write(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write facts, questions and documents into a memory for MODEL, and save it."""
+    """Write ITEMS into a memory for MODEL, and save it."""
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
         taught = read_items(items)
         _check(taught, output, method, adapter, min_recall, push, private)

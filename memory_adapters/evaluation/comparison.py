@@ -29,8 +29,8 @@ class MethodResult:
     """What one method made of the facts.
 
     Attributes:
-        write: What its `write` reported: `seconds` is its wall time, `num_parameters` the numbers that the memory stores
-            (of memory slots: those of the encoder).
+        write: What its `write` reported: `seconds` is its wall time, `num_parameters` the numbers that the memory
+            stores (of memory slots: those of the encoder).
         report: The scores with its memory on the model.
     """
 
@@ -108,8 +108,8 @@ def compare(
         tokenizer: Its tokenizer.
         records: Facts, with the prompts to judge them by.
         configs: Name to the config of a method; the same method may come several times with other settings.
-        text: Unrelated text for the perplexity, read by the model alone and with each memory; None for 1,024 tokens that
-            the model samples.
+        text: Unrelated text for the perplexity, read by the model alone and with each memory; None for 1,024 tokens
+            that the model samples.
         max_text_tokens: Most tokens of it that are read; None for all.
         write_settings: Name of a config to keyword arguments of its memory's `write`.
         progress: Show the bars of the scoring. Those of a `write` are turned off through `write_settings`.

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, read_metadata, read_tensors, write_tensors
 from memory_adapters.decoder import execution_device, find_decoder, mlp_projection, resolve_layers
 from memory_adapters.forward_passes import capture_inputs, evaluating, inputs_of
+from memory_adapters.hub import OneFile, find_file
 from memory_adapters.memit.texts import portions, sample_tokens
+from memory_adapters.model_card import HERE, file_card
 from memory_adapters.processes import is_first, share_of, summed
 from memory_adapters.tokens import batches_of, pad_rows
 
 __all__ = ["Covariance", "CovarianceFitter"]
 
-FILE = "covariance.safetensors"
+SNIPPET = f"""from memory_adapters import Covariance
+
+covariance = Covariance.load("{HERE}")
+memory.write(facts, covariance=covariance)  # a `MemitMemory`'s"""
 ROW_LENGTH = 1024
 SAMPLE_LENGTH = 64
 SAMPLE_ROWS = 128
@@ -37,7 +40,7 @@ COLUMN_BLOCKS = 6
 
 
 @dataclass(frozen=True, repr=False)
-class Covariance:
+class Covariance(OneFile):
     """C₀ of some layers, and what it was computed from.
 
     Attributes:
@@ -47,6 +50,8 @@ class Covariance:
         source: The text, in words.
         base_fingerprint: Which base model it belongs to; see `memory_adapters.checkpoint.base_fingerprint`.
     """
+
+    file: ClassVar[str] = "covariance.safetensors"
 
     matrices: dict[int, Tensor]
     num_tokens: int
@@ -92,15 +97,19 @@ class Covariance:
     def load(
         cls, path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
     ) -> Covariance:
-        """Read what `save` or `push_to_hub` wrote: a file, or a repository on the Hub.
+        """Read what `save` or `push_to_hub` wrote.
+
+        Args:
+            path_or_repo_id: A file, a folder with `covariance.safetensors`, or a repository on the Hub.
+            revision: Branch, tag or commit on the Hub.
+            token: Access token for the Hub.
 
         Raises:
-            OSError: If there is none.
+            FileNotFoundError: If there is no such file, or none in the folder or repository.
+            OSError: What huggingface_hub raises if the repository or revision cannot be had.
             ValueError: If the file is damaged.
         """
-        path = Path(path_or_repo_id)
-        if not path.is_file():
-            path = Path(hf_hub_download(str(path_or_repo_id), FILE, revision=revision, token=token))
+        path = find_file(path_or_repo_id, cls.file, revision=revision, token=token)
         shapes, metadata = read_metadata(path)
         try:
             about = json.loads(metadata["covariance"])
@@ -114,13 +123,16 @@ class Covariance:
         tensors = read_tensors(path, {name: torch.Size(shape) for name, shape in shapes.items()})
         return cls({layer: tensors[f"layer.{layer}"] for layer in sorted(layers)}, *fields, fingerprint)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Save to the Hub, in a repository that is made if need be; returns the commit's address."""
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / FILE)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload covariance").commit_url
+    def _card(self) -> str:
+        layers = ", ".join(map(str, sorted(self.matrices)))
+        return file_card(
+            title="Covariance of MLP keys",
+            tag="covariance",
+            text="The mean of k kᵀ over a model's keys at the MLP output projections of some blocks, for MEMIT edits.",
+            snippet=SNIPPET,
+            about={"blocks": layers, "tokens": f"{self.num_tokens:,}", "texts": self.num_texts, "source": self.source},
+            base_fingerprint=self.base_fingerprint,
+        )
 
     def __repr__(self) -> str:
         return f"Covariance(layers={sorted(self.matrices)}, {self.num_tokens:,} tokens of {self.source})"

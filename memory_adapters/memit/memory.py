@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from memory_adapters.answers import answers_to
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, read_tensors, write_tensors
 from memory_adapters.decoder import Decoder, find_decoder, mlp_projection
 from memory_adapters.forward_passes import evaluating
@@ -135,11 +136,15 @@ class MemitMemory(Memory):
         replaced = len(self.ledger.facts) + len(facts) - len(ledger.facts)
         if replaced:
             notes.append(f"{replaced} fact{'s' * (replaced > 1)} about the same subject and relation replaced")
-        factors = ledger.solve()
-        self._place(factors)
+        self._place(ledger.solve())
+        try:
+            with evaluating(self.model):
+                after = self._scores(facts)
+            answers = answers_to(self, facts)
+        except BaseException:
+            self._place(self.ledger.solve())
+            raise
         self.ledger, self.covariance = ledger, used
-        with evaluating(self.model):
-            after = self._scores(facts)
         report = WriteReport(
             method=self.config.method_name,
             num_items={"Fact": len(facts)},
@@ -150,8 +155,10 @@ class MemitMemory(Memory):
             num_parameters=self.num_parameters(),
             seconds=time.perf_counter() - start,
             notes=[*notes, f"covariance of {used.num_tokens:,} tokens of {used.source}"],
+            answers=answers,
         )
         self.config.writes.append(dict(report.rows()))
+        self.config.answers = answers
         return report
 
     def forget(self, items: Any) -> None:
@@ -167,7 +174,9 @@ class MemitMemory(Memory):
             raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `facts`.")
         ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
         self._place(ledger.solve())
+        prompts = {fact.prompt for fact in self.ledger.facts if fact in gone}
         self.ledger = ledger
+        self.config.answers = [answer for answer in self.config.answers if answer["prompt"] not in prompts]
 
     def _place(self, factors: dict[int, Factors]) -> None:
         place(lora_layers(self.model, self._names), self.adapter_name, self._adapter_config, factors)

@@ -7,7 +7,8 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -16,10 +17,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from memory_adapters.answers import answers_to
 from memory_adapters.checkpoint import check_fingerprint, read_tensors, write_tensors
 from memory_adapters.decoder import Decoder, find_decoder
 from memory_adapters.forward_passes import evaluating
-from memory_adapters.knowledge import Document, Fact, as_items
+from memory_adapters.knowledge import Document, as_items
 from memory_adapters.lora import take_out
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteReport
 from memory_adapters.memory_slots.compression import compress_texts
@@ -27,15 +29,13 @@ from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
 from memory_adapters.memory_slots.entries import Entry
 from memory_adapters.memory_slots.export import EXPORTERS
+from memory_adapters.memory_slots.items import as_asked, as_text, scores
 from memory_adapters.memory_slots.reader import CHILD, attach, detach, reader_of
-from memory_adapters.memory_slots.refinement import Asked
 from memory_adapters.memory_slots.slots import MemorySlots
-from memory_adapters.tokens import score_rows, shared_length, tokenize
-from memory_adapters.unrelated import PLAIN_SENTENCES
 
 __all__ = ["SlotMemory"]
 
-SLOTS_FILE = "slots.safetensors"
+SLOTS_FILE = MemorySlots.file
 
 
 class SlotMemory(Memory):
@@ -64,6 +64,7 @@ class SlotMemory(Memory):
             layer.scaling[adapter_name] = 0.0  # its LoRA speaks only within `Encoder.active`
             layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
         self.slots: list[MemorySlots] = []
+        self._answered = (self.slots, config.answers)
 
     def tuner_layers(self) -> list[BaseTunerLayer]:
         """The reader: the encoder's LoRA takes no part in the model's own passes."""
@@ -113,12 +114,19 @@ class SlotMemory(Memory):
         listed = as_items(items)
         self._check_writable()
         steps = self._steps(refine_steps)
-        asked = [self._asked(item) for item in listed if not isinstance(item, Document)]
-        text = "\n".join(item.text if isinstance(item, Document) else _sentence(item) for item in listed)
-        before = self._scores(asked)
-        (made,) = compress_texts(self.encoder, self.tokenizer, [text], asked, steps, progress)
-        self.use([slots + made.slots for slots in self.slots] or made.slots)
-        after = self._scores(asked)
+        asked = as_asked(self.tokenizer, listed)
+        rows = self.slots
+        with self._first_row_alone():
+            before = scores(self.encoder, self.tokenizer, asked)
+        (made,) = compress_texts(self.encoder, self.tokenizer, [as_text(listed)], asked, steps, progress)
+        try:
+            self._read([slots + made.slots for slots in rows] or [made.slots])
+            with self._first_row_alone():
+                after = scores(self.encoder, self.tokenizer, asked)
+                answers = answers_to(self, listed, taken=self.slots[0].num_slots)
+        except BaseException:
+            self._read(rows)
+            raise
         report = WriteReport(
             method=self.config.method_name,
             num_items=dict(Counter(type(item).__name__ for item in listed)),
@@ -135,8 +143,11 @@ class SlotMemory(Memory):
                 f"{made.slots.num_tokens} tokens in {made.slots.num_slots} slots of {made.slots.num_spans} span(s): "
                 f"compression rate {made.slots.compression_rate:.2f}"
             ],
+            answers=answers,
         )
         self.config.writes.append(dict(report.rows()))
+        self.config.answers = answers
+        self._answered = (self.slots, answers)
         return report
 
     @overload
@@ -179,6 +190,8 @@ class SlotMemory(Memory):
                     "These slots were made by another encoder: the model reads them, but `reconstruct` may fail.",
                     stacklevel=2,
                 )
+        slots_answered, answers = self._answered
+        self.config.answers = answers if list(map(id, rows)) == list(map(id, slots_answered)) else []
         self._read(rows)
 
     def _read(self, rows: list[MemorySlots]) -> None:
@@ -194,6 +207,18 @@ class SlotMemory(Memory):
         entry: Any = reader_of(self._stack).slot_entries[self.adapter_name]
         entry.vectors, entry.mask = vectors, mask
         self.slots = rows
+
+    @contextmanager
+    def _first_row_alone(self) -> Iterator[None]:
+        """Within this context every row of a batch reads the first of the slots, also where each has its own."""
+        rows = self.slots
+        if len(rows) > 1:
+            self._read(rows[:1])
+        try:
+            yield
+        finally:
+            if len(rows) > 1:
+                self._read(rows)
 
     def reconstruct(self, max_new_tokens: int | None = None) -> list[str]:
         """The text of each row's slots, as the model decodes it greedily after [AE], each span by itself.
@@ -233,30 +258,6 @@ class SlotMemory(Memory):
             raise ValueError(f"`refine_steps` must be an integer of at least 0, got {asked!r}.")
         return steps
 
-    def _asked(self, item: Any) -> Asked:
-        prompt = item.prompt if isinstance(item, Fact) else item.question
-        whole, head = tokenize(self.tokenizer, prompt + item.continuation), tokenize(self.tokenizer, prompt)
-        first = max(shared_length(head, whole), 1)
-        return Asked(whole[:first], whole[first:])
-
-    def _scores(self, asked: Sequence[Asked]) -> tuple[float | None, float]:
-        """Share of facts and questions answered as the model now is, and its perplexity on plain sentences."""
-        plain = [tokenize(self.tokenizer, sentence) for sentence in PLAIN_SENTENCES]
-        rows = [[*(a.prompt or []), *a.target] for a in asked] + plain
-        first = [len(row) - len(a.target) for row, a in zip(rows, asked, strict=False)] + [1] * len(plain)
-        slots = self.slots
-        try:
-            if len(slots) > 1:
-                self._read(slots[:1])
-            with evaluating(self.model):
-                found = score_rows(self.model, self.encoder.decoder, rows, first)
-        finally:
-            if len(slots) > 1:
-                self._read(slots)
-        right = (found.right == found.count)[: len(asked)].float().mean() if asked else None
-        loss = -found.log_prob[len(asked) :].sum() / found.count[len(asked) :].sum()
-        return (None if right is None else float(right)), math.exp(loss)
-
     def _detach(self) -> None:
         names = dict(enumerate(self.config.target_modules or [])) if self.encoder.layers() else {}
         take_out(self.model, names, self.adapter_name)
@@ -289,15 +290,10 @@ class SlotMemory(Memory):
         with torch.no_grad():
             for name, tensor in self.encoder.tensors().items():
                 tensor.copy_(tensors[name])
+        self._answered = ([] if slots is None else [slots], self.config.answers)
         self.use(slots)
 
 
 def _span(row: MemorySlots, vectors: Tensor) -> MemorySlots:
     fields = (row.base_fingerprint, row.encoder_fingerprint, row.text_sha256, row.refine_steps)
     return MemorySlots(vectors, (len(vectors),), row.num_tokens, *fields)
-
-
-def _sentence(item: Any) -> str:
-    if isinstance(item, Fact):
-        return f"{item.prompt}{item.continuation}."
-    return f"{item.question}{item.continuation}"

@@ -7,22 +7,28 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PromptTuningConfig, TaskType
 from torch import Tensor
 
 from memory_adapters.checkpoint import atomic_directory, read_metadata, read_tensors, write_tensors
+from memory_adapters.hub import OneFile, find_file
+from memory_adapters.model_card import HERE, file_card
 
 __all__ = ["MemorySlots"]
 
 NAME = "slots"
 FORMAT = "memory-adapters slots 1"
+SNIPPET = f"""from memory_adapters import MemorySlots
+
+slots = MemorySlots.load("{HERE}")
+memory.use(slots)  # a `SlotMemory`'s; the model reads them before every prompt"""
 
 
 @dataclass(frozen=True)
-class MemorySlots:
+class MemorySlots(OneFile):
     """Vectors that a frozen model reads before a prompt, as input embeddings.
 
     Attributes:
@@ -34,6 +40,8 @@ class MemorySlots:
         text_sha256: SHA-256 of the text (UTF-8).
         refine_steps: Gradient steps that they were refined for.
     """
+
+    file: ClassVar[str] = "slots.safetensors"
 
     vectors: Tensor
     spans: tuple[int, ...]
@@ -115,16 +123,23 @@ class MemorySlots:
             staging.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MemorySlots:
-        """Read what `save` wrote.
+    def load(
+        cls, path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> MemorySlots:
+        """Read what `save` or `push_to_hub` wrote.
+
+        Args:
+            path_or_repo_id: A file, a folder with `slots.safetensors` (such as a saved memory's), or a repository on
+                the Hub.
+            revision: Branch, tag or commit on the Hub.
+            token: Access token for the Hub.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, or holds something else.
+            FileNotFoundError: If there is no such file, or none in the folder or repository.
+            OSError: What huggingface_hub raises if the repository or revision cannot be had.
+            ValueError: If the file is damaged, or holds something else.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"`{file}` does not exist; save slots with `MemorySlots.save`.")
+        file = find_file(path_or_repo_id, cls.file, revision=revision, token=token)
         shapes, metadata = read_metadata(file)
         try:
             about = json.loads(metadata[NAME])
@@ -141,6 +156,22 @@ class MemorySlots:
             raise ValueError(f"`{file}` is not a file of slots ({error!r}).") from error
         vectors = read_tensors(file, {NAME: torch.Size(shapes[NAME])})[NAME]
         return cls(vectors.float(), spans, **fields, **hashes)
+
+    def _card(self) -> str:
+        return file_card(
+            title=f"{self.num_slots} memory slots",
+            tag="memory-slots",
+            text=f"A text of {self.num_tokens:,} tokens, compressed into vectors that a frozen language model reads.",
+            snippet=SNIPPET,
+            about={
+                "slots": self.num_slots,
+                "spans": self.num_spans,
+                "tokens of the text": f"{self.num_tokens:,}",
+                "compression rate": f"{self.compression_rate:.2f}",
+                "steps of refinement": self.refine_steps,
+            },
+            base_fingerprint=self.base_fingerprint,
+        )
 
     def to_prompt_tuning(self, save_directory: str | os.PathLike[str], model: Any) -> None:
         """Save as a plain PEFT prompt-tuning adapter, which generates the same where memory-adapters is not installed.

@@ -3,9 +3,10 @@
 from memory_adapters.config import register_memory
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.memory import ResidualMemory
+from memory_adapters.residual_mlp.router import MemoryRouter, route_memories
 from memory_adapters.residual_mlp.tuner import register_with_peft
 
-__all__ = ["MemoryAdapterConfig", "ResidualMemory"]
+__all__ = ["MemoryAdapterConfig", "MemoryRouter", "ResidualMemory", "route_memories"]
 
 register_with_peft()
 register_memory(MemoryAdapterConfig, ResidualMemory)

@@ -37,6 +37,7 @@ class MemoryAdapterConfig(MemoryConfig):
             trained), or `"none"` (open at every token).
         key_threshold: Similarity to a key (1 at the key, about 0 on unrelated text) below which the memory is silent.
         key_ramp: How far above the threshold the token gate reaches 1.
+        router_keys: Keep keys also where the token gate uses none, so that `route_memories` can tell what was written.
         num_keys: Keys stored a block. Grows with `write`; leave it at 0.
         stream_scale: Read the stream normalised and speak in units of its RMS, instead of absolute values.
         norm_cap: Largest norm of what is added, relative to the norm of x; None for no cap.
@@ -70,6 +71,7 @@ class MemoryAdapterConfig(MemoryConfig):
     token_gate: str = "keys"
     key_threshold: float = 0.6
     key_ramp: float = 0.1
+    router_keys: bool = False
     num_keys: int = 0
     stream_scale: bool = True
     norm_cap: float | None = None
@@ -106,8 +108,9 @@ class MemoryAdapterConfig(MemoryConfig):
         check_number("key_threshold", self.key_threshold, low=0, high=1, open_low=True)
         check_number("key_ramp", self.key_ramp, low=0, open_low=True)
         check_number("num_keys", self.num_keys, low=0, integer=True)
-        if not isinstance(self.stream_scale, bool):
-            raise ValueError(f"`stream_scale` must be True or False, got {self.stream_scale!r}.")
+        for name in ("stream_scale", "router_keys"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.norm_cap is not None:
             check_number("norm_cap", self.norm_cap, low=0, open_low=True)
         check_number("dropout", self.dropout, low=0, high=0.999)
@@ -134,6 +137,11 @@ class MemoryAdapterConfig(MemoryConfig):
         assert isinstance(self.layers, list)
         return self.layers
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether blocks store keys of what was written."""
+        return self.token_gate == "keys" or self.router_keys
+
     def check_model(self, decoder: Decoder) -> None:
         resolve_layers(self.depths, decoder.num_layers)
 
@@ -150,7 +158,7 @@ class MemoryAdapterConfig(MemoryConfig):
         shapes["gate"] = (1,)
         if self.token_gate == "sigmoid":
             shapes |= {"router": (1, d), "router_bias": (1,)}
-        if self.token_gate == "keys":
+        if self.has_keys:
             shapes |= {"keys": (n, d), "key_bias": (n,)}
         return {
             f"{decoder.block_name(layer)}.residual_memory.memory_adapter_mlp.{name}": torch.Size(shape)

@@ -23,9 +23,9 @@ class GatedMLP(nn.Module):
         norm_weight, norm_bias: The final LayerNorm (hidden_size,).
         gate: The scalar gate (1,).
         router, router_bias: The sigmoid token gate (1, hidden_size), (1,); only with `token_gate="sigmoid"`.
-        keys, key_bias: The key token gate (num_keys, hidden_size), (num_keys,), scaled so that
-            `max(keys · n(x) + key_bias)` is 0 at the threshold and 1 where the gate is fully open. Buffers: they are
-            found in closed form, not trained.
+        keys, key_bias: What the key token gate and the router look for (num_keys, hidden_size), (num_keys,), scaled so
+            that `max(keys · n(x) + key_bias)` is 0 at the threshold and 1 where the gate is fully open. Buffers: they
+            are found in closed form, not trained.
     """
 
     keys: Tensor
@@ -49,7 +49,7 @@ class GatedMLP(nn.Module):
         if config.token_gate == "sigmoid":
             self.router = nn.Parameter(torch.empty(1, hidden_size))
             self.router_bias = nn.Parameter(torch.empty(1))
-        if config.token_gate == "keys":
+        if config.has_keys:
             self.register_buffer("keys", torch.zeros(config.num_keys, hidden_size))
             self.register_buffer("key_bias", torch.zeros(config.num_keys))
 
@@ -80,13 +80,16 @@ class GatedMLP(nn.Module):
         """
         if self.token_gate_kind == "none":
             return None
-        n = F.layer_norm(x, x.shape[-1:])
         if self.token_gate_kind == "sigmoid":
+            n = F.layer_norm(x, x.shape[-1:])
             return torch.sigmoid(F.linear(n, self.router.float(), self.router_bias.float()))
+        return self.nearness(x)[..., None].clamp(0, 1)
+
+    def nearness(self, x: Tensor) -> Tensor:
+        """max_k (s_k(x) − θ_k) / ramp at each token of x (..., hidden_size), float32: above 0 near a key (...)."""
         if self.keys.shape[0] == 0:
-            return x.new_zeros(*x.shape[:-1], 1)
-        similarity = F.linear(n, self.keys.float(), self.key_bias.float())
-        return similarity.amax(-1, keepdim=True).clamp(0, 1)
+            return x.new_zeros(x.shape[:-1])
+        return F.linear(F.layer_norm(x, x.shape[-1:]), self.keys.float(), self.key_bias.float()).amax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """What this memory adds to x.
@@ -121,6 +124,6 @@ class GatedMLP(nn.Module):
 
     def keep_keys(self, count: int) -> None:
         """Forget all but the first `count` keys."""
-        if self.token_gate_kind == "keys":
+        if hasattr(self, "keys"):
             self.keys = self.keys[:count].clone()
             self.key_bias = self.key_bias[:count].clone()

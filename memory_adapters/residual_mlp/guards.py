@@ -11,6 +11,7 @@ from peft.functional import set_requires_grad
 from torch import nn
 
 from memory_adapters.quantised import differentiable
+from memory_adapters.residual_mlp.tuner import memory_layers
 
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
@@ -20,7 +21,7 @@ __all__ = ["speaking", "trainable_alone", "unchanged_on_failure"]
 
 @contextmanager
 def speaking(memory: ResidualMemory) -> Iterator[None]:
-    """The memory takes part within this context, whether or not it did before.
+    """The memory takes part within this context, whether or not it did before, and unrouted.
 
     Raises:
         RuntimeError: If all adapters of the model are switched off.
@@ -28,11 +29,16 @@ def speaking(memory: ResidualMemory) -> Iterator[None]:
     if any(layer.disable_adapters for layer in memory.tuner_layers()):
         raise RuntimeError("All adapters of the model are disabled; enable them (`enable_adapters()`) before writing.")
     was_active = memory.active
+    routers = [(layer, layer.router) for layer in memory_layers(memory.model)]
     memory.active = True
     try:
+        for layer, _ in routers:
+            layer.router = None
         yield
     finally:
         memory.active = was_active
+        for layer, router in routers:
+            layer.router = router
 
 
 @contextmanager

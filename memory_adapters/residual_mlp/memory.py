@@ -75,14 +75,14 @@ class ResidualMemory(Memory):
         )
 
     def fit_keys(self, items: Any, *, unrelated: Sequence[str] | None = None) -> int:
-        """Only open the memory's token gate for `items`, for those who train it in a loop of their own.
+        """Only find the keys of `items`, for those who train the memory in a loop of their own.
 
         Returns:
             How many keys each block got.
         """
         self._check_attached()
-        if self.config.token_gate != "keys":
-            raise ValueError(f"`token_gate={self.config.token_gate!r}` has no keys to fit.")
+        if not self.config.has_keys:
+            raise ValueError(f"`token_gate={self.config.token_gate!r}` has no keys to fit; set `router_keys=True`.")
         return Writer(self, as_items(items), unrelated).fit_keys()
 
     def _detach(self) -> None:

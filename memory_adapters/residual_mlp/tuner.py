@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
@@ -21,7 +21,10 @@ from memory_adapters.forward_passes import hidden_state
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 
-__all__ = ["MemoryLayer", "MemoryTuner"]
+if TYPE_CHECKING:
+    from memory_adapters.residual_mlp.router import MemoryRouter
+
+__all__ = ["MemoryLayer", "MemoryTuner", "memory_layers"]
 
 PREFIX = "memory_adapter_"
 CHILD = "residual_memory"  # must not contain the prefix: PEFT skips such modules when it deletes an adapter
@@ -39,6 +42,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         self.memory_adapter_mlp = nn.ModuleDict()
         self.weights: dict[str, float] = {}
         self.rows: list[str] | None = None
+        self.router: MemoryRouter | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -66,27 +70,32 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         """x (batch, tokens, hidden_size) plus what the active memories add; x itself if there are none."""
         if self._disable_adapters:
             return x
-        if self.rows is not None:
-            return self._forward_rows(x, self.rows)
+        routed: tuple[str, ...] = ()
+        if self.router is not None and not self.router.paused:
+            self.router.read(self, x)
+            routed = self.router.names
         total = None
         for name in self._active_adapter:
-            if name in self.memory_adapter_mlp:
+            if name in self.memory_adapter_mlp and name not in routed:
                 delta = self.weights[name] * self.memory_adapter_mlp[name](x)
                 total = delta if total is None else total + delta
-        return x if total is None else (x.float() + total).to(x.dtype)
+        out = x if total is None else (x.float() + total).to(x.dtype)
+        return out if self.rows is None else self._forward_rows(x, out, self.rows)
 
-    def _forward_rows(self, x: Tensor, rows: list[str]) -> Tensor:
+    def _forward_rows(self, x: Tensor, out: Tensor, rows: list[str]) -> Tensor:
+        """`out` plus what each row's own memory adds at x."""
         beams, rest = divmod(x.shape[0], len(rows))
         if rest:
             raise ValueError(
                 f"`adapter_names` has {len(rows)} entries for a batch of {x.shape[0]} rows: give one a row."
             )
-        out = x.clone()
-        for name in set(rows) & set(self.memory_adapter_mlp):
+        named = set(rows) & set(self.memory_adapter_mlp)
+        out = out.clone() if named else out
+        for name in named:
             index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
             index = (index[:, None] * beams + torch.arange(beams, device=x.device)).flatten()
-            part = x[index]
-            out[index] = (part.float() + self.weights[name] * self.memory_adapter_mlp[name](part)).to(x.dtype)
+            delta = self.weights[name] * self.memory_adapter_mlp[name](x[index])
+            out[index] = (out[index].float() + delta).to(x.dtype)
         return out
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
+from memory_adapters.answers import answers_to
 from memory_adapters.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.forward_passes import logits_at
 from memory_adapters.knowledge import Fact, Item
@@ -271,10 +272,11 @@ def write(
         seeded(memory.config.seed),
     ):
         with trainable_alone(memory):
-            if memory.config.token_gate == "keys":
+            if memory.config.has_keys:
                 writer.fit_keys()
             losses = writer.train(training_arguments(memory, folder, overrides, len(writer.slots)), callbacks, resume)
         after = writer.scores()
+        answers = answers_to(memory, items)
     report = WriteReport(
         method=memory.config.method_name,
         num_items=dict(Counter(type(item).__name__ for item in items)),
@@ -288,6 +290,8 @@ def write(
         num_parameters=memory.num_parameters(),
         seconds=time.perf_counter() - start,
         notes=writer.notes,
+        answers=answers,
     )
     memory.config.writes.append(dict(report.rows()))
+    memory.config.answers = answers
     return report

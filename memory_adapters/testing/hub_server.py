@@ -5,52 +5,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["HubServer", "Repo"]
+from memory_adapters.testing.faults import Fault
+from memory_adapters.testing.repos import Repo, is_large, oid
 
-_LARGE = (".safetensors", ".bin", ".pkl", ".pt")  # what the Hub keeps in large-file storage
+__all__ = ["HubServer"]
+
+_FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_")  # settings of whoever runs the tests
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _REVISION = r"(?P<revision>[^/]+)"
-
-
-@dataclass
-class Repo:
-    """One model repository.
-
-    Attributes:
-        private: Whether reading needs the token.
-        commits: Files of each commit by its sha, oldest commit first.
-        branches: Name to sha.
-        tags: Name to sha.
-    """
-
-    private: bool = False
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, changes: Mapping[str, bytes | None], branch: str = "main") -> str:
-        """Add a commit to a branch; None deletes a file. Returns its sha."""
-        merged = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
-        files = {path: content for path, content in merged.items() if content is not None}
-        oids = sorted((path, _oid(path, content)) for path, content in files.items())
-        sha = hashlib.sha1(f"{len(self.commits)} {branch} {oids}".encode()).hexdigest()
-        self.commits[sha] = files
-        self.branches[branch] = sha
-        return sha
-
-    def resolve(self, revision: str) -> str | None:
-        """The sha that a branch, tag or sha stands for."""
-        if revision in self.commits:
-            return revision
-        return self.branches.get(revision) or self.tags.get(revision)
 
 
 class Reply(NamedTuple):
@@ -76,6 +47,7 @@ class HubServer:
         repos: Repositories by id.
         requests: Method and path of every request so far.
         url: Its address, for `HF_ENDPOINT`.
+        faults: What goes wrong; see `faulty`.
     """
 
     def __init__(self, token: str = "hf_loopback", user: str = "me") -> None:
@@ -83,6 +55,7 @@ class HubServer:
         self.user = user
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
         self._blobs: dict[str, bytes] = {}
         self._lock = Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -103,6 +76,33 @@ class HubServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def client_environment(self, home: str | os.PathLike[str]) -> dict[str, str]:
+        """Environment of a process whose client is logged in to this server and keeps its cache in `home`.
+
+        It is that of this process, without its settings of huggingface_hub and transformers; huggingface_hub reads
+        them when it is imported, so it takes a new process.
+        """
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+        settings = dict(HF_ENDPOINT=self.url, HF_HOME=os.fspath(home), HF_TOKEN=self.token, HF_HUB_OFFLINE="0")
+        settings |= dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1")
+        return inherited | settings
+
+    @contextmanager
+    def faulty(self, *faults: Fault) -> Iterator[None]:
+        """Within this context these faults happen; a request meets the first of them that is for it."""
+        self.faults += faults
+        try:
+            yield
+        finally:
+            for fault in faults:
+                self.faults.remove(fault)
+                fault.release()
+
+    def fault_of(self, method: str, path: str) -> Fault | None:
+        """The fault that this request meets."""
+        with self._lock:
+            return next((fault for fault in self.faults if fault.strikes(method, path)), None)
 
     @property
     def downloads(self) -> list[str]:
@@ -162,10 +162,10 @@ class HubServer:
         files = []
         for file in json.loads(body)["files"]:
             path = file["path"]
-            mode = "lfs" if path.endswith(_LARGE) else "regular"
+            mode = "lfs" if is_large(path) else "regular"
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
             if path in present:
-                files[-1]["oid"] = _oid(path, present[path])
+                files[-1]["oid"] = oid(path, present[path])
         return Reply(200, {"files": files})
 
     def _batch(self, body: bytes, repo: str) -> Reply:
@@ -177,29 +177,32 @@ class HubServer:
                 objects[-1]["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
         return Reply(200, {"transfer": "basic", "objects": objects})
 
-    def _put(self, body: bytes, oid: str) -> Reply:
-        if hashlib.sha256(body).hexdigest() != oid:
+    def _put(self, body: bytes, digest: str) -> Reply:
+        if hashlib.sha256(body).hexdigest() != digest:
             raise _RefusalError(400, "Content does not match its hash")
-        self._blobs[oid] = body
+        self._blobs[digest] = body
         return Reply(200)
 
-    def _verify(self, body: bytes, repo: str, oid: str) -> Reply:
-        if len(self._blobs.get(oid, b"")) != json.loads(body)["size"]:
+    def _verify(self, body: bytes, repo: str, digest: str) -> Reply:
+        if len(self._blobs.get(digest, b"")) != json.loads(body)["size"]:
             raise _RefusalError(404, "No such object")
         return Reply(200, {})
 
     def _commit(self, body: bytes, repo: str, revision: str) -> Reply:
         self._sha(repo, revision)
         changes: dict[str, bytes | None] = {}
+        message = ""
         for line in body.splitlines():
             value, kind = json.loads(line)["value"], json.loads(line)["key"]
-            if kind == "file":
+            if kind == "header":
+                message = value["summary"]
+            elif kind == "file":
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
                 changes[value["path"]] = self._blobs[value["oid"]]
             elif kind == "deletedFile":
                 changes[value["path"]] = None
-        sha = self.repos[repo].commit(changes, revision)
+        sha = self.repos[repo].commit(changes, revision, message)
         return Reply(200, {"commitUrl": f"{self.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
 
     def _info(self, body: bytes, repo: str, revision: str = "main") -> Reply:
@@ -211,9 +214,9 @@ class HubServer:
     def _tree(self, body: bytes, repo: str, revision: str) -> Reply:
         entries: list[dict[str, Any]] = []
         for path, content in self.repos[repo].commits[self._sha(repo, revision)].items():
-            entries.append({"type": "file", "path": path, "size": len(content), "oid": _oid(path, content)})
-            if path.endswith(_LARGE):
-                entries[-1]["lfs"] = {"oid": _oid(path, content), "size": len(content), "pointerSize": 130}
+            entries.append({"type": "file", "path": path, "size": len(content), "oid": oid(path, content)})
+            if is_large(path):
+                entries[-1]["lfs"] = {"oid": oid(path, content), "size": len(content), "pointerSize": 130}
         return Reply(200, entries)
 
     def _file(self, body: bytes, repo: str, revision: str, path: str) -> Reply:
@@ -221,9 +224,9 @@ class HubServer:
         content = self.repos[repo].commits[sha].get(path)
         if content is None:
             raise _RefusalError(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": sha})
-        etag = f'"{_oid(path, content)}"'
+        etag = f'"{oid(path, content)}"'
         headers = {"X-Repo-Commit": sha, "ETag": etag}
-        if path.endswith(_LARGE):
+        if is_large(path):
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
         return Reply(200, content, headers)
 
@@ -242,20 +245,13 @@ class HubServer:
         return Reply(200)
 
 
-def _oid(path: str, content: bytes) -> str:
-    """SHA-256 of a large file, git's own hash of another."""
-    if path.endswith(_LARGE):
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 _ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Reply]]] = [
     (("POST",), r"/api/repos/create", HubServer._create),
     (("POST",), r"/api/validate-yaml", HubServer._validate_card),
     (("POST",), rf"/api/models/{_REPO}/preupload/{_REVISION}", HubServer._preupload),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", HubServer._batch),
-    (("PUT",), r"/upload/(?P<oid>[0-9a-f]+)", HubServer._put),
-    (("POST",), rf"/{_REPO}/verify/(?P<oid>[0-9a-f]+)", HubServer._verify),
+    (("PUT",), r"/upload/(?P<digest>[0-9a-f]+)", HubServer._put),
+    (("POST",), rf"/{_REPO}/verify/(?P<digest>[0-9a-f]+)", HubServer._verify),
     (("POST",), rf"/api/models/{_REPO}/commit/{_REVISION}", HubServer._commit),
     (("POST",), rf"/api/models/{_REPO}/tag/{_REVISION}", HubServer._tag),
     (("POST",), rf"/api/models/{_REPO}/branch/(?P<name>[^/]+)", HubServer._branch),
@@ -271,8 +267,18 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def handle_any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             path = urlsplit(self.path).path
+            length = int(self.headers.get("Content-Length", 0))
+            fault = hub.fault_of(self.command, path)
+            if fault is not None:
+                fault.read(self, length)
+                if self.command == "GET":
+                    self.reply(path, b"", fault.write)
+                fault.end(self)
+                return
+            self.reply(path, self.rfile.read(length), lambda handler, content: handler.wfile.write(content))
+
+        def reply(self, path: str, body: bytes, write: Callable[[BaseHTTPRequestHandler, bytes], object]) -> None:
             reply = hub.answer(self.command, path, self.headers.get("Authorization"), body)
             content = reply.content if isinstance(reply.content, bytes) else json.dumps(reply.content).encode()
             self.send_response(reply.status)
@@ -280,7 +286,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                write(self, content)
 
         do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
 

@@ -1,0 +1,70 @@
+"""Connections that break, on purpose: what a server does to the requests that a `Fault` is for."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from threading import Event
+
+__all__ = ["Fault"]
+
+
+@dataclass
+class Fault:
+    """A connection that breaks in the middle of a file, or before it.
+
+    Attributes:
+        method: Of the requests.
+        path: Regular expression that is found in their paths.
+        after: Bytes that still pass: of the content that the client sends (POST, PUT), or else of the reply's.
+        times: How many requests it happens to, from the next on.
+        reset: Break off with a TCP reset, instead of ending the connection in order.
+        hold: Keep the connection open, and silent, until `release`; then end it.
+        reached: Set once it has happened to a request.
+        released: Set by `release`.
+    """
+
+    method: str
+    path: str
+    after: int = 0
+    times: int = 1
+    reset: bool = False
+    hold: bool = False
+    reached: Event = field(default_factory=Event, repr=False)
+    released: Event = field(default_factory=Event, repr=False)
+
+    def strikes(self, method: str, path: str) -> bool:
+        """Whether it happens to this request; counts it."""
+        if self.times < 1 or method != self.method or not re.search(self.path, path):
+            return False
+        self.times -= 1
+        return True
+
+    def release(self) -> None:
+        """End: nothing more happens to any request, and connections that are held end."""
+        self.times = 0
+        self.released.set()
+
+    def read(self, handler: BaseHTTPRequestHandler, length: int) -> None:
+        """Read of the request's content as much as still passes."""
+        handler.rfile.read(min(length, self.after) if self.method in ("POST", "PUT") else length)
+
+    def write(self, handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        """Send of the reply's content as much as still passes."""
+        handler.wfile.write(content[: self.after])
+        handler.wfile.flush()
+
+    def end(self, handler: BaseHTTPRequestHandler) -> None:
+        """End the connection."""
+        self.reached.set()
+        if self.hold:
+            self.released.wait()
+        handler.close_connection = True
+        if self.reset:
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.connection.close()
+        else:
+            handler.connection.shutdown(socket.SHUT_RDWR)
