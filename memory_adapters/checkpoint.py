@@ -30,6 +30,7 @@ __all__ = [
     "check_fingerprint",
     "read_metadata",
     "read_tensors",
+    "set_adapter_tensors",
     "tokenizer_fingerprint",
     "write_tensors",
 ]
@@ -60,7 +61,8 @@ def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[s
         for module in _base_modules(block):
             with align_module_device(module):
                 weight = getattr(module, "weight", None)
-                if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.dtype in _FLOATS:
+                plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor  # torchao's is not
+                if plain and weight.ndim == 2 and weight.dtype in _FLOATS:
                     first_rows.append(weight[0].detach().cpu())
     return {
         "model_type": model.config.model_type,  # type: ignore[union-attr]
@@ -187,6 +189,19 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tens
     every = chain(model.named_parameters(), model.named_buffers())
     own = {name: tensor.detach() for name, tensor in every if adapter_name in name.split(".")}
     return get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+@torch.no_grad()
+def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put into an adapter what `adapter_tensors` gave of one with the same settings.
+
+    PEFT would ask for the whole model's state dict, which changes what bitsandbytes' 4-bit layers compute on a CPU.
+    """
+    for name, own in chain(model.named_parameters(), model.named_buffers()):
+        parts = name.split(".")
+        if adapter_name in parts:
+            parts.remove(adapter_name)
+            own.copy_(tensors[".".join(parts)])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -189,7 +189,8 @@ def bfloat16_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     Autocast alone would convert them again in every pass.
     """
     every = set(modules)
-    places = [(m, name) for m in every for name, p in m.named_parameters(recurse=False) if p.dtype == torch.float32]
+    own = [(module, name, p) for module in every for name, p in module.named_parameters(recurse=False)]
+    places = [(m, name) for m, name, p in own if p.dtype == torch.float32 and not p.is_meta]  # meta: offloaded
     before = [(module, name, getattr(module, name)) for module, name in places]
     try:
         for module, name, weight in before:

@@ -66,22 +66,23 @@ class OnHub(ABC):
         """
         api = HfApi(token=token)
         remedy = "The repository shows its latest commit whole: push again."
-        with tempfile.TemporaryDirectory() as folder, _connected(f"pushing to `{repo_id}`", remedy):
+        with tempfile.TemporaryDirectory() as folder:
             self._write_repository(Path(folder))
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not revision.startswith("refs/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            address = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
-            card = Path(folder) / CARD_FILE
-            card.write_text(card.read_text(encoding="utf-8").replace(f'"{HERE}"', address), encoding="utf-8")
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                ignore_patterns=self._left_out(api, repo_id, revision),
-                delete_patterns=self._replaced() or None,
-            ).commit_url
+            with _connected(f"pushing to `{repo_id}`", remedy):
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if revision is not None and not revision.startswith("refs/"):
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                address = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
+                card = Path(folder) / CARD_FILE
+                card.write_text(card.read_text(encoding="utf-8").replace(f'"{HERE}"', address), encoding="utf-8")
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=commit_message or f"Upload {type(self).__name__}",
+                    ignore_patterns=self._left_out(api, repo_id, revision),
+                    delete_patterns=self._replaced() or None,
+                ).commit_url
 
 
 class OneFile(OnHub):
@@ -169,10 +170,13 @@ def find_file(path_or_repo_id: str | os.PathLike[str], name: str, *, revision: s
 
 @contextmanager
 def _connected(doing: str, remedy: str) -> Iterator[None]:
-    """Raise what the HTTP client does about a broken connection, which is no `OSError`, as a `ConnectionError`."""
+    """Raise as an `OSError` what huggingface_hub lets through or wraps when a connection breaks: its client's error."""
     try:
         yield
-    except HTTPError as error:
-        if isinstance(error, OSError):
+    except (HTTPError, RuntimeError) as error:
+        reason = error.__cause__ if isinstance(error, RuntimeError) else error
+        if isinstance(error, OSError) or not isinstance(reason, HTTPError):
             raise
-        raise ConnectionError(f"The connection to the Hub broke while {doing} ({error}). {remedy}") from error
+        if isinstance(reason, OSError):
+            raise reason from error
+        raise ConnectionError(f"The connection to the Hub broke while {doing} ({reason}). {remedy}") from error

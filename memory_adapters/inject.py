@@ -6,16 +6,18 @@ import copy
 import json
 import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import align_module_device
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, tokenizer_fingerprint
 from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names
-from memory_adapters.decoder import find_decoder
+from memory_adapters.decoder import find_decoder, unwrapped
 from memory_adapters.hub import find_files
 from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
 
@@ -64,9 +66,13 @@ def inject_memory(
     if not getattr(base, "peft_config", None):
         attached.trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     active = _active_adapters(base)
-    with warnings.catch_warnings():  # PEFT warns of a second adapter on the model; that is the point here
+    adapter_config = config.adapter_config(decoder)
+    targets = set(getattr(adapter_config, "target_modules", None) or ())
+    with warnings.catch_warnings(), ExitStack() as stack:  # PEFT warns of a second adapter; that is the point here
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config.adapter_config(decoder), base, adapter_name=name)
+        for module in [module for path, module in base.named_modules() if path in targets]:
+            stack.enter_context(align_module_device(unwrapped(module)))  # offloaded: else the adapter has no data
+        inject_adapter_in_model(adapter_config, base, adapter_name=name)
     if hasattr(base, "add_adapter") and not isinstance(model, PeftModel):
         base.__dict__["_hf_peft_config_loaded"] = (
             True  # transformers' set_adapter, disable_adapters and active_adapters work

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftConfig, set_peft_model_state_dict
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from memory_adapters.checkpoint import adapter_tensors, atomic_directory, base_fingerprint, read_tensors, write_tensors
+from memory_adapters.checkpoint import (
+    adapter_tensors,
+    atomic_directory,
+    base_fingerprint,
+    read_tensors,
+    set_adapter_tensors,
+    write_tensors,
+)
 from memory_adapters.config import MemoryConfig, saved_files
 from memory_adapters.decoder import Decoder
 from memory_adapters.hub import OnHub
@@ -276,7 +283,8 @@ class Memory(OnHub):
 
     def _restore(self, contents: Any) -> None:
         """Put what `_read_files` read into a memory that was just injected."""
-        set_peft_model_state_dict(self.model, contents, adapter_name=self.adapter_name)
+        tensors = {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in contents.items()}
+        set_adapter_tensors(self.model, self.adapter_name, tensors)
 
     def _write_repository(self, folder: Path) -> None:
         self.save_pretrained(folder)

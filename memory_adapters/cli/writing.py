@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memory_adapters import Document, Memory, inject_memory, load_memory
+from memory_adapters import Covariance, Document, Memory, inject_memory, load_memory
 from memory_adapters.cli.adapters import CONFIGS, MethodName, SavedMemory, parsed_settings, with_settings, write_options
 from memory_adapters.cli.options import (
     DebugOption,
@@ -91,7 +91,9 @@ def write(
         fields = parsed_settings(CONFIGS[name], settings or [])
         options = write_options(name, run.progress)
         if covariance is not None:
-            options["covariance"] = _covariance(name, covariance)
+            if name != "memit":
+                raise wrong("--covariance", f"the method {name} uses none.")
+            options["covariance"] = Covariance.load(covariance)
         base, tokenizer = run.load_model(model, dtype)
         memory = _memory(base, tokenizer, name, saved, fields)
         report = memory.write(taught, **options)
@@ -136,14 +138,6 @@ def _method(method: str | None, saved: SavedMemory | None) -> str:
     if method not in (None, saved.method):
         raise wrong("--method", f"the memory of --adapter is of the method {saved.method}; leave --method out.")
     return saved.method
-
-
-def _covariance(method: str, given: str) -> str:
-    if method != "memit":
-        raise wrong("--covariance", f"the method {method} uses none.")
-    if given.endswith(".safetensors") and not Path(given).is_file():
-        raise wrong("--covariance", f"{given} is no file.")
-    return given
 
 
 def _memory(base: Any, tokenizer: Any, method: str, saved: SavedMemory | None, fields: dict[str, Any]) -> Memory:

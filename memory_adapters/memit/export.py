@@ -56,6 +56,7 @@ def vllm(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
         tensors[f"{PEFT_KEY_PREFIX}{name}.lora_B.weight"] = F.pad(B, (0, padded - rank))
     config = copy.copy(memory._adapter_config)
     config.r = config.lora_alpha = padded
+    config.target_modules = sorted(factors)  # PEFT has a set: the same edit gives the same bytes
     config.inference_mode = True
 
     def write(folder: Path) -> Path:
@@ -85,14 +86,12 @@ def gguf(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
             'llama.cpp may not run: export it as "merged" or "vllm", or update gguf.'
         )
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    file_type = library.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]
 
     def write(folder: Path) -> Path:
         writer = library.GGUFWriter(folder / GGUF_FILE, library.MODEL_ARCH_NAMES[architecture])
         writer.add_type(library.GGUFType.ADAPTER)
         writer.add_string(library.Keys.Adapter.TYPE, "lora")
         writer.add_float32(library.Keys.Adapter.LORA_ALPHA, float(_rank(factors)))
-        writer.add_file_type(file_type)
         for name, pair in factors.items():
             for suffix, matrix in zip(("lora_a", "lora_b"), pair, strict=True):
                 stored = library.GGMLQuantizationType[kind]

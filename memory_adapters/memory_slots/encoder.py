@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -39,8 +40,9 @@ class EncoderParts(nn.Module):
 
     def __init__(self, config: MemorySlotsConfig, decoder: Decoder) -> None:
         super().__init__()
-        weight: Any = decoder.embeddings.weight
-        table = weight.detach()[: 1 << 14].float()
+        with align_module_device(decoder.embeddings):
+            weight: Any = decoder.embeddings.weight
+            table = weight.detach()[: 1 << 14].float().clone()
         device = execution_device(decoder.embeddings)
         generator = torch.Generator().manual_seed(config.seed)
         mean, spread = table.mean(0).cpu(), table.std(0).cpu()

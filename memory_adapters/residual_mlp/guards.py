@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from peft import set_peft_model_state_dict
 from peft.functional import set_requires_grad
 from torch import nn
 
+from memory_adapters.checkpoint import set_adapter_tensors
 from memory_adapters.quantised import differentiable
 from memory_adapters.residual_mlp.tuner import memory_layers
 
@@ -53,7 +53,7 @@ def unchanged_on_failure(memory: ResidualMemory) -> Iterator[None]:
         config.num_keys, config.writes = num_keys, writes
         for layer in memory.tuner_layers():
             layer.memory_adapter_mlp[memory.adapter_name].keep_keys(num_keys)
-        set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
+        set_adapter_tensors(memory.model, memory.adapter_name, tensors)
         raise
 
 

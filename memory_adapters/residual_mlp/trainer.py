@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -202,7 +201,7 @@ def load_weights(memory: ResidualMemory, folder: Path | str) -> None:
     """Put the tensors of a saved memory with the same settings into `memory`."""
     expected = {PEFT_KEY_PREFIX + name: tensor.shape for name, tensor in memory.state_dict().items()}
     tensors = read_tensors(Path(folder) / WEIGHTS_FILE, expected)
-    set_peft_model_state_dict(memory.model, tensors, adapter_name=memory.adapter_name)
+    memory._restore(tensors)
 
 
 def training_arguments(
