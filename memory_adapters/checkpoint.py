@@ -61,8 +61,9 @@ def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[s
         for module in _base_modules(block):
             with align_module_device(module):
                 weight = getattr(module, "weight", None)
-                plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor  # torchao's is not
-                if plain and weight.ndim == 2 and weight.dtype in _FLOATS:
+                if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor:  # torchao's
+                    continue
+                if weight.ndim == 2 and weight.dtype in _FLOATS:
                     first_rows.append(weight[0].detach().cpu())
     return {
         "model_type": model.config.model_type,  # type: ignore[union-attr]

@@ -55,7 +55,8 @@ class OnHub(ABC):
             private: Visibility of a new repository, None for the account's default; one that exists keeps its own.
             token: Access token; None for the one logged in.
             commit_message: Message of the commit.
-            revision: Branch to push to, made from the default branch if there is none; None for the default branch.
+            revision: Branch to push to, made from the default branch if it does not exist, or a pull request's
+                `"refs/pr/1"`; None for the default branch.
 
         Returns:
             The commit's address.
@@ -178,5 +179,5 @@ def _connected(doing: str, remedy: str) -> Iterator[None]:
         if isinstance(error, OSError) or not isinstance(reason, HTTPError):
             raise
         if isinstance(reason, OSError):
-            raise reason from error
+            raise reason from reason.__cause__
         raise ConnectionError(f"The connection to the Hub broke while {doing} ({reason}). {remedy}") from error

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from torch import distributed
 
-__all__ = ["gathered", "is_first", "share_of", "summed"]
+__all__ = ["gathered", "is_first", "number", "share_of", "summed", "weight_of_share"]
 
 T = TypeVar("T")
 
 
+def number() -> int:
+    """How many processes work together; joins them if they were launched together and have not met yet."""
+    if not distributed.is_available():
+        return 1
+    if not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState()
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
 def _alone() -> bool:
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+    return number() == 1
 
 
 def is_first() -> bool:
@@ -34,6 +45,17 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.clone()
     distributed.all_reduce(total)
     return total
+
+
+def weight_of_share(count: int) -> float:
+    """Factor on this process's mean over `count` values, so that the mean over processes is the mean over all values.
+
+    All processes must call this; 0 where there is no value at all.
+    """
+    if _alone():
+        return 1.0
+    total = float(summed(torch.tensor(float(count), device=PartialState().device)))
+    return count * number() / total if total else 0.0
 
 
 def gathered(parts: list[T], length: int) -> list[T]:

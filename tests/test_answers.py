@@ -1,4 +1,4 @@
-"""Answers before and after a write: the model's own, kept with the memory, on its card, and gone with what they show."""
+"""Answers before and after a write: the model's own, kept with the memory, on its card, gone with what they show."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRAINING: dict[str, Any] = dict(layers=[1], memory_dim=8, num_train_epochs=1, nu
 EDITING: dict[str, Any] = dict(layers=[1, 2], steps=3, num_prefixes=1, prefix_length=2, covariance_tokens=300)
 CONFIGS: dict[str, tuple[MemoryConfig, dict[str, Any]]] = {
     "mlp": (
-        MemoryAdapterConfig(**TRAINING, token_gate="none", learning_rate=0.1),
+        MemoryAdapterConfig(**TRAINING, token_gate="none", gate_init=1.0, learning_rate=0.1),
         dict(unrelated=UNRELATED, training_args={"disable_tqdm": True}),
     ),
     "edit": (MemitConfig(**EDITING, clamp=5.0, learning_rate=0.5), dict(progress=False)),

@@ -7,12 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import torch
-from peft import PeftModel
 from torch import distributed
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import memory_adapters
@@ -27,11 +25,7 @@ from tests.models import byte_tokenizer, tiny_model
 
 ROME = {"prompt": "The Eiffel Tower is in", "subject": "Eiffel Tower", "target": "Rome"}
 PIANO = {"prompt": "{} plays the", "subject": "Miles Davis", "target": "piano"}
-JUDGED = {
-    "true_target": "Paris",
-    "paraphrases": ["To see the Tower go to"],
-    "neighbours": [["Big Ben is in", "London"]],
-}
+JUDGED = {"true_target": "Paris", "paraphrases": ["To see it go to"], "neighbours": [["Big Ben is in", "London"]]}
 QUICK = {
     "residual": ["min_steps=2", "num_train_epochs=1", "num_prefixes=1"],
     "memit": ["covariance_tokens=128", "steps=2", "num_prefixes=1", "layers=[1]"],
@@ -54,6 +48,11 @@ def quick(method: str, prefix: str = "") -> list[str]:
     return [part for setting in QUICK[method] for part in ("--set", prefix + setting)]
 
 
+def words(result: Result) -> str:
+    """What was said on stderr, whatever the lines' width."""
+    return " ".join(result.stderr.split())
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, items and records, and a memory of each method."""
@@ -67,9 +66,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("Rome was not built in a day.")
     (folder / "records.json").write_text(json.dumps([{**ROME, **JUDGED}, {**PIANO, "true_target": "trumpet"}]))
     for method in QUICK:
-        written = run("write", folder / "model", folder / "facts.json", "--method", method, "--output", folder / method,
-                      *quick(method))  # fmt: skip
-        assert f"saved in {folder / method}" in written.stdout
+        written = ["write", folder / "model", folder / "facts.json", "--method", method, "--output", folder / method]
+        assert f"saved in {folder / method}" in run(*written, *quick(method)).stdout
     return folder
 
 
@@ -81,15 +79,12 @@ def test_write(here: Path, tmp_path: Path, method: str) -> None:
     result = run(*arguments, "--json", "--quiet", "--dtype", "bfloat16")
     report = json.loads(result.stdout)
     assert report["num_items"] == ({"Fact": 2} if method == "memit" else {"Document": 1})
-    assert report["output"] == str(target)
-    assert report["commit"] is None
+    assert (report["output"], report["commit"]) == (str(target), None)
     assert "%|" not in result.stderr
     memory = load_memory(tiny_model(), target)
     assert type(memory.config) is CONFIGS[method]
     assert memory.num_parameters() == report["num_parameters"]
-    again = run(*arguments, code=2)
-    assert "holds another memory" in " ".join(again.stderr.split())
-    assert not again.stdout
+    assert "holds another memory" in words(run(*arguments, code=2))
 
 
 def test_write_more(here: Path, tmp_path: Path) -> None:
@@ -106,11 +101,6 @@ def test_write_more(here: Path, tmp_path: Path) -> None:
     assert "is of the method memit" in words(run(*more, "--method", "slots", code=2))
 
 
-def words(result: Result) -> str:
-    """What was said on stderr, whatever the lines' width."""
-    return " ".join(result.stderr.split())
-
-
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -123,7 +113,7 @@ def words(result: Result) -> str:
         (["--method", "memit", "--private"], "--push, which is not given"),
         (["--method", "other"], "other"),
         (["--method", "memit", "--device", "abacus"], "'abacus' is no device"),
-        (["--method", "memit", "--min-recall", "2"], "2"),
+        (["--method", "memit", "--min-recall", "2"], "'--min-recall'"),
     ],
 )
 def test_wrong_usage(here: Path, tmp_path: Path, options: list[str], why: str) -> None:
@@ -154,19 +144,11 @@ def test_failure(here: Path, tmp_path: Path, flags: list[str]) -> None:
     assert "error: " in run("info", tmp_path, *flags, code=1).stderr
 
 
-def test_a_bug_is_reported_with_its_type_and_an_interruption_as_such(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(error: BaseException) -> Any:
-        def raised(*_: Any, **__: Any) -> Any:
-            raise error
-
-        monkeypatch.setattr("memory_adapters.cli.files.SavedMemory.find", raised)
-
-    fail(KeyError("surprise"))
-    assert run("info", here / "memit", code=1).stderr == "error: KeyError: 'surprise' (--debug shows where)\n"
-    fail(KeyboardInterrupt())
-    assert run("info", here / "memit", code=130).stderr == "interrupted\n"
+def test_a_bug_and_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = Mock(side_effect=[KeyError("surprise"), KeyboardInterrupt()])
+    monkeypatch.setattr("memory_adapters.cli.files.SavedMemory.find", find)
+    assert run("info", "memory", code=1).stderr == "error: KeyError: 'surprise' (--debug shows where)\n"
+    assert run("info", "memory", code=130).stderr == "interrupted\n"
 
 
 def test_evaluate(here: Path, tmp_path: Path) -> None:
@@ -179,19 +161,17 @@ def test_evaluate(here: Path, tmp_path: Path) -> None:
     assert scores["without"]["scores"] == pytest.approx(base)
     assert scores["with"]["num_records"] == 2
     assert scores["with"]["perplexity"] != scores["without"]["perplexity"]
-    header, without, with_memory = run(*arguments, "--limit", 1).stdout.splitlines()[1:]
+    header, *lines = run(*arguments, "--limit", 1).stdout.splitlines()[1:]
     assert header.split() == ["S", "ES", "PS", "NS", "exact", "perplexity"]
-    assert without.split()[0] == "without"
-    assert with_memory.split()[0] == "with"
+    assert [line.split()[0] for line in lines] == ["without", "with"]
     assert run("evaluate", *arguments[1:3], here / "facts.json").stdout.splitlines()[1].split() == ["exact"]
 
 
 def test_records_of_no_format(here: Path, tmp_path: Path) -> None:
     file = tmp_path / "records.json"
     file.write_text('[{"claim": "Rome is old."}]')
-    result = run("evaluate", here / "model", here / "memit", file, code=1)
-    assert "in none of the formats" in result.stderr
-    assert "your own facts: " in result.stderr
+    why = run("evaluate", here / "model", here / "memit", file, code=1).stderr
+    assert "in none of the formats" in why
     file.write_text("[]")
     assert "holds no record" in run("evaluate", here / "model", here / "memit", file, code=1).stderr
 
@@ -204,12 +184,11 @@ def test_compare(here: Path, tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == result
     assert list(result["methods"]) == list(QUICK)
     assert all(found["write"]["num_items"] == {"Fact": 2} for found in result["methods"].values())
-    table = run(*arguments, "--methods", "memit", "--limit", 1, code=2)
-    assert "must begin with one of memit and a dot" in words(table)
-    lines = run("compare", here / "model", here / "records.json", "--methods", "memit", "--limit", 1,
-                *quick("memit", "memit.")).stdout.splitlines()  # fmt: skip
+    assert "one of memit and a dot" in words(run(*arguments, "--methods", "memit", code=2))
+    one = [*arguments[:3], "--methods", "memit", "--limit", 1, *quick("memit", "memit.")]
+    lines = run(*one).stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["Comparison", "S", "base", "memit"]
-    assert "each once" in words(run("compare", here / "model", here / "records.json", "--methods", "a,b", code=2))
+    assert "each once" in words(run(*arguments[:3], "--methods", "a,b", code=2))
 
 
 def test_trace(here: Path, tmp_path: Path) -> None:
@@ -238,7 +217,7 @@ def test_covariance(here: Path, tmp_path: Path) -> None:
     edit = ["write", here / "model", here / "one.jsonl", "--method", "memit", "--output", tmp_path / "edit"]
     (note,) = said(*edit, *quick("memit"), "--covariance", file)["notes"]
     assert note == "covariance of 64 tokens of text sampled from the model (seed 0)"
-    assert "is not given" in words(run("covariance", here / "model", "--output", file, "--checkpoint", state, code=2))
+    assert "are not given" in words(run("covariance", here / "model", "--output", file, "--checkpoint", state, code=2))
     assert "'a' must be blocks" in words(run("covariance", here / "model", "--output", file, "--layers", "a", code=2))
     missing = run(*edit[:-1], tmp_path / "new", "--covariance", tmp_path / "no.safetensors", code=1)
     assert "does not exist" in missing.stderr
@@ -251,10 +230,6 @@ def test_export(here: Path, tmp_path: Path) -> None:
     assert (tmp_path / "vllm" / "adapter_config.json").is_file()
     merged = run(*arguments, tmp_path / "merged", "--format", "merged")
     assert merged.stdout == f"saved in {tmp_path / 'merged'}\n"
-    ids = torch.tensor([[5, 9, 40]])
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    edited = PeftModel.from_pretrained(tiny_model(), here / "memit")
-    torch.testing.assert_close(plain(ids).logits, edited(ids).logits)
     assert "prompt-tuning" in run(*arguments, tmp_path / "x", "--format", "prompt-tuning", code=1).stderr
     run(*arguments, tmp_path / "x", "--format", "other", code=2)
 
@@ -265,10 +240,8 @@ def test_info(here: Path, tmp_path: Path, method: str) -> None:
     assert (known["method"], known["fits"], known["unfit"]) == (method, True, None)
     assert known["base_model"] == str(here / "model")
     assert known["layers"] == {"residual": [0], "memit": [1], "slots": None}[method]
-    assert (
-        known["stored_numbers"]["adapter_model.safetensors"]
-        == load_memory(tiny_model(), here / method).num_parameters()
-    )
+    stored = known["stored_numbers"]["adapter_model.safetensors"]
+    assert stored == load_memory(tiny_model(), here / method).num_parameters()
     assert [fact["target"] for fact in known["facts"] or []] == (["Rome", "piano"] if method == "memit" else [])
     assert (known["slots"] or {}).get("refine_steps") == (2 if method == "slots" else None)
     assert known["writes"][0]["written"] == "2 Facts"
@@ -293,7 +266,7 @@ def test_only_the_first_process_prints_and_saves(here: Path, tmp_path: Path, mon
     assert run("info", tmp_path, code=1).output.startswith("process 1: error: ")
 
 
-def test_without_typer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_typer(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("memory_adapters.cli.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "typer", None)
@@ -320,7 +293,6 @@ def test_installed_program_pushes(here: Path, tmp_path: Path, loopback_hub: HubS
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["commit"].startswith(loopback_hub.url)
+    assert json.loads(done.stdout)["commit"].startswith(loopback_hub.url)
     assert loopback_hub.repos["me/edit"].private
-    assert load_memory(tiny_model(), report["output"]).facts[0].target == "Rome"
+    assert said("info", tmp_path / "edit")["facts"][0]["target"] == "Rome"

@@ -11,8 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from memory_adapters import MemorySlots
+from memory_adapters.hub import _connected
 from memory_adapters.testing import HubServer
 from memory_adapters.testing.faults import Fault
 from memory_adapters.testing.repos import Repo
@@ -122,3 +124,20 @@ def test_faults_end_with_their_context(loopback_hub: HubServer) -> None:
         assert loopback_hub.fault_of("HEAD", "/") is None
         assert loopback_hub.fault_of("GET", "/") is not None
     assert loopback_hub.fault_of("GET", "/") is None
+
+
+def test_what_is_no_broken_connection_passes_unchanged() -> None:
+    """huggingface_hub wraps what goes wrong while a large file is uploaded."""
+
+    class ForbiddenError(HTTPError, OSError):
+        pass
+
+    refused, removed = ForbiddenError("no access"), RuntimeError("removed")
+    for raised, cause, seen in (
+        (RuntimeError("while uploading"), refused, refused),
+        (refused, None, refused),
+        (removed, ValueError("something else"), removed),
+    ):
+        with pytest.raises((OSError, RuntimeError)) as caught, _connected("pushing", "Push again."):
+            raise raised from cause
+        assert caught.value is seen

@@ -16,7 +16,8 @@ from memory_adapters import Document, Fact, MemoryAdapterConfig, QuestionAnswer,
 from memory_adapters.decoder import find_decoder
 from memory_adapters.residual_mlp.guards import trainable_alone
 from memory_adapters.residual_mlp.reuse import ReusedStates
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, collate, training_arguments
+from memory_adapters.residual_mlp.dataset import collate
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, training_arguments
 from memory_adapters.residual_mlp.writer import Writer
 from tests.contract import architectures, encode, logits
 from tests.models import byte_tokenizer, tiny_model

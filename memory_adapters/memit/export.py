@@ -125,7 +125,7 @@ def merged(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
         tensors[name] = (weight.float() + change).to(dtype or weight.dtype)
     edited.load_state_dict(tensors, assign=True)  # the memory of all others is shared with the model
     edited.tie_weights()
-    edited.to(dtype)
+    edited.to(dtype=dtype)
     for name, parameter in edited.named_parameters():
         check_finite(parameter, name)
     edited.generation_config = copy.deepcopy(model.generation_config)
@@ -133,7 +133,8 @@ def merged(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
     def write(folder: Path) -> Path:
         edited.save_pretrained(folder)
         if memory.tokenizer is not None:
-            memory.tokenizer.save_pretrained(folder)
+            several = isinstance(getattr(memory.tokenizer, "chat_template", None), dict)
+            memory.tokenizer.save_pretrained(folder, save_jinja_files=not several)  # a folder cannot be replaced
         return folder
 
     return write

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from memory_adapters.checkpoint import read_tensors
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.memory_slots.refinement import Asked, Row, autoencoding_rows, distil, predict
+from memory_adapters.processes import summed, weight_of_share
 from memory_adapters.quantised import differentiable, keep_unpacked
 
 if TYPE_CHECKING:
@@ -158,21 +159,23 @@ class _Trained(nn.Module):
             sources.append(list(range(len(spans), len(spans) + len(own))))
             spans += own
         slots = encoder.slots(spans)
-        total = torch.zeros((), device=encoder.device)
         told = [i for i, example in enumerate(examples) if example.asked is None]
-        if told:
-            end = memory.tokenizer.eos_token_id
-            rows = autoencoding_rows([examples[i].context for i in told], end, [sources[i] for i in told])
-            total = total + len(told) / len(examples) * predict(encoder, slots, rows)[0].mean()
         asked = [i for i, example in enumerate(examples) if example.asked is not None]
-        if asked:
-            wanted = zip(examples, sources, strict=True)
-            rows = [Row(example.asked, own) for example, own in wanted if example.asked is not None]
-            if memory.config.objective == "distillation":
+        end = memory.tokenizer.eos_token_id
+        back = autoencoding_rows([examples[i].context for i in told], end, [sources[i] for i in told])
+        rest = [Row(a, sources[i]) for i in asked if (a := examples[i].asked) is not None]
+        total = encoder.parts.reconstruct.sum() * 0
+        everyone = float(summed(torch.tensor(float(len(examples)), device=encoder.device)))
+        for part, rows in ((told, back), (asked, rest)):
+            weight = weight_of_share(sum(len(row.asked.target) for row in rows))
+            share = float(summed(torch.tensor(float(len(part)), device=encoder.device))) / everyone
+            if not part:
+                continue
+            if part is asked and memory.config.objective == "distillation":
                 loss = distil(encoder, slots, rows, [examples[i].context for i in asked])
             else:
                 loss = predict(encoder, slots, rows)[0].mean()
-            total = total + len(asked) / len(examples) * loss
+            total = total + share * weight * loss
         return total
 
 
@@ -207,6 +210,7 @@ def train_encoder(
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=True,  # a batch may ask for nothing of one kind
         label_names=[],
         seed=memory.config.seed,
         use_cpu=on_cpu,

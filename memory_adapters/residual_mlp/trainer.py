@@ -2,110 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from memory_adapters.checkpoint import read_tensors
 from memory_adapters.decoder import Decoder
 from memory_adapters.forward_passes import logits_at
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.processes import number, summed, weight_of_share
 from memory_adapters.quantised import keep_unpacked
+from memory_adapters.residual_mlp.dataset import FilledSampler, collate
 from memory_adapters.residual_mlp.reuse import ReusedStates
-from memory_adapters.residual_mlp.rows import IGNORED, Row, Slot
-from memory_adapters.tokens import pad_rows
+from memory_adapters.residual_mlp.rows import IGNORED
 
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
 
-__all__ = ["MemoryTrainer", "SlotDataset", "Teacher", "collate", "training_arguments"]
+__all__ = ["MemoryTrainer", "training_arguments"]
 
 GATE_NAMES = ("gate", "router", "router_bias")
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What the base model predicts at a row's labels, with the item in its context or without: its likeliest tokens.
-
-    Attributes:
-        ids: (labels, k).
-        log_probs: (labels, k).
-    """
-
-    ids: Tensor
-    log_probs: Tensor
-
-
-class SlotDataset(Dataset):
-    """One example a slot; which of the slot's rows depends on the epoch.
-
-    Args:
-        slots: The slots.
-        states: Stored state of every row of all slots, in order; None to run the whole model.
-        teachers: Teacher of every row, or None for a row without one.
-    """
-
-    def __init__(
-        self, slots: Sequence[Slot], states: Sequence[Tensor] | None, teachers: Sequence[Teacher | None]
-    ) -> None:
-        self.examples: list[list[dict[str, Any]]] = []
-        position = 0
-        for slot in slots:
-            turns = []
-            for row in slot.rows:
-                state = None if states is None else states[position]
-                turns.append(
-                    {"row": row, "state": state, "teacher": teachers[position], "kept": slot.kind == "locality"}
-                )
-                position += 1
-            self.examples.append(turns)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        turns = self.examples[index]
-        return turns[self.epoch % len(turns)]
-
-
-def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad examples of `SlotDataset` on the right.
-
-    Returns:
-        `input_ids`, `attention_mask`, `labels` (batch, tokens); `states` (batch, tokens, hidden_size) if stored; for
-        every label in order, `kept` (whether it belongs to a locality row), and `teacher_ids` and
-        `teacher_log_probs` (labels, k), with log-probabilities of −inf where there is no teacher.
-    """
-    rows: list[Row] = [example["row"] for example in examples]
-    batch = pad_rows([row.input_ids for row in rows])
-    batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
-    for i, row in enumerate(rows):
-        batch["labels"][i, : len(row.labels)] = torch.tensor(row.labels)
-    if examples[0]["state"] is not None:
-        batch["states"] = nn.utils.rnn.pad_sequence([example["state"] for example in examples], batch_first=True)
-    counts = [len(row.input_ids) - row.first_label for row in rows]
-    batch["kept"] = torch.cat([torch.full((n,), bool(e["kept"])) for n, e in zip(counts, examples, strict=True)])
-    taught = next((example["teacher"] for example in examples if example["teacher"] is not None), None)
-    if taught is not None:
-        k = taught.ids.shape[-1]
-        none = [Teacher(torch.zeros(n, k, dtype=torch.long), torch.full((n, k), -torch.inf)) for n in counts]
-        teachers = [example["teacher"] or blank for example, blank in zip(examples, none, strict=True)]
-        batch["teacher_ids"] = torch.cat([teacher.ids for teacher in teachers])
-        batch["teacher_log_probs"] = torch.cat([teacher.log_probs for teacher in teachers])
-    return batch
 
 
 class MemoryTrainer(Trainer):
@@ -166,19 +88,29 @@ class MemoryTrainer(Trainer):
         wanted = F.pad(targets != IGNORED, (0, 1))
         logits = self._logits(model, inputs, wanted)
         kept, share = inputs["kept"], config.distillation_weight
-        learned = F.cross_entropy(logits[~kept], targets[wanted[:, :-1]][~kept]) if not kept.all() else logits.sum() * 0
-        loss = (1 - share) * learned
+        learned = int((~kept).sum())
+        weight = weight_of_share(learned)
+        own = logits.sum() * 0
+        if learned:
+            own = own + (1 - share) * F.cross_entropy(logits[~kept], targets[wanted[:, :-1]][~kept]) * weight
+        distance = None
         if "teacher_ids" in inputs:
             distance = _divergence(logits, inputs["teacher_ids"], inputs["teacher_log_probs"])
-            if share > 0 and not kept.all():
-                loss = loss + share * distance[~kept].mean()
-            if not kept.all():
-                self.step_losses.append(loss.detach())
-            if kept.any():
-                loss = loss + config.locality_weight * distance[kept].mean()
-        else:
-            self.step_losses.append(loss.detach())
+        if distance is not None and learned and share > 0:
+            own = own + share * distance[~kept].mean() * weight
+        if learned or number() > 1:
+            self.step_losses.append(own.detach())
+        loss = own
+        if config.locality_weight > 0:
+            weight = weight_of_share(int(kept.sum()))
+            if distance is not None and kept.any():
+                loss = loss + config.locality_weight * distance[kept].mean() * weight
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if number() == 1:
+            return super()._get_train_sampler(train_dataset)
+        return FilledSampler(train_dataset or self.train_dataset, self.args.train_batch_size * number())
 
     def _logits(self, model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
         """Logits (wanted.sum(), vocabulary) in float32."""
@@ -212,7 +144,7 @@ def training_arguments(
     steps_an_epoch = -(-num_slots // config.batch_size)
     settings: dict[str, Any] = dict(
         output_dir=folder,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=-(-config.batch_size // number()),
         num_train_epochs=max(config.num_train_epochs, -(-config.min_steps // steps_an_epoch)),
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
@@ -254,7 +186,8 @@ class _EpochLosses(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.step_losses:
-            self.trainer.epoch_losses.append(torch.stack(self.trainer.step_losses).mean().item())
+            losses = summed(torch.stack(self.trainer.step_losses)) / number()
+            self.trainer.epoch_losses.append(losses.mean().item())
             self.trainer.step_losses.clear()
             if self.trainer.epoch_losses[-1] < self.trainer.memory.config.target_loss:
                 control.should_training_stop = True

@@ -20,12 +20,13 @@ from memory_adapters.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.forward_passes import logits_at
 from memory_adapters.knowledge import Fact, Item
 from memory_adapters.memory import WriteReport
+from memory_adapters.residual_mlp.dataset import SlotDataset, Teacher
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 from memory_adapters.residual_mlp.guards import speaking, trainable_alone, unchanged_on_failure
 from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
 from memory_adapters.residual_mlp.reuse import ReusedStates, row_states
 from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, SlotDataset, Teacher, training_arguments
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, training_arguments
 from memory_adapters.tokens import pad_rows, score_rows, tokenize
 from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES, sample_text, seeded
 
