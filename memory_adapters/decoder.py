@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 __all__ = [
     "Decoder",
@@ -159,6 +160,17 @@ def execution_device(module: nn.Module) -> torch.device:
         if getattr(child, "_hf_hook", None) is not None:
             return execution_device(child)
     return torch.device("cpu")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise a `ValueError` if the model's weights are divided among processes (FSDP2, DeepSpeed ZeRO-3)."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"`model` is sharded already (`{name}`): a memory's parameters would not be sharded and synchronised "
+                "with it. Inject, load and write first, on the whole model, and call `fully_shard`, "
+                "`accelerator.prepare` or `deepspeed.initialize` afterwards."
+            )
 
 
 @dataclass(frozen=True)

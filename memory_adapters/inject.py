@@ -17,7 +17,7 @@ from torch import nn
 
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, tokenizer_fingerprint
 from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names
-from memory_adapters.decoder import find_decoder, unwrapped
+from memory_adapters.decoder import check_whole, find_decoder, unwrapped
 from memory_adapters.hub import find_files
 from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
 
@@ -41,13 +41,14 @@ def inject_memory(
 
     Raises:
         TypeError: If `config` is of no memory method.
-        ValueError: If the name is taken or unusable, the model's structure is unknown, a layer is out of range, or the
-            tokenizer does not fit the model. The model is unchanged then.
+        ValueError: If the name is taken or unusable, the model's structure is unknown or it is sharded, a layer is out of
+            range, or the tokenizer does not fit the model. The model is unchanged then.
     """
     memory_type = memory_class(config)
     if memory_type is None:
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {', '.join(memory_config_names())}.")
     base = base_model(model)
+    check_whole(base)
     config = copy.deepcopy(config)
     decoder = find_decoder(base, config.layers_path)
     fingerprint = base_fingerprint(base, config.layers_path)

@@ -24,7 +24,7 @@ from memory_adapters.checkpoint import (
     write_tensors,
 )
 from memory_adapters.config import MemoryConfig, saved_files
-from memory_adapters.decoder import Decoder
+from memory_adapters.decoder import Decoder, check_whole
 from memory_adapters.hub import OnHub
 from memory_adapters.lora import adapter_layers
 from memory_adapters.model_card import CARD_FILE, model_card
@@ -202,6 +202,7 @@ class Memory(OnHub):
 
     def _check_writable(self) -> None:
         self._check_attached()
+        check_whole(self.model)
         if self.tokenizer is None:
             raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
 

@@ -53,3 +53,17 @@ def test_two_processes_give_what_one_gives(
         torch.testing.assert_close(
             together[task][name], tensor, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.slow
+def test_fsdp2_after_injection_is_exact_and_before_it_is_refused(tmp_path: Path) -> None:
+    launch(ROOT / "tests" / "launched_sharded.py", str(tmp_path / "result.pt"))
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert set(result) == {"residual", "memit", "slots"}
+    for found in result.values():
+        assert found["logits"] < 1e-5
+        assert found["gradients"] < 1e-6
+        assert found["unchanged"]
+        for refused in (found["late"], found["write"]):
+            assert "`model` is sharded already" in refused
+            assert "call `fully_shard`" in refused

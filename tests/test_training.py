@@ -236,7 +236,7 @@ def test_a_silent_memory_is_written_and_stays_silent() -> None:
 
 def test_no_tokenizer() -> None:
     memory = inject_memory(tiny_model(), config())
-    with pytest.raises(ValueError, match="`tokenizer` is needed to write"):
+    with pytest.raises(ValueError, match="Writing needs the model.s tokenizer"):
         memory.write(FACT)
 
 

@@ -64,7 +64,7 @@ class ResidualMemory(Memory):
             TypeError: If an item is of no kind that can be written.
             ValueError: If there is no tokenizer, no item, or an item does not fit in the model's context.
         """
-        self._check_attached()
+        self._check_writable()
         return write(
             self,
             as_items(items),
@@ -80,7 +80,7 @@ class ResidualMemory(Memory):
         Returns:
             How many keys each block got.
         """
-        self._check_attached()
+        self._check_writable()
         if not self.config.has_keys:
             raise ValueError(f"`token_gate={self.config.token_gate!r}` has no keys to fit; set `router_keys=True`.")
         return Writer(self, as_items(items), unrelated).fit_keys()

@@ -62,8 +62,6 @@ class Writer:
     """
 
     def __init__(self, memory: ResidualMemory, items: Sequence[Item], unrelated: Sequence[str] | None) -> None:
-        if memory.tokenizer is None:
-            raise ValueError("`tokenizer` is needed to write: pass it to `inject_memory` or `load_memory`.")
         self.memory = memory
         self.model: Any = memory.model
         self.tokenizer = memory.tokenizer
