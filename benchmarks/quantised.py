@@ -2,8 +2,8 @@
 
     python benchmarks/quantised.py --data FOLDER [--records 20] [--output FILE]
 
-FOLDER holds counterfact/edit.json and wikitext2/test.txt. The 4-bit model is bitsandbytes' NF4 of the same weights. Both
-are measured in the same process, each with its own base beside it.
+FOLDER holds counterfact/edit.json and wikitext2/test.txt. The 4-bit model is bitsandbytes' NF4 of the same weights.
+Both are measured in the same process, each with its own base beside it.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import Fact, MemoryAdapterConfig, ResidualMemory, inject_memory
 from memory_adapters.embedded_model import embedded_model
+from memory_adapters.residual_mlp.dataset import collate
 from memory_adapters.residual_mlp.guards import trainable_alone
 from memory_adapters.residual_mlp.reuse import ReusedStates
-from memory_adapters.residual_mlp.dataset import collate
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, training_arguments
 from memory_adapters.residual_mlp.writer import Writer
 from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES

@@ -2,8 +2,8 @@
 
     python benchmarks/router.py --data FOLDER [--records 20] [--output FILE]
 
-FOLDER holds counterfact/edit.json and wikitext2/test.txt. The base model, the memories without a router and with one are
-measured in the same process, on the same records and text.
+FOLDER holds counterfact/edit.json and wikitext2/test.txt. The base model, the memories without a router and with one
+are measured in the same process, on the same records and text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What two processes of `accelerate launch` do together, for comparison with one process alone.
 
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/launched.py OUTPUT FOLDER
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/launched.py OUTPUT FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memories on a model that two processes share with FSDP2.
 
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/launched_sharded.py OUTPUT
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/launched_sharded.py OUTPUT
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ def main() -> None:
             assert all(isinstance(gradient, DTensor) for gradient in grown.values())
             off = max(float((grown[n].full_tensor() - g).abs().max()) for n, g in gradients.items())  # type: ignore
             assert max(float(g.abs().max()) for g in gradients.values()) > 1e-3
-        result[kind] = {"logits": float(apart), "gradients": off, "write": refusal(lambda m=memory, s=suite: s.write(m))}
+        result[kind] = {
+            "logits": float(apart),
+            "gradients": off,
+            "write": refusal(lambda m=memory, s=suite: s.write(m)),
+        }
     for kind, suite in SUITES.items():
         late = sharded(tiny_model())
         names = list(late.state_dict())

@@ -1,4 +1,4 @@
-"""Bases that are not plain weights in memory: quantised by bitsandbytes and torchao, and spread over memory and disk."""
+"""Bases that are not plain weights in memory: quantised by bitsandbytes or torchao, or spread over memory and disk."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,22 +67,26 @@ def error_of(call: Callable[[], Any]) -> list[str]:
     raise AssertionError("it was loaded")
 
 
-def load_without_login(token: str, *shas: str) -> dict[str, Any]:
+def push_and_load() -> dict[str, Any]:
+    """Push, and then load without being logged in."""
+    urls = push()
+    token = os.environ.pop("HF_TOKEN")
     errors, secrets = {}, []
     for kind, cls in KINDS.items():
-        secrets.append(digest(cls.load(f"me/secret-{kind}", token=token)))
         errors[kind] = [
-            error_of(lambda: cls.load("me/unseen")),  # noqa: B023
+            error_of(lambda: cls.load(f"me/secret-{kind}")),  # noqa: B023
             error_of(lambda: cls.load(f"me/{kind}", revision="no-such-branch")),  # noqa: B023
             error_of(lambda: cls.load("me/neither")),  # noqa: B023
         ]
+        secrets.append(digest(cls.load(f"me/secret-{kind}", token=token)))
     load_memory(base_model(), "me/both")
     both = digest(Covariance.load("me/both"))
-    return {"loaded": load(*shas), "secrets": secrets, "errors": errors, "both": both}
+    loaded = load(*(sha_of(urls[kind][0]) for kind in KINDS))
+    return {"urls": urls, "loaded": loaded, "secrets": secrets, "errors": errors, "both": both}
 
 
 def load_offline(*shas: str) -> dict[str, Any]:
-    return {"loaded": load(*shas), "errors": [error_of(lambda: MemorySlots.load("me/both"))]}
+    return {"loaded": load(*shas), "errors": [error_of(lambda: MemorySlots.load("me/neither"))]}
 
 
 def sha_of(url: str) -> str:
@@ -89,19 +94,24 @@ def sha_of(url: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def pushed(loopback_hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    urls = run_client(loopback_hub, tmp_path_factory.mktemp("home"), push)
-    loopback_hub.repos |= {"me/neither": Repo(), "me/unseen": Repo(private=True)}
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def found(loopback_hub: HubServer, home: Path) -> dict[str, Any]:
+    """What was pushed, and what was then loaded into the cache in `home`."""
+    loopback_hub.repos["me/neither"] = Repo()
     loopback_hub.repos["me/neither"].commit({"README.md": b"Nothing"})
-    return urls
+    return run_client(loopback_hub, home, push_and_load)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pushing_makes_one_commit_of_the_file_and_a_card(
-    loopback_hub: HubServer, pushed: dict[str, Any], kind: str
+    loopback_hub: HubServer, found: dict[str, Any], kind: str
 ) -> None:
     repo, file = loopback_hub.repos[f"me/{kind}"], KINDS[kind].file
-    first, second, again, branch = map(sha_of, pushed[kind])
+    first, second, again, branch = map(sha_of, found["urls"][kind])
     assert second == again
     assert list(repo.commits)[1:] == [first, second, branch]
     assert [repo.messages[sha] for sha in (first, second, branch)] == [
@@ -120,15 +130,13 @@ def test_pushing_makes_one_commit_of_the_file_and_a_card(
     assert expected in card.text
 
 
-def test_beside_a_memory_the_card_is_the_memorys(loopback_hub: HubServer, pushed: dict[str, Any]) -> None:
-    files = loopback_hub.repos["me/both"].commits[sha_of(pushed["both"])]
+def test_beside_a_memory_the_card_is_the_memorys(loopback_hub: HubServer, found: dict[str, Any]) -> None:
+    files = loopback_hub.repos["me/both"].commits[sha_of(found["urls"]["both"])]
     assert b"load_memory" in files["README.md"]
     assert {"adapter_model.safetensors", Covariance.file} <= set(files)
 
 
-def test_private_at_a_revision_and_offline(loopback_hub: HubServer, pushed: dict[str, Any], tmp_path: Path) -> None:
-    shas = [sha_of(pushed[kind][0]) for kind in KINDS]
-    found = run_client(loopback_hub, tmp_path, load_without_login, loopback_hub.token, *shas, HF_TOKEN="")
+def test_private_and_at_a_revision(found: dict[str, Any]) -> None:
     for kind in KINDS:
         first, second, third = (digest(made(kind, seed)) for seed in range(3))
         assert found["loaded"][kind] == [second, first, first, third]
@@ -139,8 +147,12 @@ def test_private_at_a_revision_and_offline(loopback_hub: HubServer, pushed: dict
         assert nothing == ["FileNotFoundError", f"`me/neither` has no {KINDS[kind].file}."]
     assert found["secrets"] == [digest(made(kind, 0)) for kind in KINDS]
     assert found["both"] == digest(made("covariance", 0))
+
+
+def test_offline_loads_from_the_cache(loopback_hub: HubServer, found: dict[str, Any], home: Path) -> None:
+    shas = [sha_of(found["urls"][kind][0]) for kind in KINDS]
     before = len(loopback_hub.requests)
-    offline = run_client(loopback_hub, tmp_path, load_offline, *shas, HF_HUB_OFFLINE="1")
+    offline = run_client(loopback_hub, home, load_offline, *shas, HF_HUB_OFFLINE="1")
     assert offline["loaded"] == found["loaded"]
     (error,) = offline["errors"]
     assert error[0] in ("FileNotFoundError", "LocalEntryNotFoundError")

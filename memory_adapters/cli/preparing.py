@@ -91,7 +91,7 @@ def covariance(
         typer.Argument(
             exists=True,
             dir_okay=False,
-            metavar="[TEXTS]",
+            metavar="TEXTS",
             help="A text file, a paragraph a line.  [default: text that the model samples]",
         ),
     ] = None,
