@@ -99,7 +99,7 @@ def measure(bare: Any, few: Any, many: Any, tokens: int, rounds: int) -> dict[st
         past.crop(-1)
 
     def run(model: Any, context: Any = None, inputs: Any = ids) -> None:
-        with context:
+        with context or nullcontext():
             model(inputs, use_cache=True)
 
     def switch(model: Any, names: list[str]) -> None:

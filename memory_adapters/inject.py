@@ -41,7 +41,7 @@ def inject_memory(
 
     Raises:
         TypeError: If `config` is of no memory method.
-        ValueError: If the name is taken or unusable, the model's structure is unknown or it is sharded, a layer is out of
+        ValueError: If the name is taken or unusable, the model is sharded or of unknown structure, a layer is out of
             range, or the tokenizer does not fit the model. The model is unchanged then.
     """
     memory_type = memory_class(config)

@@ -19,11 +19,13 @@ from memory_adapters import (
     speaking,
     speaking_by_row,
 )
+from tests import test_training_together
 from tests.composing import KINDS, SUITES, lora_config, put
 from tests.contract import PROMPT, encode, fingerprint, logits
 from tests.models import byte_tokenizer, tiny_model
 
-pairs = pytest.mark.parametrize(("first", "second"), [(a, b) for a in KINDS for b in KINDS])
+PAIR = ("first", "second")
+pairs = pytest.mark.parametrize(PAIR, [(a, b) for a in KINDS for b in KINDS])
 methods = pytest.mark.parametrize("kind", KINDS[1:])
 PEFT_SAYS = "ignore:Already found a `peft_config`:UserWarning"  # of every second adapter
 
@@ -209,3 +211,19 @@ def test_a_damaged_collection_leaves_the_model_as_it_was(tmp_path: Path) -> None
         load_adapters(other, tmp_path / "one")
     with pytest.raises(ValueError, match="no adapter to save"):
         save_adapters(other, tmp_path / "new")
+
+
+def test_the_documented_table_is_what_is_tested() -> None:
+    lines = (Path(__file__).parents[1] / "docs" / "compose.md").read_text(encoding="utf-8").splitlines()
+    header, *rows = [[c.strip() for c in line[1:-1].split("|")] for line in lines if line.startswith("| ")][:6]
+    spoken = {"LoRA": "lora", "MEMIT": "memit"}
+    columns = [tuple(spoken.get(kind, kind) for kind in cell.split(" + ")) for cell in header[1:-1]]
+    assert {frozenset(pair) for pair in columns} == {frozenset((a, b)) for a in KINDS for b in KINDS}
+    assert len(rows) == 5
+    for _, *cells, name in rows:
+        test = globals().get(name) or getattr(test_training_together, name)
+        (given,) = [m.args for m in test.pytestmark if m.name == "parametrize" and m.args[0] in (PAIR, "kind")]
+        both_ways = given[1] if given[0] == PAIR else [("lora", kind) for kind in given[1]]
+        tested = {frozenset(pair) for pair in both_ways}
+        for pair, cell in zip(columns, cells, strict=True):
+            assert (cell in ("exact", "close")) == (frozenset(pair) in tested), (name, pair)

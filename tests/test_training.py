@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from memory_adapters import Document, Fact, MemoryAdapterConfig, QuestionAnswer, ResidualMemory, inject_memory
 from memory_adapters.decoder import find_decoder
+from memory_adapters.residual_mlp.dataset import collate
 from memory_adapters.residual_mlp.guards import trainable_alone
 from memory_adapters.residual_mlp.reuse import ReusedStates
-from memory_adapters.residual_mlp.dataset import collate
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, training_arguments
 from memory_adapters.residual_mlp.writer import Writer
 from tests.contract import architectures, encode, logits
@@ -236,7 +236,7 @@ def test_a_silent_memory_is_written_and_stays_silent() -> None:
 
 def test_no_tokenizer() -> None:
     memory = inject_memory(tiny_model(), config())
-    with pytest.raises(ValueError, match="Writing needs the model.s tokenizer"):
+    with pytest.raises(ValueError, match=r"Writing needs the model.s tokenizer"):
         memory.write(FACT)
 
 
