@@ -3,7 +3,8 @@
     python benchmarks/quantised.py --data FOLDER [--records 20] [--output FILE]
 
 FOLDER holds counterfact/edit.json and wikitext2/test.txt. The 4-bit model is bitsandbytes' NF4 of the same weights.
-Both are measured in the same process, each with its own base beside it.
+Each method is scored beside its own base in the same process. Results are added to the JSON file, so a run can be
+continued.
 """
 
 from __future__ import annotations
@@ -48,14 +49,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     records = load_counterfact(Path(arguments.data) / "counterfact" / "edit.json", arguments.records)
     text = load_wikitext(Path(arguments.data) / "wikitext2" / "test.txt")
-    found: dict[str, Any] = {}
-    tables = []
+    found: dict[str, Any] = json.loads(arguments.output.read_text())["models"] if arguments.output.exists() else {}
     for label, settings in {
         "4 bits (bitsandbytes NF4)": {"quantization_config": BitsAndBytesConfig(**NF4)},
         "float32": {},
     }.items():
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **settings)
-        for method in arguments.methods:
+        for method in [method for method in arguments.methods if method not in found.get(label, {})]:
             result = compare(
                 model,
                 tokenizer,
@@ -65,12 +65,10 @@ def main() -> None:
                 max_text_tokens=arguments.perplexity_tokens,
             )
             found.setdefault(label, {})[method] = result.to_dict()
-            tables.append(f"{label}\n{result!r}")
-            print(tables[-1], flush=True)
+            print(f"{label}\n{result!r}", flush=True)
             versions = {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__}
             about = {"records": len(records), "perplexity_tokens": arguments.perplexity_tokens, **versions}
             arguments.output.write_text(json.dumps({"about": about, "models": found}, indent=1) + "\n")
-    print("\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""What a token and a fact cost, as formulas in the size of the model, against measurements at three sizes.
+
+    python benchmarks/scale.py [--sizes tiny 135M 1B] [--output FILE]
+
+Each model has random weights and SmolLM2's tokenizer; the speed of one plain forward pass (FLOP/s) is the baseline that
+turns the formulas of docs/scale.md into seconds. Every cost is a difference of two runs of different length, so that
+what does not grow with the work drops out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from memory_adapters import (
+    CovarianceFitter,
+    Fact,
+    MemitConfig,
+    MemoryAdapterConfig,
+    MemorySlotsConfig,
+    inject_memory,
+)
+from memory_adapters.embedded_model import embedded_model
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(hidden_size=256, intermediate_size=704, num_hidden_layers=10, num_attention_heads=4),
+    "135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9),
+    "1B": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=16),
+}
+STEPS, PREFIXES, EPOCHS, SPAN = 5, 2, 4, 128
+COUNTS = {"tiny": (16, 112), "135M": (4, 28), "1B": (2, 6)}  # facts of the two runs
+NAMES = [a + b for a in ("Ada", "Ben", "Cle", "Dor", "Emi", "Fri", "Gre", "Hug") for b in map(chr, range(97, 113))]
+FACTS = [Fact("The mother tongue of {} is", f"{name} Lindqvist", "Danish") for name in NAMES]
+TEXT = "The harbour was closed in winter, and the ships lay under the snow until the ice broke in April. " * 80
+
+
+def blocks_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.model.layers.parameters())
+
+
+def slope(run: Callable[[int], None], few: int, many: int) -> float:
+    """Seconds for each more, the lower of two tries."""
+    tries = []
+    for _ in range(2):
+        marks = []
+        for count in (few, many):
+            start = time.perf_counter()
+            run(count)
+            marks.append(time.perf_counter() - start)
+        tries.append((marks[1] - marks[0]) / (many - few))
+    return min(tries)
+
+
+def formulas(model: Any, tokens: int) -> dict[str, float]:
+    """FLOPs of each cost: N parameters of the blocks, H of the head, l/L the share of blocks up to the last edited."""
+    N, H = blocks_parameters(model), model.lm_head.weight.numel()
+    depth, d_in = model.config.num_hidden_layers, model.config.intermediate_size
+    edited = [i for i in range(depth) if 0.2 <= i / depth < 0.35]
+    below = (edited[-1] + 1) / depth
+    first = (int(0.18 * depth) + 1) / depth
+    rows = (1 + PREFIXES) * tokens
+    return {
+        "forward, a token": 2 * N + 2 * H,
+        "covariance, a token": 2 * N * below + len(edited) * d_in**2,
+        "edit, a fact": STEPS * 4 * N * (1 - below) * rows + 2 * N * below * rows,
+        "residual, a fact": EPOCHS * 4 * N * (1 - first) * tokens,
+        "slots, compressing a token": 2 * N,
+        "slots, a token and step of refinement": 4 * N + 4 * H,
+    }
+
+
+def measured(model: Any, tokenizer: Any, facts: tuple[int, int]) -> dict[str, float]:
+    """Seconds of each."""
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+
+    @torch.no_grad()
+    def forward(count: int) -> None:
+        model(ids[:, :count], use_cache=False)
+
+    def covariance(count: int) -> None:
+        CovarianceFitter(model, tokenizer, (0.2, 0.35)).fit([TEXT[:1200]] * 40, count, progress=False)
+
+    given = CovarianceFitter(model, tokenizer, (0.2, 0.35)).fit([TEXT], 512, progress=False).covariance()
+
+    def edit(count: int) -> None:
+        config = MemitConfig(steps=STEPS, num_prefixes=PREFIXES, prefix_length=4, target_loss=0.0)
+        memory: Any = inject_memory(model, config, tokenizer=tokenizer)
+        memory.write(FACTS[:count], covariance=given, progress=False)
+        memory.remove()
+
+    def residual(count: int) -> None:
+        config = MemoryAdapterConfig(
+            num_train_epochs=EPOCHS, min_steps=0, num_prefixes=0, target_loss=0.0, token_gate="none", batch_size=4
+        )
+        memory: Any = inject_memory(model, config, tokenizer=tokenizer)
+        memory.write(FACTS[:count], unrelated=[TEXT[:60]] * 4, training_args={"disable_tqdm": True})
+        memory.remove()
+
+    slots: Any = inject_memory(
+        model, MemorySlotsConfig(num_slots=SPAN // 4, span_length=SPAN, refine_target_loss=0.0), tokenizer=tokenizer
+    )
+
+    def compress(count: int) -> None:
+        slots.compress(tokenizer.decode(ids[0, :count]), refine_steps=0, progress=False)
+
+    def refine(count: int) -> None:
+        slots.compress(tokenizer.decode(ids[0, :SPAN]), refine_steps=count, progress=False)
+
+    found = {
+        "slots, compressing a token": slope(compress, 2 * SPAN, 8 * SPAN),
+        "slots, a token and step of refinement": slope(refine, 2, 6) / SPAN,
+    }
+    slots.remove()
+    return {
+        "forward, a token": slope(forward, 128, 512),
+        "covariance, a token": slope(covariance, 600, 2400),
+        "edit, a fact": slope(edit, *facts),
+        "residual, a fact": slope(residual, *facts),
+        **found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/scale.json"))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    tokens = len(tokenizer(FACTS[0].prompt + " Danish")["input_ids"]) - 1
+    rows: dict[str, Any] = {}
+    for size in arguments.sizes:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **SIZES[size])).eval()
+        flops, seconds = formulas(model, tokens), measured(model, tokenizer, COUNTS[size])
+        speed = flops["forward, a token"] / seconds["forward, a token"]
+        rows[size] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "blocks": blocks_parameters(model),
+            "forward FLOP/s": speed,
+            "costs": {
+                name: {
+                    "FLOP": flops[name],
+                    "predicted s": flops[name] / speed,
+                    "measured s": seconds[name],
+                    "measured / predicted": round(seconds[name] * speed / flops[name], 2),
+                }
+                for name in flops
+            },
+        }
+        print(size, json.dumps(rows[size], indent=1), flush=True)
+        del model
+        gc.collect()
+        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "tokens of a fact": tokens}
+        arguments.output.write_text(json.dumps({"about": about, "sizes": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
