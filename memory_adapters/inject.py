@@ -116,7 +116,7 @@ def load_memory(
     folder = find_files(path_or_repo_id, revision=revision, token=token)
     config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
     _check_files(folder, [config_file])
-    config = _read_config(folder / config_file)
+    config = read_config(folder / config_file)
     memory_type = memory_class(config)
     assert memory_type is not None
     _check_files(folder, [file for file in memory_type.files if file != CARD_FILE])
@@ -196,7 +196,7 @@ def _check_tokenizer(tokenizer: Any, size: int) -> None:
         )
 
 
-def _read_config(path: os.PathLike[str]) -> MemoryConfig:
+def read_config(path: os.PathLike[str]) -> MemoryConfig:
     remedy = "Save or download the memory again."
     try:
         with open(path, encoding="utf-8") as file:

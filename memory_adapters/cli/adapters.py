@@ -18,7 +18,7 @@ from memory_adapters.checkpoint import read_metadata
 from memory_adapters.cli.run import wrong
 from memory_adapters.config import MemoryConfig
 from memory_adapters.hub import find_files
-from memory_adapters.inject import _read_config
+from memory_adapters.inject import read_config
 from memory_adapters.memory import CONFIG_FILES
 
 __all__ = ["CONFIGS", "METHODS", "MethodName", "SavedMemory", "parsed_settings", "with_settings", "write_options"]
@@ -77,7 +77,7 @@ class SavedMemory:
         folder = find_files(adapter, revision=None, token=None)
         for name in CONFIG_FILES:
             if (folder / name).is_file():
-                return cls(folder, _read_config(folder / name))
+                return cls(folder, read_config(folder / name))
         raise FileNotFoundError(f"`{folder}` has no {CONFIG_FILES[-1]}: it is not a saved memory, or only part of one.")
 
     @property

@@ -11,7 +11,7 @@ from torch import nn
 
 from memory_adapters.config import MemoryConfig
 from memory_adapters.evaluation.records import EditRecord
-from memory_adapters.evaluation.report import EditReport, _comparable, evaluate_edits
+from memory_adapters.evaluation.report import EditReport, comparable_cells, evaluate_edits
 from memory_adapters.inject import inject_memory
 from memory_adapters.memory import WriteReport
 from memory_adapters.unrelated import sample_text
@@ -75,7 +75,7 @@ def score_table(reports: Mapping[str, EditReport]) -> list[list[str]]:
     """Cells of a table with a line for each report, the first row a header: S, ES, PS, NS and exact match in percent,
     perplexity also as its drift from the first report's. Columns without any value are left out."""
     base = next(iter(reports.values())).perplexity
-    found = {name: _comparable(report, base) for name, report in reports.items()}
+    found = {name: comparable_cells(report, base) for name, report in reports.items()}
     shown = [label for label in SHOWN if any(cells[label] != "–" for cells in found.values())]
     return [["", *shown], *([name, *(cells[label] for label in shown)] for name, cells in found.items())]
 

@@ -235,14 +235,14 @@ def compare(reports: Mapping[str, EditReport]) -> str:
     base = next((report.perplexity for report in reports.values() if report.perplexity is not None), None)
     columns: dict[str, list[str]] = {"": [name.replace("|", r"\|") for name in reports]}
     for report in reports.values():
-        for label, cell in _comparable(report, base).items():
+        for label, cell in comparable_cells(report, base).items():
             columns.setdefault(label, []).append(cell)
     shown = {label: cells for label, cells in columns.items() if set(cells) != {_percent(None)}}
     lines = [[*shown], ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _comparable(report: EditReport, base_perplexity: float | None) -> dict[str, str]:
+def comparable_cells(report: EditReport, base_perplexity: float | None) -> dict[str, str]:
     s = report.scores
     shares = {
         "S": s.score,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from memory_adapters.memory_slots.entries import SlotReader
 
@@ -61,6 +61,11 @@ def put_before(
     continued = getattr(cache, MARK, None)  # a cache that holds slots goes on with them, whatever is active now
     if continued is None and (slots is None or (cache is not None and cache.get_seq_length() > 0)):
         return None
+    if isinstance(cache, StaticCache):
+        raise ValueError(
+            "`past_key_values` is a static cache, which is made for the prompt alone while slots stand before it: use "
+            "the default (dynamic) cache with slots."
+        )
     ids: Any = given.get("input_ids")
     embedded: Any = given.get("inputs_embeds")
     batch, tokens = (ids if embedded is None else embedded).shape[:2]
