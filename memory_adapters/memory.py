@@ -189,13 +189,19 @@ class Memory(OnHub):
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Save `adapter_config.json`, `adapter_model.safetensors` and a model card (README.md), all or none.
 
+        Files of a memory that was saved there before, and that this one does not have, are deleted; others stay.
+
         Raises:
             NotADirectoryError: If `save_directory` is a file.
         """
         config = self.config
+        again = (Path(save_directory) / CONFIG_FILE).is_file()
         with atomic_directory(save_directory) as staging:
             self._write_files(staging)
             (staging / CARD_FILE).write_text(model_card(config, self.num_parameters()), encoding="utf-8")
+            obsolete = set(saved_files()) - {file.name for file in staging.iterdir()}
+        for name in obsolete if again else ():
+            (Path(save_directory) / name).unlink(missing_ok=True)
 
     def _write_files(self, folder: Path) -> None:
         """Write what the method saves: here its PEFT adapter."""

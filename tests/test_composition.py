@@ -213,6 +213,20 @@ def test_a_damaged_collection_leaves_the_model_as_it_was(tmp_path: Path) -> None
         save_adapters(other, tmp_path / "new")
 
 
+@pytest.mark.parametrize(("first", "second"), [(a, b) for a in KINDS[1:] for b in KINDS[1:]])
+def test_a_memory_saved_over_one_of_another_method_is_what_loads(first: str, second: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for kind, seed in ((first, 1), (second, 2)):
+        model = tiny_model()
+        memory = put(model, kind, "one", seed)
+        assert memory is not None
+        memory.save_pretrained(tmp_path)
+    other = tiny_model()
+    assert type(load_memory(other, tmp_path)) is type(memory)
+    assert torch.equal(logits(other), logits(model))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_the_documented_table_is_what_is_tested() -> None:
     lines = (Path(__file__).parents[1] / "docs" / "compose.md").read_text(encoding="utf-8").splitlines()
     header, *rows = [[c.strip() for c in line[1:-1].split("|")] for line in lines if line.startswith("| ")][:6]
