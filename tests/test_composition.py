@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,41 @@ def test_a_lora_is_merged_while_a_memory_stays(kind: str, lora_first: bool, tmp_
     assert torch.equal(logits(model), merged)
     with pytest.raises(ValueError, match="another base model"):
         load_memory(tiny_model(), tmp_path)
+
+
+@methods
+@pytest.mark.parametrize("lora_first", [True, False])
+@pytest.mark.filterwarnings(PEFT_SAYS)
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+def test_inside_a_peft_model(kind: str, lora_first: bool, tmp_path: Path) -> None:
+    model = tiny_model()
+    base = logits(model)
+    if not lora_first:
+        put(model, kind, "two", 2)
+    torch.manual_seed(1)
+    wrapped: Any = get_peft_model(model, lora_config())
+    if lora_first:
+        put(model, kind, "two", 2)
+    memory = memories(wrapped)["two"]
+    memory.active = True  # PEFT silences an edit that came before
+    together = logits(wrapped)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), base)
+    assert torch.equal(logits(wrapped), together)
+    with memory.disabled():
+        only_lora = logits(wrapped)
+    with speaking(wrapped, ["two"]):
+        assert torch.equal(logits(wrapped), alone(kind, "two", 2))
+    wrapped.save_pretrained(tmp_path / "peft")
+    assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+    save_adapters(wrapped, tmp_path / "all")
+    other = tiny_model()
+    load_adapters(other, tmp_path / "all", tokenizer=byte_tokenizer())
+    with speaking(other, ["default", "two"]), speaking(model, ["default", "two"]):
+        assert torch.equal(logits(other), logits(wrapped))
+    memory.remove()
+    assert torch.equal(logits(wrapped), only_lora)
+    assert list(wrapped.peft_config) == ["default"]
 
 
 @methods
