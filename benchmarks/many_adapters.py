@@ -112,6 +112,7 @@ def measure(bare: Any, few: Any, many: Any, tokens: int, rounds: int) -> dict[st
             "prefill, all idle": lambda: run(many),
             "decode, no adapter": lambda: decode(bare, bare_cache),
             "decode, all idle": lambda: decode(many, cache),
+            "few, one for each row": lambda: run(few, speaking_by_row(few, every[:ROWS]), batch),
             "prefill, one of few speaks": lambda: run(few, speaking(few, [every[0]])),
             "prefill, one of many speaks": lambda: run(many, speaking(many, [every[0]])),
             "switch among few": lambda: switch(few, [every[1]]),

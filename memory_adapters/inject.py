@@ -12,13 +12,13 @@ from typing import Any
 
 from accelerate.utils import align_module_device
 from peft import PeftModel, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, tokenizer_fingerprint
 from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names
 from memory_adapters.decoder import check_whole, find_decoder, unwrapped
 from memory_adapters.hub import find_files
+from memory_adapters.lora import adapter_layers
 from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
 
 __all__ = ["base_model", "inject_memory", "load_memory", "memories"]
@@ -161,7 +161,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def _active_adapters(model: nn.Module) -> list[tuple[Any, list[str]]]:
-    return [(m, list(m.active_adapters)) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    return [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
 
 
 def _free_name(model: nn.Module) -> str:

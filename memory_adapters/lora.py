@@ -14,8 +14,21 @@ __all__ = ["adapter_layers", "lora_layers", "take_out"]
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[Any]:
     """PEFT's layers of all methods, lowest block first; only those that hold the adapter, if one is named."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return [x for x in layers if adapter_name is None or adapter_name in x._get_available_adapters()]
+    found: dict[int, Any] = {}
+
+    def visit(module: nn.Module) -> None:
+        if not isinstance(module, BaseTunerLayer):
+            for child in module._modules.values():
+                if child is not None:
+                    visit(child)
+        elif id(module) not in found:
+            found[id(module)] = module
+            base = module._modules.get("base_layer")
+            if base is not None:  # what else it has are adapters, of which there may be many
+                visit(base)
+
+    visit(model)
+    return [x for x in found.values() if adapter_name is None or adapter_name in x._get_available_adapters()]
 
 
 def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLayer]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memory_adapters.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.forward_passes import plain_attention
+from memory_adapters.lora import adapter_layers
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 
 __all__ = ["Encoder", "EncoderParts"]
@@ -78,13 +78,13 @@ class Encoder:
 
     def layers(self) -> list[LoraLayer]:
         """The LoRA's layers."""
-        found = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        return [layer for layer in found if self.adapter_name in layer.lora_A]
+        found = adapter_layers(self.model, self.adapter_name)
+        return [layer for layer in found if isinstance(layer, LoraLayer)]
 
     @contextmanager
     def others_off(self) -> Iterator[None]:
         """Within this context no adapter on the model takes part, and no slots are read."""
-        every: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        every = adapter_layers(self.model)
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in every]
         mode, self.mode = self.mode, self.others_off
         try:

@@ -18,6 +18,7 @@ from memory_adapters.checkpoint import base_fingerprint, check_fingerprint
 from memory_adapters.config import MemoryPeftType
 from memory_adapters.decoder import execution_device, find_decoder, resolve_layers
 from memory_adapters.forward_passes import hidden_state
+from memory_adapters.lora import adapter_layers
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 
@@ -117,7 +118,7 @@ def speak(block: nn.Module, _args: Any, output: Any) -> Any:
 
 def memory_layers(model: nn.Module) -> list[MemoryLayer]:
     """The memory layers of `model`, lowest block first."""
-    return [module for module in model.modules() if isinstance(module, MemoryLayer)]
+    return [layer for layer in adapter_layers(model) if isinstance(layer, MemoryLayer)]
 
 
 def discard_empty_layers(model: nn.Module) -> None:
