@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ SIZES: dict[str, dict[str, int]] = {
     "135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9),
     "1B": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=16),
 }
+LONG = 10.0  # seconds after which nothing is tried again
 STEPS, PREFIXES, EPOCHS, SPAN = 5, 2, 4, 128
 COUNTS = {"tiny": (16, 112), "135M": (4, 28), "1B": (2, 6)}  # facts of the two runs
 NAMES = [a + b for a in ("Ada", "Ben", "Cle", "Dor", "Emi", "Fri", "Gre", "Hug") for b in map(chr, range(97, 113))]
@@ -48,16 +50,16 @@ def blocks_parameters(model: Any) -> int:
 
 
 def slope(run: Callable[[int], None], few: int, many: int) -> float:
-    """Seconds for each more, the lower of two tries."""
-    tries = []
-    for _ in range(2):
+    """Seconds for each more; where a run is short, the median of three tries."""
+    tries: list[float] = []
+    while len(tries) < 3 and sum(tries) * (many - few) < LONG:
         marks = []
         for count in (few, many):
             start = time.perf_counter()
             run(count)
             marks.append(time.perf_counter() - start)
         tries.append((marks[1] - marks[0]) / (many - few))
-    return min(tries)
+    return statistics.median(tries)
 
 
 def formulas(model: Any, tokens: int) -> dict[str, float]:
@@ -116,13 +118,13 @@ def measured(model: Any, tokenizer: Any, facts: tuple[int, int]) -> dict[str, fl
         slots.compress(tokenizer.decode(ids[0, :SPAN]), refine_steps=count, progress=False)
 
     found = {
-        "slots, compressing a token": slope(compress, 2 * SPAN, 8 * SPAN),
-        "slots, a token and step of refinement": slope(refine, 2, 6) / SPAN,
+        "slots, compressing a token": slope(compress, 2 * SPAN, 6 * SPAN),
+        "slots, a token and step of refinement": slope(refine, 1, 4) / SPAN,
     }
     slots.remove()
     return {
         "forward, a token": slope(forward, 128, 512),
-        "covariance, a token": slope(covariance, 600, 2400),
+        "covariance, a token": slope(covariance, 600, 1800),
         "edit, a fact": slope(edit, *facts),
         "residual, a fact": slope(residual, *facts),
         **found,
@@ -137,8 +139,8 @@ def main() -> None:
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     tokens = len(tokenizer(FACTS[0].prompt + " Danish")["input_ids"]) - 1
-    rows: dict[str, Any] = {}
-    for size in arguments.sizes:
+    rows: dict[str, Any] = json.loads(arguments.output.read_text())["sizes"] if arguments.output.exists() else {}
+    for size in [size for size in arguments.sizes if size not in rows]:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **SIZES[size])).eval()
         flops, seconds = formulas(model, tokens), measured(model, tokenizer, COUNTS[size])
