@@ -21,7 +21,7 @@ from memory_adapters.hub import find_files
 from memory_adapters.lora import adapter_layers
 from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
 
-__all__ = ["base_model", "inject_memory", "load_memory", "memories"]
+__all__ = ["base_model", "inject_memory", "load_memory", "memories", "read_config"]
 
 _DEFAULT_NAME = "knowledge"
 
@@ -197,6 +197,7 @@ def _check_tokenizer(tokenizer: Any, size: int) -> None:
 
 
 def read_config(path: os.PathLike[str]) -> MemoryConfig:
+    """The config of a saved memory; a `ValueError` if the file is damaged or of no memory method."""
     remedy = "Save or download the memory again."
     try:
         with open(path, encoding="utf-8") as file:

@@ -18,7 +18,7 @@ from memory_adapters.evaluation.generation import consistency, fluency, generate
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.retention import perplexity
 
-__all__ = ["EditReport", "RelationScores", "compare", "evaluate_edits"]
+__all__ = ["EditReport", "RelationScores", "comparable_cells", "compare", "evaluate_edits"]
 
 SHOWN_RELATIONS = 10
 
