@@ -133,8 +133,8 @@ def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[Memor
     check_lengths(texts, slots)
     if len(texts) < 2:
         raise ValueError(f"`texts` has {len(texts)} text: two are needed, for slots of another text.")
-    whole = [_embedded(memory, text, None) for text in texts]
-    truncated = [_embedded(memory, text, own.num_slots) for text, own in zip(texts, slots, strict=True)]
+    whole = [embedded_text(memory, text) for text in texts]
+    truncated = [embedded_text(memory, text, own.num_slots) for text, own in zip(texts, slots, strict=True)]
     return {
         "full context": whole,
         "slots": list(slots),
@@ -200,8 +200,8 @@ def markdown(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _embedded(memory: SlotMemory, text: str, last: int | None) -> MemorySlots:
-    """A text's own token embeddings, as if they were slots of rate 1."""
+def embedded_text(memory: SlotMemory, text: str, last: int | None = None) -> MemorySlots:
+    """The embeddings of a text's own tokens (or of the last so many), as slots of rate 1: read as the text would be."""
     ids = memory.tokenizer(text, add_special_tokens=False)["input_ids"][-(last or 0) :]
     with torch.no_grad():
         vectors = memory.encoder.decoder.embeddings(torch.tensor(ids, device=memory.encoder.device)).float().cpu()
