@@ -1,0 +1,241 @@
+"""The experiment: every candidate, number of shots and seed; resumable; its tables and its chart."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memory_adapters.evaluation.fever.candidates import Bench, Candidate
+from memory_adapters.evaluation.fever.data import LABELS, FeverData, Page
+from memory_adapters.evaluation.fever.prompts import choose_shots, few_shot_prompt
+from memory_adapters.evaluation.fever.scoring import Judgement, Metrics, judge, measure
+
+__all__ = ["FeverResults", "Run", "run_fever"]
+
+SCORINGS = ("generated", "likeliest")
+METRICS = ("accuracy", "f1_micro", "f1_macro")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One candidate with one seed.
+
+    Attributes:
+        candidate: Its name.
+        seed: The seed.
+        truth: The claims' labels, as indices of `LABELS`.
+        generated: For each number of shots, the labels generated; −1 where what was said is none.
+        likeliest: For each number of shots, the likeliest labels.
+        num_parameters: Numbers that the candidate stores.
+        preparing: Seconds until it was on the model.
+        judging: Seconds of all judgements.
+    """
+
+    candidate: str
+    seed: int
+    truth: list[int]
+    generated: dict[str, list[int]]
+    likeliest: dict[str, list[int]]
+    num_parameters: int
+    preparing: float
+    judging: float
+
+    def metrics(self, shots: int, scoring: str) -> Metrics:
+        """Scores with so many shots, by `"generated"` or `"likeliest"` answers."""
+        answers = {"generated": self.generated, "likeliest": self.likeliest}[scoring][str(shots)]
+        return measure([LABELS[i] for i in self.truth], [None if i < 0 else LABELS[i] for i in answers])
+
+
+@dataclass(frozen=True)
+class FeverResults:
+    """What `run_fever` found.
+
+    Attributes:
+        about: Counts and settings.
+        runs: Every candidate with every seed.
+    """
+
+    about: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def candidates(self) -> list[str]:
+        return list(dict.fromkeys(run.candidate for run in self.runs))
+
+    def values(self, candidate: str, shots: int, scoring: str, metric: str) -> list[float]:
+        """The metric with each seed."""
+        own = [run for run in self.runs if run.candidate == candidate]
+        return [run.metrics(shots, scoring).to_dict()[metric] for run in own]
+
+    def accuracies(self, shots: int, scoring: str) -> dict[str, list[float]]:
+        """Accuracy of each candidate with each seed, for `plots.error_bars`."""
+        return {name: self.values(name, shots, scoring, "accuracy") for name in self.candidates}
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of the most frequent label alone, mean over seeds."""
+        truths = {run.seed: run.truth for run in self.runs}.values()
+        return statistics.fmean(max(map(truth.count, truth)) / len(truth) for truth in truths)
+
+    def table(self, metric: str, scoring: str) -> str:
+        """Markdown: a line a candidate, a column a number of shots; mean ± standard deviation over seeds."""
+        shots = self.about["shots"]
+        lines = [["", *(f"{k}-shot" for k in shots)], ["---"] * (len(shots) + 1)]
+        for name in self.candidates:
+            lines.append([name, *(_mean_and_deviation(self.values(name, k, scoring, metric)) for k in shots)])
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+    def markdown(self) -> str:
+        """All tables."""
+        counts = ", ".join(f"{name}={self.about[name]}" for name in ("N_full", "N_top", "N_trunc"))
+        labels = ", ".join(f"{number} {label}" for label, number in self.about["labels"].items())
+        about = [f"* {name}: {value}" for name, value in self.about.items() if name in _DESCRIBED]
+        about = [
+            f"* pages: {counts}; claims judged with seed {self.runs[0].seed}: {labels}",
+            f"* accuracy of the most frequent label alone: {self.majority:.3f}",
+            *about,
+        ]
+        parts = ["\n".join(about)]
+        for scoring, what in zip(SCORINGS, ("what the model generates", "the likeliest answer"), strict=True):
+            for metric in METRICS:
+                parts.append(f"### {metric.replace('_', ' ')}, {what}\n\n{self.table(metric, scoring)}")
+        answered = [f"| {name} | {_mean_and_deviation(self._answered(name))} |" for name in self.candidates]
+        parts.append("### share of generated answers that are one of the labels, all shots\n\n| | |\n| --- | --- |")
+        parts[-1] += "\n" + "\n".join(answered)
+        costs = ["| | stored numbers | seconds to prepare | seconds to judge |", "| --- | --- | --- | --- |"]
+        for name in self.candidates:
+            own = [run for run in self.runs if run.candidate == name]
+            seconds = [statistics.fmean(getattr(run, part) for run in own) for part in ("preparing", "judging")]
+            costs.append(f"| {name} | {own[0].num_parameters:,} | {seconds[0]:.0f} | {seconds[1]:.0f} |")
+        parts.append("### costs\n\n" + "\n".join(costs))
+        return "\n\n".join(parts) + "\n"
+
+    def _answered(self, candidate: str) -> list[float]:
+        by_shots = [self.values(candidate, k, "generated", "answered") for k in self.about["shots"]]
+        return [statistics.fmean(values) for values in zip(*by_shots, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"about": self.about, "runs": [vars(run) for run in self.runs]}
+
+
+_DESCRIBED = ("model", "command", "versions", "data", "seeds", "training_shots")
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def run_fever(
+    model: Any,
+    tokenizer: Any,
+    data_of_seed: Callable[[int], FeverData],
+    candidates: Mapping[str, Candidate],
+    folder: str | os.PathLike[str],
+    *,
+    shots: Sequence[int] = (0, 1, 2, 3, 4, 5),
+    seeds: Sequence[int] = (0, 1, 2),
+    training_shots: int = 1,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> FeverResults:
+    """Judge the claims with every candidate, number of shots and seed.
+
+    What is finished is kept in `folder`, a file for each candidate and seed, and is not run again: after an
+    interruption give the same arguments. The model is left as it was.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer.
+        data_of_seed: Pages and claims, split by this seed; the pages must not depend on it.
+        candidates: Name to candidate.
+        folder: For results, and memories that several candidates use.
+        shots: Numbers of solved claims before each claim.
+        seeds: Of the split, the shots and the training.
+        training_shots: Solved claims before each training claim in the few-shot form.
+        about: What else should be known of the run: model, command, versions.
+        progress: Show bars.
+
+    Raises:
+        ValueError: If there is no candidate, number of shots or seed, or `folder` holds results with other settings.
+    """
+    for name, given in (("candidates", candidates), ("shots", shots), ("seeds", seeds)):
+        if not given:
+            raise ValueError(f"`{name}` is empty: give at least one.")
+    target = Path(folder)
+    data = {seed: data_of_seed(seed) for seed in seeds}
+    first = data[seeds[0]]
+    counted = {"N_full": first.n_full, "N_top": first.n_top, "N_trunc": first.n_trunc, "labels": first.label_counts}
+    settings = {**counted, "shots": list(shots), "training_shots": training_shots, **(about or {})}
+    _check_settings(target, settings)
+    runs = []
+    for name, candidate in candidates.items():
+        for seed in seeds:
+            file = target / "runs" / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}.json"
+            if file.is_file():
+                runs.append(Run(**json.loads(file.read_text(encoding="utf-8"))))
+                continue
+            bench = Bench(model, tokenizer, data[seed], seed, training_shots, target)
+            runs.append(_run(name, candidate, bench, shots, progress))
+            _save(file, vars(runs[-1]))
+    return FeverResults({**settings, "seeds": list(seeds)}, runs)
+
+
+def _run(name: str, candidate: Candidate, bench: Bench, shots: Sequence[int], progress: bool) -> Run:
+    start = time.perf_counter()
+    asked = [(page, claim) for page in bench.data.pages for claim in page.validation]
+    found: dict[int, list[Judgement]] = {}
+    with candidate.holding(bench) as reading:
+        ready = time.perf_counter()
+        groups: list[tuple[Page | None, list[Any]]] = [(None, asked)]
+        if reading.page is not None:
+            groups = [(page, [one for one in asked if one[0] == page]) for page in bench.data.pages]
+        for page, own in groups:
+            with nullcontext() if page is None or reading.page is None else reading.page(page):
+                for k in shots:
+                    prompts = [
+                        few_shot_prompt(claim, choose_shots(bench.data, of, claim, k, bench.seed), reading.context(of))
+                        for of, claim in own
+                    ]
+                    found.setdefault(k, []).extend(judge(bench.model, bench.tokenizer, prompts, progress=progress))
+        end = time.perf_counter()
+    label: dict[str | None, int] = {None: -1}
+    label.update({name: i for i, name in enumerate(LABELS)})
+    return Run(
+        candidate=name,
+        seed=bench.seed,
+        truth=[label[claim.label] for _, claim in asked],
+        generated={str(k): [label[one.generated] for one in answers] for k, answers in found.items()},
+        likeliest={str(k): [label[one.likeliest] for one in answers] for k, answers in found.items()},
+        num_parameters=reading.num_parameters,
+        preparing=ready - start,
+        judging=end - ready,
+    )
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Results of other settings must not be mixed with these."""
+    file = folder / "settings.json"
+    text = json.dumps(settings, indent=1)
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = sorted(name for name in {*before, *settings} if before.get(name) != json.loads(text).get(name))
+        if changed:
+            raise ValueError(f"`{folder}` holds results with other {', '.join(changed)}: give another folder.")
+    else:
+        _save(file, settings)
+
+
+def _save(file: Path, values: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
