@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from memory_adapters.evaluation.fever import (
     judge,
     measure,
     run_fever,
+    separation,
     standard_candidates,
 )
 from memory_adapters.evaluation.fever.data import LABELS, Claim
@@ -83,6 +85,7 @@ def test_answers_are_those_of_whole_forward_passes() -> None:
         best = max("abc", key=lambda c: last[ids[c]].item())
         assert found.likeliest == LABELS["abc".index(best)]
         assert found.generated is None
+        assert found.log_odds == pytest.approx(float(last[ids["a"]] - last[ids["b"]]), abs=1e-4)
 
 
 def test_scores_are_scikit_learns_and_those_by_hand() -> None:
@@ -103,6 +106,14 @@ def test_scores_are_scikit_learns_and_those_by_hand() -> None:
     for wrong in ([], [YES]):
         with pytest.raises(ValueError, match="`answers` has"):
             measure(wrong, [])
+
+
+def test_separation_is_the_share_of_pairs_in_order() -> None:
+    truth, odds = [YES, NO, YES, NO, UNKNOWN], [1.0, 0.5, 0.2, -3.0, 9.0]
+    pairs = [(a > b) for a in (1.0, 0.2) for b in (0.5, -3.0)]
+    assert separation(truth, odds) == pytest.approx(sum(pairs) / len(pairs))
+    assert separation(truth, [x + 5 for x in odds]) == separation(truth, odds), "no matter which answer is preferred"
+    assert separation([YES, YES], [1.0, 2.0]) is None
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +142,7 @@ def test_every_candidate_judges_every_claim(finished: tuple[FeverResults, Path])
     assert len(results.candidates) == 16
     for run in results.runs:
         assert sorted(run.truth) == [0, 0, 1, 1]
-        for answers in (run.generated, run.likeliest):
+        for answers in (run.generated, run.likeliest, run.log_odds):
             assert set(answers) == {"0", "1"}
             assert all(len(labels) == 4 for labels in answers.values())
     stored = {run.candidate: run.num_parameters for run in results.runs}
@@ -143,7 +154,7 @@ def test_every_candidate_judges_every_claim(finished: tuple[FeverResults, Path])
 def test_candidates_differ_where_they_should(finished: tuple[FeverResults, Path]) -> None:
     m, tokenizer = model(), byte_tokenizer()
     candidates = standard_candidates(m, epochs=3)  # the first step of one alone has no learning rate yet
-    bench = Bench(m, tokenizer, data(), 0, 1, finished[1])
+    bench = Bench(m, tokenizer, data(), 0, 1, finished[1], ["Some other text here."] * 8)
     before = logits(m)
     for name, candidate in candidates.items():
         with candidate.holding(bench) as reading:
@@ -174,8 +185,12 @@ def test_a_second_call_runs_nothing_again(finished: tuple[FeverResults, Path], m
     candidates = standard_candidates(m, epochs=1)
     again = run_fever(m, byte_tokenizer(), data, candidates, folder, **settings)
     assert again == results
-    with pytest.raises(ValueError, match="other shots: give another folder"):
-        run_fever(m, byte_tokenizer(), data, candidates, folder, **{**settings, "shots": (0,)})
+    fewer = run_fever(m, byte_tokenizer(), data, candidates, folder, **{**settings, "shots": (0,)})
+    assert fewer.runs == results.runs
+    with pytest.raises(AssertionError, match="run again"):
+        run_fever(m, byte_tokenizer(), data, candidates, folder, **{**settings, "shots": (0, 2)})
+    with pytest.raises(ValueError, match="other model: give another folder"):
+        run_fever(m, byte_tokenizer(), data, candidates, folder, **{**settings, "about": {"model": "big"}})
     (folder / "runs" / "Temp-seed0.json").unlink()
     with pytest.raises(AssertionError, match="run again"):
         run_fever(m, byte_tokenizer(), data, candidates, folder, **settings)
@@ -204,10 +219,10 @@ def test_tables_and_chart(tmp_path: Path) -> None:
     def run(name: str, seed: int, right: int) -> Run:
         truth = [0, 0, 1, 1]
         answers = truth[:right] + [-1] * (4 - right)
-        return Run(name, seed, truth, {"1": answers}, {"1": truth}, 10, 1.0, 2.0)
+        return Run(name, seed, truth, {"1": answers}, {"1": truth}, {"1": [2.0, 0.0, 1.0, -1.0]}, 10, 1.0, 2.0)
 
     runs = [run("Doc", 0, 4), run("Doc", 1, 2), run("Temp", 0, 1), run("Temp", 1, 1)]
-    about = {"shots": [1], "seeds": [0, 1], "N_full": 9, "N_top": 3, "N_trunc": 2, "labels": {YES: 2, NO: 2}}
+    about = {"seeds": [0, 1], "N_full": 9, "N_top": 3, "N_trunc": 2, "labels": {YES: 2, NO: 2}}
     results = FeverResults(about, runs)
     assert results.table("accuracy", "generated").splitlines() == [
         "|  | 1-shot |",
@@ -215,13 +230,21 @@ def test_tables_and_chart(tmp_path: Path) -> None:
         "| Doc | 0.750 ± 0.354 |",
         "| Temp | 0.250 ± 0.000 |",
     ]
+    more = FeverResults(about, [*runs, replace(runs[0], candidate="asked less", generated={"0": [0] * 4})])
+    assert more.table("accuracy", "generated").splitlines()[2:] == [
+        "| Doc | – | 0.750 ± 0.354 |",
+        "| Temp | – | 0.250 ± 0.000 |",
+        "| asked less | 0.500 | – |",
+    ]
     assert results.majority == 0.5
     text = results.markdown()
     assert "N_full=9, N_top=3, N_trunc=2" in text
-    assert text.count("### ") == 8
+    assert text.count("### ") == 9
     assert json.loads(json.dumps(results.to_dict()))["runs"][0]["candidate"] == "Doc"
-    assert results.accuracies(1, "generated") == {"Doc": [1.0, 0.5], "Temp": [0.25, 0.25]}
-    figure = error_bars({"generated": results.accuracies(1, "generated")}, "accuracy", tmp_path / "chart.png")
+    accuracies = results.values_by_candidate(1, "generated", "accuracy")
+    assert accuracies == {"Doc": [1.0, 0.5], "Temp": [0.25, 0.25]}
+    assert results.values("Doc", 1, "odds", "auc") == [0.75, 0.75], "3 of the 4 pairs are in order"
+    figure = error_bars({"generated": accuracies}, "accuracy", tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     assert widths == [0.75, 0.25]

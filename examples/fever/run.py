@@ -25,7 +25,15 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.fever import group_by_page, load_claims, load_pages, run_fever, standard_candidates
+from memory_adapters.evaluation.fever import (
+    EXPERIMENT,
+    FeverResults,
+    group_by_page,
+    load_claims,
+    load_pages,
+    run_fever,
+    standard_candidates,
+)
 from memory_adapters.evaluation.fever.experiment import SCORINGS
 from memory_adapters.plots import error_bars
 
@@ -46,6 +54,9 @@ def main() -> None:
     size.add_argument("--top", type=int, help="instead: look at so many pages, with a text or without")
     size.add_argument("--full", action="store_true", help=f"{FULL} pages, as in the experiment")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument(
+        "--other-shots", type=int, nargs="+", default=[0, 1, 3], help="for what the experiment left open"
+    )
     parser.add_argument("--training-shots", type=int, default=1, help="solved claims before each training claim")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
@@ -72,13 +83,12 @@ def main() -> None:
     chosen = arguments.candidates or list(candidates)
     if unknown := sorted(set(chosen) - set(candidates)):
         parser.error(f"--candidates has {unknown}; there are: {', '.join(candidates)}")
-    results = run_fever(
+    run = partial(
+        run_fever,
         model,
         AutoTokenizer.from_pretrained(name),
         lambda seed: grouped(seed=seed),
-        {name: candidates[name] for name in chosen},
-        arguments.results,
-        shots=arguments.shots,
+        folder=arguments.results,
         seeds=arguments.seeds,
         training_shots=arguments.training_shots,
         about={
@@ -89,12 +99,26 @@ def main() -> None:
             "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
         },
     )
+    parts = [
+        run(candidates={name: candidates[name] for name in part}, shots=shots)
+        for part, shots in (
+            ([name for name in chosen if name in EXPERIMENT], arguments.shots),
+            ([name for name in chosen if name not in EXPERIMENT], arguments.other_shots),
+        )
+        if part
+    ]
+    results = FeverResults(parts[0].about, [run for part in parts for run in part.runs])
     results.about["command"] = shlex.join(["python", *sys.argv])
     (arguments.results / "fever.json").write_text(json.dumps(results.to_dict()) + "\n")
     (arguments.results / "fever.md").write_text(results.markdown())
-    shown = SHOWN_SHOTS if SHOWN_SHOTS in arguments.shots else arguments.shots[0]
-    panels = {f"{scoring} answers, {shown}-shot": results.accuracies(shown, scoring) for scoring in SCORINGS}
+    shown = SHOWN_SHOTS if SHOWN_SHOTS in results.shots else results.shots[0]
+    panels = {
+        f"{scoring} answers, {shown}-shot": results.values_by_candidate(shown, scoring, "accuracy")
+        for scoring in SCORINGS
+    }
     error_bars(panels, "accuracy", arguments.results / "fever.png")
+    odds = {f"{k}-shot": results.values_by_candidate(k, "odds", "auc") for k in (0, shown)}
+    error_bars(odds, "area under the ROC curve", arguments.results / "fever_auc.png")
     print(results.markdown())
 
 

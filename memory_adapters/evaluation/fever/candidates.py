@@ -26,9 +26,10 @@ from memory_adapters.memory_slots import MemorySlotsConfig
 from memory_adapters.residual_mlp import MemoryAdapterConfig
 from memory_adapters.residual_mlp.router import route_memories
 
-__all__ = ["Bench", "Candidate", "Reading", "standard_candidates"]
+__all__ = ["EXPERIMENT", "Bench", "Candidate", "Reading", "standard_candidates"]
 
 DOC, TEMP = "Doc", "Temp"
+EXPERIMENT = ("Pretrained", "Doc", "Temp", "DocTemp", "Doc, decay .01", "Temp, decay .01", "DocTemp, decay .01")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Bench:
         seed: Of everything random.
         training_shots: Solved claims before each training claim in the few-shot form.
         folder: Where memories are kept that another candidate needs too.
+        unrelated: Text on which residual memories are to be silent.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class Bench:
     seed: int
     training_shots: int
     folder: Path
+    unrelated: Sequence[str]
 
     @property
     def plain_tokenizer(self) -> Any:
@@ -138,7 +141,7 @@ class Memories(Candidate):
         if not (folder / "adapter_config.json").is_file():
             memory: Any = inject_memory(bench.model, config, tokenizer=bench.plain_tokenizer)
             try:
-                memory.write(bench.items(kinds))
+                memory.write(bench.items(kinds), unrelated=bench.unrelated)
                 memory.save_pretrained(folder)
             finally:
                 memory.remove()
@@ -213,7 +216,7 @@ class PageInSlots(Candidate):
 def standard_candidates(
     model: Any, *, encoder: str | None = None, epochs: float = 25, bf16: bool = False
 ) -> dict[str, Candidate]:
-    """The experiment's candidates and those that it left open, by name.
+    """The experiment's candidates (`EXPERIMENT`), then those that it left open, by name.
 
     Args:
         model: The model, for the memories' parameter count, which the LoRA gets too.

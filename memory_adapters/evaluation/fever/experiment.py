@@ -15,7 +15,8 @@ from typing import Any
 from memory_adapters.evaluation.fever.candidates import Bench, Candidate
 from memory_adapters.evaluation.fever.data import LABELS, FeverData, Page
 from memory_adapters.evaluation.fever.prompts import choose_shots, few_shot_prompt
-from memory_adapters.evaluation.fever.scoring import Judgement, Metrics, judge, measure
+from memory_adapters.evaluation.fever.scoring import Judgement, Metrics, judge, measure, separation
+from memory_adapters.unrelated import sample_text
 
 __all__ = ["FeverResults", "Run", "run_fever"]
 
@@ -33,6 +34,7 @@ class Run:
         truth: The claims' labels, as indices of `LABELS`.
         generated: For each number of shots, the labels generated; −1 where what was said is none.
         likeliest: For each number of shots, the likeliest labels.
+        log_odds: For each number of shots, the log-odds of (a) against (b).
         num_parameters: Numbers that the candidate stores.
         preparing: Seconds until it was on the model.
         judging: Seconds of all judgements.
@@ -43,9 +45,14 @@ class Run:
     truth: list[int]
     generated: dict[str, list[int]]
     likeliest: dict[str, list[int]]
+    log_odds: dict[str, list[float]]
     num_parameters: int
     preparing: float
     judging: float
+
+    def auc(self, shots: int) -> float | None:
+        """How well the odds of (a) tell supported from refuted claims with so many shots; see `separation`."""
+        return separation([LABELS[i] for i in self.truth], self.log_odds[str(shots)])
 
     def metrics(self, shots: int, scoring: str) -> Metrics:
         """Scores with so many shots, by `"generated"` or `"likeliest"` answers."""
@@ -69,14 +76,23 @@ class FeverResults:
     def candidates(self) -> list[str]:
         return list(dict.fromkeys(run.candidate for run in self.runs))
 
+    @property
+    def shots(self) -> list[int]:
+        """All numbers of shots that a candidate was asked with."""
+        return sorted({int(k) for run in self.runs for k in run.generated})
+
     def values(self, candidate: str, shots: int, scoring: str, metric: str) -> list[float]:
-        """The metric with each seed."""
-        own = [run for run in self.runs if run.candidate == candidate]
+        """The metric with each seed; empty where the candidate was not asked with so many shots. `metric` is a field of
+        `Metrics`, or `"auc"` with the scoring `"odds"`."""
+        own = [run for run in self.runs if run.candidate == candidate and str(shots) in run.generated]
+        if metric == "auc":
+            return [auc for auc in (run.auc(shots) for run in own) if auc is not None]
         return [run.metrics(shots, scoring).to_dict()[metric] for run in own]
 
-    def accuracies(self, shots: int, scoring: str) -> dict[str, list[float]]:
-        """Accuracy of each candidate with each seed, for `plots.error_bars`."""
-        return {name: self.values(name, shots, scoring, "accuracy") for name in self.candidates}
+    def values_by_candidate(self, shots: int, scoring: str, metric: str) -> dict[str, list[float]]:
+        """As `values`, of all candidates that were asked with so many shots; for `plots.error_bars`."""
+        found = {name: self.values(name, shots, scoring, metric) for name in self.candidates}
+        return {name: values for name, values in found.items() if values}
 
     @property
     def majority(self) -> float:
@@ -86,10 +102,9 @@ class FeverResults:
 
     def table(self, metric: str, scoring: str) -> str:
         """Markdown: a line a candidate, a column a number of shots; mean ± standard deviation over seeds."""
-        shots = self.about["shots"]
-        lines = [["", *(f"{k}-shot" for k in shots)], ["---"] * (len(shots) + 1)]
+        lines = [["", *(f"{k}-shot" for k in self.shots)], ["---"] * (len(self.shots) + 1)]
         for name in self.candidates:
-            lines.append([name, *(_mean_and_deviation(self.values(name, k, scoring, metric)) for k in shots)])
+            lines.append([name, *(_mean_and_deviation(self.values(name, k, scoring, metric)) for k in self.shots)])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
     def markdown(self) -> str:
@@ -106,6 +121,8 @@ class FeverResults:
         for scoring, what in zip(SCORINGS, ("what the model generates", "the likeliest answer"), strict=True):
             for metric in METRICS:
                 parts.append(f"### {metric.replace('_', ' ')}, {what}\n\n{self.table(metric, scoring)}")
+        auc = "area under the ROC curve, supported against refuted claims by the odds of (a) against (b)"
+        parts.append(f"### {auc}\n\n{self.table('auc', 'odds')}")
         answered = [f"| {name} | {_mean_and_deviation(self._answered(name))} |" for name in self.candidates]
         parts.append("### share of generated answers that are one of the labels, all shots\n\n| | |\n| --- | --- |")
         parts[-1] += "\n" + "\n".join(answered)
@@ -118,8 +135,8 @@ class FeverResults:
         return "\n\n".join(parts) + "\n"
 
     def _answered(self, candidate: str) -> list[float]:
-        by_shots = [self.values(candidate, k, "generated", "answered") for k in self.about["shots"]]
-        return [statistics.fmean(values) for values in zip(*by_shots, strict=True)]
+        by_shots = [self.values(candidate, k, "generated", "answered") for k in self.shots]
+        return [statistics.fmean(values) for values in zip(*filter(None, by_shots), strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -130,6 +147,8 @@ _DESCRIBED = ("model", "command", "versions", "data", "seeds", "training_shots")
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
     mean = f"{statistics.fmean(values):.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
@@ -150,7 +169,8 @@ def run_fever(
     """Judge the claims with every candidate, number of shots and seed.
 
     What is finished is kept in `folder`, a file for each candidate and seed, and is not run again: after an
-    interruption give the same arguments. The model is left as it was.
+    interruption give the same arguments. A candidate that was asked with fewer shots is run anew. The model is left as
+    it was.
 
     Args:
         model: A causal LM.
@@ -174,16 +194,20 @@ def run_fever(
     data = {seed: data_of_seed(seed) for seed in seeds}
     first = data[seeds[0]]
     counted = {"N_full": first.n_full, "N_top": first.n_top, "N_trunc": first.n_trunc, "labels": first.label_counts}
-    settings = {**counted, "shots": list(shots), "training_shots": training_shots, **(about or {})}
+    settings = {**counted, "training_shots": training_shots, **(about or {})}
     _check_settings(target, settings)
+    wanted = {str(k) for k in shots}
+    unrelated: list[str] = []
     runs = []
     for name, candidate in candidates.items():
         for seed in seeds:
             file = target / "runs" / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}.json"
-            if file.is_file():
-                runs.append(Run(**json.loads(file.read_text(encoding="utf-8"))))
+            known = Run(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+            if known is not None and wanted <= set(known.generated):
+                runs.append(known)
                 continue
-            bench = Bench(model, tokenizer, data[seed], seed, training_shots, target)
+            unrelated = unrelated or sample_text(model, tokenizer, [""] * 24, num_tokens=64, seed=0)
+            bench = Bench(model, tokenizer, data[seed], seed, training_shots, target, unrelated)
             runs.append(_run(name, candidate, bench, shots, progress))
             _save(file, vars(runs[-1]))
     return FeverResults({**settings, "seeds": list(seeds)}, runs)
@@ -215,6 +239,7 @@ def _run(name: str, candidate: Candidate, bench: Bench, shots: Sequence[int], pr
         truth=[label[claim.label] for _, claim in asked],
         generated={str(k): [label[one.generated] for one in answers] for k, answers in found.items()},
         likeliest={str(k): [label[one.likeliest] for one in answers] for k, answers in found.items()},
+        log_odds={str(k): [round(one.log_odds, 4) for one in answers] for k, answers in found.items()},
         num_parameters=reading.num_parameters,
         preparing=ready - start,
         judging=end - ready,

@@ -17,7 +17,7 @@ from memory_adapters.evaluation.generation import NEUTRAL
 from memory_adapters.forward_passes import evaluating
 from memory_adapters.tokens import batches_of, pad_rows, shared_length, tokenize
 
-__all__ = ["Judgement", "Metrics", "judge", "measure"]
+__all__ = ["Judgement", "Metrics", "judge", "measure", "separation"]
 
 BATCH_TOKENS = 4096
 
@@ -29,10 +29,12 @@ class Judgement:
     Attributes:
         generated: The label whose answer greedy decoding begins with; None if it begins with none of them.
         likeliest: The label whose answer is likeliest where the answers' tokens part, given what they share.
+        log_odds: log P((a)) − log P((b)) there: how far the claim is held to be supported rather than refuted.
     """
 
     generated: str | None
     likeliest: str
+    log_odds: float
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,7 @@ def measure(truth: Sequence[str], answers: Sequence[str | None]) -> Metrics:
         ImportError: If scikit-learn is missing.
         ValueError: If there is no answer, or not one for each claim.
     """
-    try:
-        from sklearn.metrics import f1_score
-    except ImportError:
-        raise ImportError("F1 needs the package scikit-learn: pip install memory-adapters[evaluation]") from None
+    f1_score = _sklearn_metrics().f1_score
     if not truth or len(truth) != len(answers):
         raise ValueError(f"`answers` has {len(answers)} entries for {len(truth)} claims: give one for each.")
     given = ["none" if answer is None else answer for answer in answers]
@@ -76,6 +75,29 @@ def measure(truth: Sequence[str], answers: Sequence[str | None]) -> Metrics:
     )
     right = sum(a == b for a, b in zip(truth, answers, strict=True))
     return Metrics(right / len(truth), micro, macro, sum(answer is not None for answer in answers) / len(truth))
+
+
+def separation(truth: Sequence[str], log_odds: Sequence[float]) -> float | None:
+    """Area under the ROC curve of `log_odds` for supported against refuted claims: 1 if every supported claim has
+    higher odds than every refuted one, 0.5 by chance. Unlike accuracy it does not depend on which answer a model
+    prefers. None without claims of both labels.
+
+    Raises:
+        ImportError: If scikit-learn is missing.
+    """
+    metrics = _sklearn_metrics()
+    pairs = [(label == LABELS[0], odds) for label, odds in zip(truth, log_odds, strict=True) if label in LABELS[:2]]
+    if len({supported for supported, _ in pairs}) < 2:
+        return None
+    return float(metrics.roc_auc_score(*zip(*pairs, strict=True)))
+
+
+def _sklearn_metrics() -> Any:
+    try:
+        import sklearn.metrics
+    except ImportError:
+        raise ImportError("Scores need the package scikit-learn: pip install memory-adapters[evaluation]") from None
+    return sklearn.metrics
 
 
 @torch.no_grad()
@@ -113,7 +135,8 @@ def judge(
                     scores = others.pop(0)
                 said = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 generated = next((label for label, answer in ANSWERS.items() if said.startswith(answer)), None)
-                found[i] = Judgement(generated, LABELS[int(scores[row.parting].argmax())])
+                own = scores[row.parting]
+                found[i] = Judgement(generated, LABELS[int(own.argmax())], float(own[0] - own[1]))
             bar.update(len(batch))
     return [one for one in found if one is not None]
 
