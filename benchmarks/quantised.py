@@ -63,6 +63,8 @@ def main() -> None:
                 {method: METHODS[method]},
                 text=text,
                 max_text_tokens=arguments.perplexity_tokens,
+                greedy=False,
+                costs=False,
             )
             found.setdefault(label, {})[method] = result.to_dict()
             print(f"{label}\n{result!r}", flush=True)

@@ -44,8 +44,8 @@ def said(*arguments: object, code: int = 0) -> dict[str, Any]:
     return json.loads(run(*arguments, "--json", code=code).stdout)
 
 
-def quick(method: str, prefix: str = "") -> list[str]:
-    return [part for setting in QUICK[method] for part in ("--set", prefix + setting)]
+def quick(method: str) -> list[str]:
+    return [part for setting in QUICK[method] for part in ("--set", setting)]
 
 
 def words(result: Result) -> str:
@@ -174,21 +174,6 @@ def test_records_of_no_format(here: Path, tmp_path: Path) -> None:
     assert "in none of the formats" in why
     file.write_text("[]")
     assert "holds no record" in run("evaluate", here / "model", here / "memit", file, code=1).stderr
-
-
-def test_compare(here: Path, tmp_path: Path) -> None:
-    settings = [part for method in QUICK for part in quick(method, f"{method}.")]
-    arguments = ["compare", here / "model", here / "records.json", *settings]
-    file = tmp_path / "comparison.json"
-    result = said(*arguments, "--output", file)
-    assert json.loads(file.read_text()) == result
-    assert list(result["methods"]) == list(QUICK)
-    assert all(found["write"]["num_items"] == {"Fact": 2} for found in result["methods"].values())
-    assert "one of memit and a dot" in words(run(*arguments, "--methods", "memit", code=2))
-    one = [*arguments[:3], "--methods", "memit", "--limit", 1, *quick("memit", "memit.")]
-    lines = run(*one).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["Comparison", "S", "base", "memit"]
-    assert "each once" in words(run(*arguments[:3], "--methods", "a,b", code=2))
 
 
 def test_trace(here: Path, tmp_path: Path) -> None:

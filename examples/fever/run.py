@@ -64,7 +64,8 @@ def main() -> None:
     parser.add_argument("--encoder", help="slot encoder of the model; by default that of the embedded model")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=Path("fever-results"))
+    parser.add_argument("--results", type=Path, default=Path("fever-results"), help="folder of what is finished")
+    parser.add_argument("--output", type=Path, help="folder for tables and charts; by default that of --results")
     arguments = parser.parse_args()
     if not arguments.data and not (arguments.claims and arguments.pages):
         parser.error("give --data, or --claims and --pages, or set MEMORY_ADAPTERS_DATA")
@@ -109,16 +110,16 @@ def main() -> None:
     ]
     results = FeverResults(parts[0].about, [run for part in parts for run in part.runs])
     results.about["command"] = shlex.join(["python", *sys.argv])
-    (arguments.results / "fever.json").write_text(json.dumps(results.to_dict()) + "\n")
-    (arguments.results / "fever.md").write_text(results.markdown())
+    output = arguments.output or arguments.results
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "fever.json").write_text(json.dumps(results.to_dict()) + "\n")
+    (output / "fever.md").write_text(results.markdown())
     shown = SHOWN_SHOTS if SHOWN_SHOTS in results.shots else results.shots[0]
-    panels = {
-        f"{scoring} answers, {shown}-shot": results.values_by_candidate(shown, scoring, "accuracy")
-        for scoring in SCORINGS
-    }
-    error_bars(panels, "accuracy", arguments.results / "fever.png")
-    odds = {f"{k}-shot": results.values_by_candidate(k, "odds", "auc") for k in (0, shown)}
-    error_bars(odds, "area under the ROC curve", arguments.results / "fever_auc.png")
+    values = results.values_by_candidate
+    panels = {f"{scoring} answers, {shown}-shot": values(shown, scoring, "accuracy") for scoring in SCORINGS}
+    error_bars(panels, "accuracy", output / "fever.png")
+    odds = {f"{k}-shot": values(k, "odds", "auc") for k in results.shots[:2]}
+    error_bars(odds, "area under the ROC curve", output / "fever_auc.png")
     print(results.markdown())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +16,12 @@ from typing import Any, Literal, TypeAlias
 from peft import PeftConfig
 
 from memory_adapters import MemitConfig, MemoryAdapterConfig, MemorySlotsConfig
-from memory_adapters.checkpoint import read_metadata
 from memory_adapters.cli.run import wrong
 from memory_adapters.config import MemoryConfig
 from memory_adapters.hub import find_files
 from memory_adapters.inject import read_config
 from memory_adapters.memory import CONFIG_FILES
+from memory_adapters.reading import read_metadata
 
 __all__ = ["CONFIGS", "METHODS", "MethodName", "SavedMemory", "parsed_settings", "with_settings", "write_options"]
 
@@ -100,9 +102,17 @@ def with_settings(saved: SavedMemory, settings: dict[str, Any]) -> Iterator[Path
         folder = Path(name)
         for file in saved.folder.iterdir():
             if file.is_file():
-                (folder / file.name).symlink_to(file.resolve())
+                _link(file.resolve(), folder / file.name)
         config = next(folder / name for name in CONFIG_FILES if (folder / name).is_file())
         values = json.loads(config.read_text(encoding="utf-8")) | settings
         config.unlink()
         config.write_text(json.dumps(values), encoding="utf-8")
         yield folder
+
+
+def _link(file: Path, place: Path) -> None:
+    """The same file at another place; a copy on another disk."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 import memory_adapters
+from memory_adapters.cli.comparing import compare
 from memory_adapters.cli.files import export, info
-from memory_adapters.cli.measuring import compare, evaluate
+from memory_adapters.cli.measuring import evaluate
 from memory_adapters.cli.preparing import covariance, trace
 from memory_adapters.cli.writing import write
 

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.processes import is_first
+from memory_adapters.saving import atomic_file
 
 __all__ = ["Run", "running", "wrong"]
 
@@ -54,10 +55,8 @@ class Run:
     def save(self, result: Mapping[str, Any], path: Path) -> None:
         """Write the result as JSON. A file that is there is replaced at once, or kept if this is interrupted."""
         if is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            unfinished.write_text(json.dumps(_finite(result), indent=1) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            with atomic_file(path) as staging:
+                staging.write_text(json.dumps(_finite(result), indent=1) + "\n", encoding="utf-8")
 
     def missed(self, why: str) -> NoReturn:
         """End with exit code 3: everything was done, but the result is not what was asked for."""

@@ -6,6 +6,7 @@ in the prompt, and nothing. Each is on the model within a `with` statement, and 
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -21,14 +22,22 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from memory_adapters.checkpoint import adapter_tensors, write_tensors
-from memory_adapters.config import MemoryConfig
+from memory_adapters.config import MemoryConfig, saved_files
 from memory_adapters.decoder import find_decoder
 from memory_adapters.evaluation.finetuning import Recipe, train
 from memory_adapters.evaluation.reconstruction import embedded_text
+from memory_adapters.hub import find_files
 from memory_adapters.inject import inject_memory, load_memory
 from memory_adapters.knowledge import Fact, Item
 from memory_adapters.lora import adapter_layers, take_out
-from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, WriteReport, forget_adapter
+from memory_adapters.memory import (
+    CARD_FILE,
+    CONFIG_FILES,
+    PEFT_KEY_PREFIX,
+    WEIGHTS_FILE,
+    WriteReport,
+    forget_adapter,
+)
 from memory_adapters.memory_slots import MemorySlotsConfig
 from memory_adapters.memory_slots.items import as_text
 from memory_adapters.unrelated import seeded
@@ -62,6 +71,10 @@ class Contender(ABC):
         """Refuse a model that this cannot work on, before anything is measured. Raises as `inject_memory`."""
         find_decoder(model)
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the outcome beside the model and the items, to tell one experiment from another."""
+        return {"kind": type(self).__name__, **vars(self)}
+
     @abstractmethod
     def holding(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> AbstractContextManager[Held]:
         """Within this context the model has the knowledge; afterwards, also on failure, it is what it was before."""
@@ -91,6 +104,15 @@ class Memorised(Contender):
 
     def check(self, model: Any, tokenizer: Any) -> None:
         self._attach(model, tokenizer).remove()
+
+    def settings(self) -> dict[str, Any]:
+        """As of any contender; a saved memory counts by what its files hold, not by where they are."""
+        if not isinstance(self.source, str):
+            return super().settings()
+        folder = find_files(self.source, revision=None, token=None)
+        names = [name for name in (*CONFIG_FILES, *saved_files()) if name != CARD_FILE and (folder / name).is_file()]
+        held = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+        return {**super().settings(), "source": held}
 
     def _attach(self, model: Any, tokenizer: Any) -> Any:
         if isinstance(self.source, str):

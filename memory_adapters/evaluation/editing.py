@@ -242,7 +242,8 @@ def _score(
             wanted[line_of, place_of] = True
             at = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[line_of, place_of]
             with logits_at(decoder, wanted):
-                logits = model(**inputs, use_cache=False).logits[0].float()
+                # With a cache, what a memory puts before every prompt is not computed again in every pass.
+                logits = model(**inputs, use_cache=True).logits[0].float()
             at, token = at.to(logits.device), token.to(logits.device)
             log_prob.index_add_(0, owner.cpu(), (logits[at, token] - logits.logsumexp(-1)[at]).cpu())
             right.index_add_(0, owner.cpu(), (logits.argmax(-1)[at] == token).float().cpu())

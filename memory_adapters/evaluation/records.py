@@ -66,7 +66,7 @@ def load_counterfact(
         ImportError: If `source` is on the Hub and the package datasets is missing.
         ValueError: If a row does not fit; it is named.
     """
-    rows = _rows(source, limit, split)
+    rows = read_rows(source, limit, split)
     return [_nested(row) if "requested_rewrite" in row.fields else _flat(row) for row in rows]
 
 
@@ -107,7 +107,7 @@ def load_zsre(source: str | os.PathLike[str], limit: int | None = None, *, split
         FileNotFoundError, ImportError, ValueError: As `load_counterfact`.
     """
     records = []
-    for row in _rows(source, limit, split):
+    for row in read_rows(source, limit, split):
         fact = row.fact("src", "subject", "alt")
         answers = row.texts("answers")
         if not answers:
@@ -142,7 +142,7 @@ def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, spli
         FileNotFoundError, ImportError, ValueError: As `load_counterfact`.
     """
     records = []
-    for row in _rows(source, limit, split):
+    for row in read_rows(source, limit, split):
         fact = row.fact("prompt", "subject", "target")
         true_target = row.optional_text("true_target")
         paraphrases = tuple(text.replace("{}", fact.subject) for text in row.paraphrases())
@@ -227,7 +227,8 @@ class _Row:
         return value
 
 
-def _rows(source: str | os.PathLike[str], limit: int | None, split: str) -> Iterator[_Row]:
+def read_rows(source: str | os.PathLike[str], limit: int | None = None, split: str = "train") -> Iterator[_Row]:
+    """Rows of a file or of a data set on the Hub, from 1, with errors that name them."""
     if limit is not None and limit < 0:
         raise ValueError(f"`limit={limit}` must be at least 0, or None for all rows.")
     name = os.fspath(source)

@@ -17,6 +17,7 @@ from memory_adapters.evaluation.editing import EditScores, evaluating, mean_of, 
 from memory_adapters.evaluation.generation import consistency, fluency, generate_texts, greedy_success
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.retention import perplexity
+from memory_adapters.saving import atomic_file
 
 __all__ = ["EditReport", "RelationScores", "comparable_cells", "compare", "evaluate_edits"]
 
@@ -77,10 +78,8 @@ class EditReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON. A file that is there is replaced at once, or kept if this is interrupted."""
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        with atomic_file(path) as staging:
+            staging.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EditReport:

@@ -51,7 +51,8 @@ def perplexity(
     for start in range(0, len(ids) - 1, window):
         row = torch.tensor([ids[start : start + window]], device=device)
         if row.shape[1] > 1:
-            logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
+            # With a cache, what a memory puts before every text is not computed again in every pass.
+            logits = model(input_ids=row, use_cache=True).logits[0, :-1].float()
             total += F.cross_entropy(logits, row[0, 1:], reduction="sum").item()
             count += row.shape[1] - 1
     return math.exp(total / count)
