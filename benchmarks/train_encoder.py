@@ -19,13 +19,13 @@ import torch
 from slots import HELD_OUT
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from memory_adapters import MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.answers import question_prompt
 from memory_adapters.evaluation.retention import load_wikitext
 from memory_adapters.memory_slots.pretraining import Example, TextExamples, instruction_examples, train_encoder
+from memory_adapters.resuming import newest_checkpoint
 
 
 def main() -> None:
@@ -92,8 +92,7 @@ def main() -> None:
             save_steps=50,
             save_total_limit=1,
         ),
-        resume_from_checkpoint=(get_last_checkpoint(str(arguments.output)) if arguments.output.is_dir() else None)
-        or False,
+        resume_from_checkpoint=newest_checkpoint(arguments.output) or False,
     )
     curve = [{key: row[key] for key in ("step", "loss", "eval_loss") if key in row} for row in log]
     (arguments.output / "training.json").write_text(json.dumps([row for row in curve if len(row) > 1], indent=1) + "\n")

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from memory_adapters import MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.memory_slots.pretraining import TextExamples, train_encoder
+from memory_adapters.resuming import newest_checkpoint
 
 
 def main() -> None:
@@ -75,8 +75,7 @@ def main() -> None:
             save_steps=max(arguments.steps // 10, 1),
             save_total_limit=1,
         ),
-        resume_from_checkpoint=(get_last_checkpoint(str(arguments.output)) if arguments.output.is_dir() else None)
-        or False,
+        resume_from_checkpoint=newest_checkpoint(arguments.output) or False,
     )
     for entry in log:
         if "eval_loss" in entry:

@@ -12,6 +12,7 @@ from torch import nn
 from memory_adapters.inject import base_model, memories
 from memory_adapters.lora import adapter_layers
 from memory_adapters.memory import Memory
+from memory_adapters.threads import sole_thread
 
 __all__ = ["BASE_ROW", "speaking", "speaking_by_row"]
 
@@ -30,23 +31,25 @@ def speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
 
     Raises:
         ValueError: If a name is no adapter of the model.
+        RuntimeError: If another thread uses the model: who speaks is the model's state, not a thread's.
     """
     base = base_model(model)
     found = memories(base)
     _check_names(adapter_names, set(getattr(base, "peft_config", {})))
     layers = adapter_layers(base)
-    before = [layer._active_adapter for layer in layers]
     places = {name: {id(x) for x in found[name].tuner_layers()} for name in adapter_names if name in found}
-    for layer in layers:
-        own = layer._get_available_adapters()
-        layer._active_adapter = [
-            name for name in adapter_names if (id(layer) in places[name] if name in places else name in own)
-        ]
-    try:
-        yield
-    finally:
-        for layer, names in zip(layers, before, strict=True):
-            layer._active_adapter = names
+    with sole_thread(base):
+        before = [layer._active_adapter for layer in layers]
+        for layer in layers:
+            own = layer._get_available_adapters()
+            layer._active_adapter = [
+                name for name in adapter_names if (id(layer) in places[name] if name in places else name in own)
+            ]
+        try:
+            yield
+        finally:
+            for layer, names in zip(layers, before, strict=True):
+                layer._active_adapter = names
 
 
 @contextmanager
@@ -63,6 +66,7 @@ def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[
     Raises:
         ValueError: If a name is no adapter of the model, or an adapter that is not named is on the same matrix as one
             that is, or the model has a router.
+        RuntimeError: As `speaking`.
     """
     base = base_model(model)
     found = memories(base)
@@ -71,13 +75,13 @@ def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[
     _check_names(
         named, set(found) | {name for layer in layers if isinstance(layer, LoraLayer) for name in layer.lora_A}
     )
-    mixed = _mixed_layers(layers, found, named)
-    before = [(layer, layer._active_adapter) for layer in layers]
     by_row = [layer for layer in layers if hasattr(layer, "rows")]
     if any(getattr(layer, "router", None) is not None for layer in by_row):
         raise ValueError("`model` has a router, which chooses for each row: `remove` it first.")
-    rows_before = [layer.rows for layer in by_row]
-    with ExitStack() as stack:
+    with sole_thread(base), ExitStack() as stack:
+        mixed = _mixed_layers(layers, found, named)
+        before = [(layer, layer._active_adapter) for layer in layers]
+        rows_before = [layer.rows for layer in by_row]
         for layer in mixed:
             stack.callback(layer.register_forward_pre_hook(_Rows(adapter_names), with_kwargs=True).remove)
         try:

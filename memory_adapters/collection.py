@@ -11,11 +11,15 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from memory_adapters.checkpoint import adapter_tensors, atomic_directory, write_tensors
+from memory_adapters.checkpoint import adapter_tensors, write_tensors
 from memory_adapters.inject import base_model, load_memory, memories
 from memory_adapters.lora import adapter_layers
-from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory
+from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, replace_memory
+from memory_adapters.peft_files import load_peft_adapter, take_off
 from memory_adapters.processes import is_first
+from memory_adapters.reading import read_json
+from memory_adapters.saving import atomic_directory, settle, whole
+from memory_adapters.threads import sole_thread
 
 __all__ = ["SaveAdapters", "load_adapters", "save_adapters"]
 
@@ -26,12 +30,12 @@ BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.i
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save every adapter of a model in a subfolder named after it: memories whole, others as PEFT saves them.
 
-    Each subfolder can be loaded alone, by `load_memory` or by PEFT. The index (names in their order, and which are
-    active) is written last.
+    Each subfolder can be loaded alone, by `load_memory` or by PEFT. An index has the names in their order, and which
+    are active.
 
     Args:
         model: A model with adapters, or a PeftModel around one.
-        folder: Where to; each adapter is replaced whole or not at all.
+        folder: Where to; all adapters are replaced together or not at all.
 
     Raises:
         ValueError: If the model has no adapter, or one cannot be saved.
@@ -41,16 +45,18 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     configs: dict[str, PeftConfig] = dict(getattr(base, "peft_config", {}))
     if not configs:
         raise ValueError("`model` has no adapter to save: inject a memory or add a LoRA first.")
-    for name, config in configs.items():
-        if name in known:
-            known[name].save_pretrained(Path(folder) / name)
-            continue
-        with atomic_directory(Path(folder) / name) as staging:
-            tensors = adapter_tensors(base, name)
-            write_tensors(staging / WEIGHTS_FILE, {PEFT_KEY_PREFIX + key: tensor for key, tensor in tensors.items()})
-            config.save_pretrained(str(staging))
     index = [{"name": n, "memory": n in known, "active": _is_active(base, n, known)} for n in configs]
     with atomic_directory(folder) as staging:
+        for name, config in configs.items():
+            own = staging / name
+            if name in known:
+                known[name].save_pretrained(own)
+            else:
+                own.mkdir()
+                tensors = adapter_tensors(base, name)
+                write_tensors(own / WEIGHTS_FILE, {PEFT_KEY_PREFIX + key: tensor for key, tensor in tensors.items()})
+                config.save_pretrained(str(own))
+            replace_memory(own, Path(folder) / name)
         (staging / INDEX_FILE).write_text(json.dumps({"adapters": index}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -70,22 +76,30 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer
         ValueError: As `load_memory`; what was loaded before the one that failed is taken off again.
     """
     index_file = Path(folder) / INDEX_FILE
+    if Path(folder).is_dir():
+        settle(Path(folder))
     if not index_file.is_file():
         raise FileNotFoundError(f"`{folder}` has no {INDEX_FILE}: give a folder written by `save_adapters`.")
-    base: Any = base_model(model)
-    index = _read_index(index_file)
+    with whole(Path(folder)), sole_thread(base_model(model)):
+        return _load(base_model(model), Path(folder), _read_index(index_file), tokenizer)
+
+
+def _load(base: Any, folder: Path, index: list[tuple[str, bool, bool]], tokenizer: Any) -> dict[str, Memory]:
     loaded: list[str] = []
+    trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
     before = {id(layer): list(layer.active_adapters) for layer in adapter_layers(base)}
     try:
         for name, is_memory, _ in index:
             if is_memory:
-                load_memory(base, Path(folder) / name, tokenizer=tokenizer, adapter_name=name)
+                load_memory(base, folder / name, tokenizer=tokenizer, adapter_name=name)
             else:
-                base.load_adapter(str(Path(folder) / name), adapter_name=name)
+                load_peft_adapter(base, folder / name, name)
             loaded.append(name)
     except BaseException:
         for name in reversed(loaded):
-            base.delete_adapter(name) if name not in memories(base) else memories(base)[name].remove()
+            take_off(base, name) if name not in memories(base) else memories(base)[name].remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         raise
     finally:
         for layer in adapter_layers(base):
@@ -132,13 +146,22 @@ class SaveAdapters(TrainerCallback):
 
 def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["adapters"]
-        index = [(entry["name"], entry["memory"], entry["active"]) for entry in entries]
-        if any(Path(name).name != name or {type(memory), type(active)} != {bool} for name, memory, active in index):
-            raise ValueError("names must be single folders, `memory` and `active` true or false")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"`{path}` is damaged ({error!r}). Save the adapters again.") from error
+        index = [(entry["name"], entry["memory"], entry["active"]) for entry in read_json(path)["adapters"]]
+        names = [name for name, _, _ in index]
+        if not all(map(_is_folder_name, names)) or len(set(names)) < len(names):
+            raise ValueError("names must be those of single folders, each once")
+        if any({type(memory), type(active)} != {bool} for _, memory, active in index):
+            raise ValueError("`memory` and `active` must be true or false")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`{path}` is damaged ({error}). Save the adapters again.") from error
+    for name in names:
+        if (path.parent / name).resolve().parent != path.parent.resolve():
+            raise ValueError(f"`{path.parent / name}` leads out of its folder: put what it links to in its place.")
     return index
+
+
+def _is_folder_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and name == Path(name).name and name not in ("", "..")
 
 
 def _is_active(base: nn.Module, name: str, known: dict[str, Memory]) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import peft
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 if TYPE_CHECKING:
     from memory_adapters.decoder import Decoder
     from memory_adapters.memory import Memory
+    from memory_adapters.write_report import WriteReport
 
 __all__ = [
     "MemoryConfig",
@@ -25,6 +28,11 @@ __all__ = [
 ]
 
 ANSWER_FIELDS = {"prompt", "before", "after"}
+MOST_WRITES = 100
+FILE_FORMAT = 1
+LARGEST_INTEGER = 1 << 53
+LARGEST_NUMBER = sys.float_info.max
+LONGEST_NAME = 4096
 
 
 class MemoryPeftType(str, enum.Enum):
@@ -42,7 +50,8 @@ class MemoryConfig(PeftConfig):
     Attributes:
         layers_path: Dotted name of the model's list of decoder blocks; only needed where it is not recognised.
         base_fingerprint: Which base model and tokenizer the memory belongs to. Filled in at injection, checked at load.
-        writes: What each `write` did, as label and value; shown on the model card.
+        file_format: Version of the saved files.
+        writes: What each of the last 100 `write`s did, as label and value; shown on the model card.
         answers: Prompts of what was written last (`prompt`), and the model's answers without the memory (`before`) and
             with it (`after`); shown on the model card.
     """
@@ -52,15 +61,31 @@ class MemoryConfig(PeftConfig):
     card_note: ClassVar[str] = ""  # what the model card says of other ways to use the files
     layers_path: str | None = None
     base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
+    file_format: int = field(default=FILE_FORMAT, repr=False)
     writes: list[dict[str, str]] = field(default_factory=list, repr=False)
     answers: list[dict[str, str]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        if self.file_format != FILE_FORMAT or type(self.file_format) is not int:
+            raise ValueError(
+                f"`file_format` is {shown(self.file_format)}, and this version of memory-adapters reads {FILE_FORMAT}: "
+                "update memory-adapters."
+            )
+        if self.task_type is not None:
+            check_choice("task_type", self.task_type, [kind.value for kind in TaskType])
         super().__post_init__()
-        for answer in self.answers if isinstance(self.answers, list) else [self.answers]:
-            known = isinstance(answer, dict) and set(answer) == ANSWER_FIELDS
-            if not known or not all(isinstance(text, str) for text in answer.values()):
-                raise ValueError(f"`answers` must be a list of {sorted(ANSWER_FIELDS)}, got {answer!r}.")
+        for name in ("base_model_name_or_path", "revision", "peft_version", "layers_path"):
+            check_name(name, getattr(self, name))
+        check_flag("inference_mode", self.inference_mode)
+        if self.base_fingerprint is not None:
+            check_fingerprint_fields("base_fingerprint", self.base_fingerprint)
+        check_texts("writes", self.writes)
+        check_texts("answers", self.answers, ANSWER_FIELDS)
+
+    def record(self, report: WriteReport) -> None:
+        """Enter what a `write` did; all but the last 100 are dropped, or a memory in service would grow for ever."""
+        self.writes = [*self.writes, dict(report.rows())][-MOST_WRITES:]
+        self.answers = report.answers
 
     def card_settings(self) -> dict[str, Any]:
         """Fields of this method that differ from their defaults, for the model card."""
@@ -75,8 +100,9 @@ class MemoryConfig(PeftConfig):
         known = {f.name for f in fields(cls)}
         if cls is not MemoryConfig and (unknown := sorted(set(kwargs) - known)):
             raise ValueError(
-                f"Unknown config field(s) {unknown} for {cls.__name__}: "
-                "the file is damaged or was written by a newer version of memory-adapters."
+                f"Unknown config field(s) {shown(unknown)} for {cls.__name__}: the file is damaged, or was written by "
+                f"a newer version of memory-adapters or PEFT (its is {shown(kwargs.get('peft_version'))}, here is "
+                f"{peft.__version__}): update both."
             )
         return cls(**kwargs) if cls is not MemoryConfig else super().from_peft_type(**kwargs)
 
@@ -132,18 +158,60 @@ def check_number(
 ) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is a number in [low, high] (or (low, high])."""
     number = isinstance(value, int) or (isinstance(value, float) and not integer)
-    valid = number and not isinstance(value, bool) and low <= value <= high
+    largest = LARGEST_INTEGER if integer else LARGEST_NUMBER
+    valid = number and not isinstance(value, bool) and max(low, -largest) <= value <= min(high, largest)
     if not valid or (open_low and value == low):
-        kind = "an integer" if integer else "a number"
-        bounds = f"above {low}" if open_low else f"at least {low}"
-        bounds += "" if high == float("inf") else f" and at most {high}"
-        raise ValueError(f"`{name}` must be {kind} {bounds}, got {value!r}.")
+        bounds = ["an integer" if integer else "a finite number"]
+        bounds += [] if low == float("-inf") else [f"above {low}" if open_low else f"at least {low}"]
+        bounds += [f"and at most {min(high, largest)}"] if integer or high < largest else []
+        raise ValueError(f"`{name}` must be {' '.join(bounds)}, got {shown(value)}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {shown(value)}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a `ValueError` naming config field `name` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {shown(value)}.")
+
+
+def check_name(name: str, value: Any) -> None:
+    """Raise a `ValueError` naming config field `name` unless `value` is None or a name: text on one line."""
+    if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME):
+        raise ValueError(f"`{name}` must be a name of printable characters, got {shown(value)}.")
+
+
+def check_texts(name: str, value: Any, keys: Collection[str] | None = None) -> None:
+    """Raise a `ValueError` naming config field `name` unless `value` lists objects of text (with just these keys)."""
+    for entry in value if isinstance(value, list) else [value]:
+        known = isinstance(entry, dict) and (keys is None or set(entry) == set(keys))
+        if not known or not all(isinstance(text, str) for text in (*entry, *entry.values())):
+            what = "objects of text" if keys is None else str(sorted(keys))
+            raise ValueError(f"`{name}` must be a list of {what}, got {shown(entry)}.")
+
+
+def check_fingerprint_fields(name: str, value: Any) -> None:
+    """Raise a `ValueError` naming `name` unless `value` could be a fingerprint: names, and text or numbers of each."""
+    short = isinstance(value, dict) and len(value) <= 64
+    if not short or any(
+        not isinstance(key, str) or not (entry is None or type(entry) is int or isinstance(entry, str))
+        for key, entry in value.items()
+    ):
+        raise ValueError(f"`{name}` must have a text or a whole number for each of its names, got {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """`value` for an error message, cut where it is long."""
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """Text for an error message, cut where it is long."""
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def checked_layers(layers: Any) -> list[int | float]:
@@ -154,6 +222,6 @@ def checked_layers(layers: Any) -> list[int | float]:
     if not listed or not (indices or depths):
         raise ValueError(
             "`layers` must be block indices such as [7, 8], a depth such as 0.25, or a range such as (0.7, 0.8), "
-            f"got {layers!r}."
+            f"got {shown(layers)}."
         )
     return listed

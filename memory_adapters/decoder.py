@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from memory_adapters.config import shown
+
 __all__ = [
     "Decoder",
     "Projection",
@@ -143,7 +145,7 @@ def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
             )
         indices.append(index % num_layers)
     if len(set(indices)) < len(indices):
-        raise ValueError(f"`layers={list(layers)}` names a block twice (of {num_layers}).")
+        raise ValueError(f"`layers={shown(list(layers))}` names a block twice (of {num_layers}).")
     return sorted(indices)
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from memory_adapters.checkpoint import atomic_directory
+from memory_adapters.saving import atomic_directory, whole
 
 __all__ = ["embedded_model"]
 
@@ -25,8 +25,11 @@ def embedded_model() -> Path:
     """
     cache = Path(os.environ.get("MEMORY_ADAPTERS_CACHE") or Path.home() / ".cache" / "memory-adapters")
     folder = cache / "smollm2-135m-instruct"
-    if not (folder / "model.safetensors").is_file():
-        _dequantise(folder)
+    if folder.is_dir():
+        with whole(folder):
+            if (folder / "model.safetensors").is_file():
+                return folder
+    _dequantise(folder)
     return folder
 
 

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from memory_adapters.checkpoint import atomic_directory
 from memory_adapters.config import config_class
 from memory_adapters.memory import CONFIG_FILES, Memory
+from memory_adapters.saving import atomic_directory
 
 __all__ = ["Exporter", "Write", "check_finite", "export"]
 

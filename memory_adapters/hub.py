@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import WeakFileLock
 
-from memory_adapters.checkpoint import recover
 from memory_adapters.config import saved_files
 from memory_adapters.model_card import CARD_FILE, HERE
+from memory_adapters.reading import file_in
+from memory_adapters.saving import MINUTE, REMEDIES, scratch_folder, settle
 
 __all__ = ["OnHub", "OneFile", "find_file", "find_files"]
 
@@ -67,14 +70,14 @@ class OnHub(ABC):
         """
         api = HfApi(token=token)
         remedy = "The repository shows its latest commit whole: push again."
-        with tempfile.TemporaryDirectory() as folder:
-            self._write_repository(Path(folder))
+        with scratch_folder() as folder:
+            self._write_repository(folder)
             with _connected(f"pushing to `{repo_id}`", remedy):
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 if revision is not None and not revision.startswith("refs/"):
                     api.create_branch(repo_id, branch=revision, exist_ok=True)
                 address = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
-                card = Path(folder) / CARD_FILE
+                card = folder / CARD_FILE
                 card.write_text(card.read_text(encoding="utf-8").replace(f'"{HERE}"', address), encoding="utf-8")
                 return api.upload_folder(
                     repo_id=repo_id,
@@ -129,14 +132,15 @@ def find_files(
 
     Raises:
         OSError: What huggingface_hub raises: repository or revision not found, no access, not in the offline cache. A
-            `ConnectionError` if the connection broke.
+            `ConnectionError` if the connection broke. With the cache's name if its disk is full or not writable.
         FileNotFoundError: If a path was given (absolute, starting with a dot, or with more than one slash) that is no
             folder.
+        ValueError: If a revision was given of what is a local folder.
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
-        if os.access(path, os.W_OK):
-            recover(path)
+        _check_local(path, revision)
+        settle(path)
         return path
     name = str(path_or_repo_id)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
@@ -144,8 +148,16 @@ def find_files(
     patterns = list(saved_files() if names is None else names)
     try:
         with _connected(f"downloading from `{name}`", "Nothing half downloaded is kept: load again."):
-            return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+            found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        _clear_unfinished(found.parents[1])
+        return found
     except OSError as error:
+        if error.errno in REMEDIES:
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}: `{name}` cannot be kept in the Hub's cache, `{constants.HF_HUB_CACHE}`. "
+                "Free space on its disk, make it writable, or set HF_HOME to another folder.",
+            ) from error
         if hasattr(error, "add_note"):
             error.add_note(f"There is no local folder `{name}` either.")
         raise
@@ -159,14 +171,34 @@ def find_file(path_or_repo_id: str | os.PathLike[str], name: str, *, revision: s
         FileNotFoundError: If there is no such file. What ends as `name` does is a file, not a repository.
     """
     path = Path(path_or_repo_id)
+    if path.parent.is_dir():
+        settle(path.parent)
     if path.is_file():
+        _check_local(path, revision)
         return path
     if path.suffix == Path(name).suffix:
         raise FileNotFoundError(f"`{path}` does not exist: give a saved file, or a repository on the Hub.")
-    found = find_files(path_or_repo_id, revision=revision, token=token, names=[name]) / name
-    if not found.is_file():
-        raise FileNotFoundError(f"`{path_or_repo_id}` has no {name}.")
-    return found
+    return file_in(find_files(path_or_repo_id, revision=revision, token=token, names=[name]), name)
+
+
+def _check_local(path: Path, revision: str | None) -> None:
+    if revision is not None:
+        raise ValueError(
+            f"`revision={revision!r}` is of a repository on the Hub, and `{path}` is here: leave it out, or rename "
+            "what is here to load the repository."
+        )
+
+
+def _clear_unfinished(repository: Path) -> None:
+    """Clear what killed downloads left in the Hub's cache of a repository, which huggingface_hub never uses again."""
+    for left in repository.glob("blobs/*.incomplete"):
+        lock = repository.parent / ".locks" / repository.name / f"{left.name.partition('.')[0]}.lock"
+        with suppress(OSError), WeakFileLock(lock, timeout=0.1):  # a download that is alive holds it
+            left.unlink()
+    for left in [*repository.glob("tmp*"), *repository.glob("trees/*.tmp")]:
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > MINUTE:  # it is there for an instant
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import align_module_device
 from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
-from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, tokenizer_fingerprint
-from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names
+from memory_adapters.checkpoint import (
+    base_fingerprint,
+    check_fingerprint,
+    tokenizer_fingerprint,
+    tokenizer_habits,
+    warn_if_unmarked,
+)
+from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names, shown
 from memory_adapters.decoder import check_whole, find_decoder, unwrapped
 from memory_adapters.hub import find_files
 from memory_adapters.lora import adapter_layers
 from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
+from memory_adapters.reading import file_in, read_json
+from memory_adapters.saving import whole
+from memory_adapters.threads import sole_thread
+from memory_adapters.unrelated import seeded
 
 __all__ = ["base_model", "inject_memory", "load_memory", "memories", "read_config"]
 
@@ -43,11 +51,24 @@ def inject_memory(
         TypeError: If `config` is of no memory method.
         ValueError: If the name is taken or unusable, the model is sharded or of unknown structure, a layer is out of
             range, or the tokenizer does not fit the model. The model is unchanged then.
+        RuntimeError: If another thread uses the model.
     """
     memory_type = memory_class(config)
     if memory_type is None:
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {', '.join(memory_config_names())}.")
     base = base_model(model)
+    with sole_thread(base):
+        return _inject(model, base, memory_type, config, tokenizer, adapter_name)
+
+
+def _inject(
+    model: nn.Module,
+    base: nn.Module,
+    memory_type: type[Memory],
+    config: MemoryConfig,
+    tokenizer: Any,
+    adapter_name: str | None,
+) -> Memory:
     check_whole(base)
     config = copy.deepcopy(config)
     decoder = find_decoder(base, config.layers_path)
@@ -55,6 +76,7 @@ def inject_memory(
     if tokenizer is not None:
         _check_tokenizer(tokenizer, decoder.vocab_size)
         fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        fingerprint |= tokenizer_habits(tokenizer)
     if config.base_fingerprint is None:
         config.base_fingerprint = fingerprint
     check_fingerprint(config.base_fingerprint, fingerprint)
@@ -73,6 +95,7 @@ def inject_memory(
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         for module in [module for path, module in base.named_modules() if path in targets]:
             stack.enter_context(align_module_device(unwrapped(module)))  # offloaded: else the adapter has no data
+        stack.enter_context(seeded(getattr(config, "seed", 0)))  # a LoRA starts from random numbers
         inject_adapter_in_model(adapter_config, base, adapter_name=name)
     if hasattr(base, "add_adapter") and not isinstance(model, PeftModel):
         base.__dict__["_hf_peft_config_loaded"] = (
@@ -112,22 +135,31 @@ def load_memory(
         OSError: What huggingface_hub raises if the repository or revision cannot be had.
         ValueError: If a file is damaged, the memory belongs to another base model or tokenizer, or as `inject_memory`.
             The model is unchanged then.
+        RuntimeError: If another thread uses the model.
     """
     folder = find_files(path_or_repo_id, revision=revision, token=token)
-    config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
-    _check_files(folder, [config_file])
-    config = read_config(folder / config_file)
-    memory_type = memory_class(config)
-    assert memory_type is not None
-    _check_files(folder, [file for file in memory_type.files if file != CARD_FILE])
     base = base_model(model)
-    decoder = find_decoder(base, config.layers_path)
-    if config.base_fingerprint is not None:
-        check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
-    config.check_model(decoder)
-    contents = memory_type._read_files(folder, config, decoder)
-    memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=adapter_name)
-    memory._restore(contents)
+    with whole(folder):
+        config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
+        config = read_config(file_in(folder, config_file))
+        memory_type = memory_class(config)
+        assert memory_type is not None
+        for file in memory_type.files:
+            if file != CARD_FILE:
+                file_in(folder, file)
+        decoder = find_decoder(base, config.layers_path)
+        warn_if_unmarked(config.base_fingerprint, "This memory")
+        if config.base_fingerprint is not None:
+            check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
+        config.check_model(decoder)
+        contents = memory_type._read_files(folder, config, decoder)
+    with sole_thread(base):
+        memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=adapter_name)
+        try:
+            memory._restore(contents)
+        except BaseException:
+            memory.remove()
+            raise
     return memory
 
 
@@ -147,12 +179,6 @@ def memories(model: nn.Module) -> dict[str, Memory]:
         attached.memories = found
         setattr(base, ATTACHED, attached)
     return dict(found)
-
-
-def _check_files(folder: Path, names: list[str]) -> None:
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"`{folder}` has no {name}: it is not a saved memory, or only part of one.")
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -199,17 +225,13 @@ def _check_tokenizer(tokenizer: Any, size: int) -> None:
 def read_config(path: os.PathLike[str]) -> MemoryConfig:
     """The config of a saved memory; a `ValueError` if the file is damaged or of no memory method."""
     remedy = "Save or download the memory again."
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{path}` is not valid JSON ({error}). {remedy}") from error
+    values = read_json(path)
     kind = values.get("peft_type") if isinstance(values, dict) else None
     found = config_class(kind)
     if found is None:
-        raise ValueError(f"`{path}` has `peft_type={kind!r}`, which is no memory method. {remedy}")
-    values.pop("auto_mapping", None)
+        raise ValueError(f"`{path}` has `peft_type={shown(kind)}`, which is no memory method. {remedy}")
+    values.pop("auto_mapping", None)  # names a library that PEFT would import
     try:
         return found.from_peft_type(**values)
-    except TypeError as error:
-        raise ValueError(f"`{path}` has a field of the wrong type ({error}). {remedy}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{path}` does not hold a config that can be used: {error}") from error

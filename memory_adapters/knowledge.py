@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from memory_adapters.config import cut, shown
+from memory_adapters.reading import parse_json
+
 __all__ = ["Document", "Fact", "Item", "QuestionAnswer", "as_items", "read_items"]
 
 
@@ -35,12 +38,12 @@ class Fact:
         for name in ("prompt", "subject", "target"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"`{name}` of a Fact must be a non-empty string, got {value!r}.")
+                raise ValueError(f"`{name}` of a Fact must be a non-empty string, got {shown(value)}.")
         if "{}" in self.prompt:
             object.__setattr__(self, "prompt", self.prompt.replace("{}", self.subject))
         if self.subject not in self.prompt:
             raise ValueError(
-                f"`subject={self.subject!r}` is not in `prompt={self.prompt!r}`: "
+                f"`subject={shown(self.subject)}` is not in `prompt={shown(self.prompt)}`: "
                 "name it there as written, or put {} in its place."
             )
 
@@ -58,7 +61,7 @@ class Document:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
-            raise ValueError(f"`text` of a Document must be a non-empty string, got {self.text!r}.")
+            raise ValueError(f"`text` of a Document must be a non-empty string, got {shown(self.text)}.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class QuestionAnswer:
         for name in ("question", "answer"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"`{name}` of a QuestionAnswer must be a non-empty string, got {value!r}.")
+                raise ValueError(f"`{name}` of a QuestionAnswer must be a non-empty string, got {shown(value)}.")
 
     @property
     def continuation(self) -> str:
@@ -144,33 +147,37 @@ def _item(value: Any, place: str) -> Item:
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
     kinds = " or ".join(str({field.name for field in fields(kind)}) for kind in _KINDS)
-    found = f"the fields {', '.join(value) or 'of nothing'}" if isinstance(value, dict) else f"{value!r}"
+    found = f"the fields {cut(', '.join(value)) or 'of nothing'}" if isinstance(value, dict) else shown(value)
     raise ValueError(f"{place} has {found}; an item has {kinds}, and no other fields.")
 
 
 def _listed(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     """Line and value of each element of a JSON list."""
     try:
-        whole = json.loads(text)
-    except json.JSONDecodeError as error:
+        whole = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"`{file}` is not JSON: {error}. If each line is an item, name it .jsonl.") from None
     if not isinstance(whole, list):
         raise ValueError(f"`{file}` must hold a list of items, got a {type(whole).__name__}.")
     decoder, place = json.JSONDecoder(), text.index("[") + 1
-    for _ in whole:
-        place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
-        line = text.count("\n", 0, place) + 1
-        value, place = decoder.raw_decode(text, place)
+    line = text.count("\n", 0, place) + 1
+    for value in whole:
+        start = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+        line += text.count("\n", place, start)
         yield line, value
+        _, place = decoder.raw_decode(text, start)
+        line += text.count("\n", start, place)
 
 
 def _line_by_line(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     for line, value in enumerate(text.split("\n"), 1):
         if value.strip():
             try:
-                yield line, json.loads(value)
+                yield line, parse_json(value)
             except json.JSONDecodeError as error:
                 raise ValueError(f"`{file}`, line {line} is not JSON: {error.msg} (column {error.colno}).") from None
+            except ValueError as error:
+                raise ValueError(f"`{file}`, line {line} is not JSON: {error}.") from None
 
 
 def _joint(before: str, after: str) -> str:

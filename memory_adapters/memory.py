@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from memory_adapters.checkpoint import (
     adapter_tensors,
-    atomic_directory,
     base_fingerprint,
-    read_tensors,
     set_adapter_tensors,
     write_tensors,
 )
@@ -27,6 +26,9 @@ from memory_adapters.decoder import Decoder, check_whole
 from memory_adapters.hub import OnHub
 from memory_adapters.lora import adapter_layers
 from memory_adapters.model_card import CARD_FILE, model_card
+from memory_adapters.reading import read_tensors
+from memory_adapters.saving import atomic_directory, replacing
+from memory_adapters.threads import sole_thread
 from memory_adapters.write_report import WriteReport
 
 if TYPE_CHECKING:
@@ -67,6 +69,12 @@ def forget_adapter(model: Any, adapter_name: str) -> None:
     if not model.peft_config:
         del model.peft_config
         model.__dict__.pop("_hf_peft_config_loaded", None)
+
+
+def replace_memory(staging: Path, folder: Path) -> None:
+    """Of a memory saved in `folder`, let files go that the one saved in `staging` does not have."""
+    if (folder / CONFIG_FILE).is_file():
+        replacing(staging, folder, saved_files())
 
 
 class Memory(OnHub):
@@ -136,6 +144,14 @@ class Memory(OnHub):
         check_whole(self.model)
         if self.tokenizer is None:
             raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
+        own = self._config.base_fingerprint or {}
+        for name, value in base_fingerprint(self.model, self._config.layers_path).items():
+            if value is not None and own.get(name) not in (None, value):
+                raise ValueError(
+                    f"The base model is not what it was when {self.adapter_name!r} came to it: its `{name}` was "
+                    f"{own[name]}, and is {value} now. Undo the change (such as with `unmerge_adapter()`), or inject "
+                    "a new memory."
+                )
 
     def tuner_layers(self) -> list[BaseTunerLayer]:
         """PEFT layers that hold this memory, lowest block first."""
@@ -151,22 +167,31 @@ class Memory(OnHub):
     @active.setter
     def active(self, value: bool) -> None:
         self._check_attached()
-        for layer in self.tuner_layers():
-            others = [name for name in layer.active_adapters if name != self.adapter_name]
-            layer._active_adapter = [*others, self.adapter_name] if value else others
+        with sole_thread(self.model):
+            for layer in self.tuner_layers():
+                others = [name for name in layer.active_adapters if name != self.adapter_name]
+                layer._active_adapter = self._in_turn(others) if value else others
+
+    def _in_turn(self, others: list[str]) -> list[str]:
+        """`others` and this memory, before those that came later: off and on again, sums are rounded as they were."""
+        came = list(self.model.peft_config)
+        later = came[came.index(self.adapter_name) + 1 :]
+        place = next((i for i, name in enumerate(others) if name in later), len(others))
+        return [*others[:place], self.adapter_name, *others[place:]]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model is what it is without this memory, bit for bit."""
+        """Within this context, and in its thread, the model is what it is without this memory, bit for bit."""
         self._check_attached()
-        layers = self.tuner_layers()
-        before = [layer._active_adapter for layer in layers]
-        self.active = False
-        try:
-            yield
-        finally:
-            for layer, names in zip(layers, before, strict=True):
-                layer._active_adapter = names
+        with sole_thread(self.model):
+            layers = self.tuner_layers()
+            before = [layer._active_adapter for layer in layers]
+            self.active = False
+            try:
+                yield
+            finally:
+                for layer, names in zip(layers, before, strict=True):
+                    layer._active_adapter = names
 
     def num_parameters(self) -> int:
         """How many numbers the memory stores."""
@@ -183,8 +208,9 @@ class Memory(OnHub):
         Base parameters that were trainable before the first memory came are trainable again after the last one.
         """
         self._check_attached()
-        self._detach()
-        forget_adapter(self.model, self.adapter_name)
+        with sole_thread(self.model):
+            self._detach()
+            forget_adapter(self.model, self.adapter_name)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Save `adapter_config.json`, `adapter_model.safetensors` and a model card (README.md), all or none.
@@ -193,25 +219,21 @@ class Memory(OnHub):
 
         Raises:
             NotADirectoryError: If `save_directory` is a file.
+            OSError: If its disk is full, or it cannot be written.
         """
         config = self.config
-        again = (Path(save_directory) / CONFIG_FILE).is_file()
         with atomic_directory(save_directory) as staging:
             self._write_files(staging)
             (staging / CARD_FILE).write_text(model_card(config, self.num_parameters()), encoding="utf-8")
-            obsolete = set(saved_files()) - {file.name for file in staging.iterdir()}
-        for name in obsolete if again else ():
-            (Path(save_directory) / name).unlink(missing_ok=True)
+            replace_memory(staging, Path(save_directory))
 
     def _write_files(self, folder: Path) -> None:
         """Write what the method saves: here its PEFT adapter."""
         tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in self.state_dict().items()}
         write_tensors(folder / WEIGHTS_FILE, tensors)
-        inference_mode, self._adapter_config.inference_mode = self._adapter_config.inference_mode, True
-        try:
-            self._adapter_config.save_pretrained(str(folder))
-        finally:
-            self._adapter_config.inference_mode = inference_mode
+        config = copy.copy(self._adapter_config)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
 
     @classmethod
     def _read_files(cls, folder: Path, config: MemoryConfig, decoder: Decoder) -> Any:

@@ -13,6 +13,7 @@ from memory_adapters.checkpoint import base_fingerprint
 from memory_adapters.inject import base_model, memories
 from memory_adapters.lora import adapter_layers, take_out
 from memory_adapters.memory import forget_adapter
+from memory_adapters.threads import sole_thread
 
 __all__ = ["merge_lora"]
 
@@ -33,8 +34,14 @@ def merge_lora(model: nn.Module, adapter_name: str = "default") -> nn.Module:
     Raises:
         ValueError: If the adapter is none of the model's LoRAs, something is merged for a while, it trained whole
             modules beside its matrices (`modules_to_save`), or merging gives NaN. The model is unchanged then.
+        RuntimeError: If another thread uses the model.
     """
     base: Any = base_model(model)
+    with sole_thread(base):
+        return _merge(base, adapter_name)
+
+
+def _merge(base: Any, adapter_name: str) -> nn.Module:
     found = memories(base)
     own = found.get(adapter_name)
     held: list[Any] = own.tuner_layers() if own is not None else adapter_layers(base, adapter_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,8 @@ import memory_adapters  # registers the memory methods with PEFT
 from memory_adapters import load_memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained({quoted})
+tokenizer = AutoTokenizer.from_pretrained({quoted})
 memory = load_memory(model, "{here}", tokenizer=tokenizer)
 ```
 
@@ -88,7 +89,8 @@ def model_card(config: MemoryConfig, num_parameters: int) -> str:
     )
     card = _TEMPLATE.format(
         metadata=metadata.to_yaml(),
-        title=f"Memory for {base}",
+        title=f"Memory for {_plain(base)}",
+        quoted=json.dumps(base, ensure_ascii=False),
         method=config.method_name,
         base=base,
         here=HERE,
@@ -118,7 +120,7 @@ def file_card(
     metadata = ModelCardData(library_name="memory-adapters", tags=["memory-adapters", tag])
     base = ("model_type", "num_layers", "hidden_size")
     known = {name.replace("_", " "): base_fingerprint[name] for name in base if name in base_fingerprint}
-    rows = {key: _plain(str(value)) for key, value in {**about, **known}.items()}
+    rows = {key: str(value) for key, value in {**about, **known}.items()}
     card = _FILE_TEMPLATE.format(
         metadata=metadata.to_yaml(), title=title, text=text, snippet=snippet, about=_table(rows)
     )
@@ -144,5 +146,5 @@ def _plain(text: str) -> str:
 
 
 def _table(labelled: Mapping[str, str]) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in labelled.items())
+    rows = "\n".join(f"| {_plain(key)} | {_plain(value)} |" for key, value in labelled.items())
     return f"| | |\n|---|---|\n{rows}"

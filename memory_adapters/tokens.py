@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from memory_adapters.decoder import Decoder, execution_device
 from memory_adapters.forward_passes import logits_at
+from memory_adapters.threads import sole_thread
 
 __all__ = ["RowScores", "batches_of", "last_token_of", "pad_rows", "score_rows", "shared_length", "tokenize"]
 
@@ -99,7 +100,7 @@ def score_rows(
             wanted[position, : first[i] - 1] = False
             wanted[position, len(rows[i]) - 1 :] = False
         targets = inputs["input_ids"].roll(-1, 1)[wanted]
-        with logits_at(decoder, wanted):
+        with sole_thread(model), logits_at(decoder, wanted):
             logits = model(**inputs, use_cache=False).logits[0].float()
         owner = torch.tensor(batch)[wanted.nonzero()[:, 0].cpu()]
         scores.log_prob.index_add_(0, owner, -F.cross_entropy(logits, targets, reduction="none").cpu())

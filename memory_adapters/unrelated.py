@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from memory_adapters.decoder import find_decoder
+from memory_adapters.finite import origin
 from memory_adapters.forward_passes import evaluating
 
 __all__ = ["OTHER_SUBJECTS", "PLAIN_SENTENCES", "sample_text"]
@@ -66,6 +69,19 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+class _Finite(LogitsProcessor):
+    """Says where it comes from if there is NaN or infinity in logits, which nothing can be sampled from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.isnan().any() or scores.isposinf().any():  # minus infinity: tokens that are ruled out
+            where = origin(self.model, find_decoder(self.model), {"input_ids": input_ids})
+            raise ValueError(f"The model's predictions hold NaN or infinity: {where}.")
+        return scores
+
+
 @torch.no_grad()
 def sample_text(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num_tokens: int, seed: int, top_k: int = 0
@@ -82,12 +98,16 @@ def sample_text(
 
     Returns:
         Each prompt with its continuation.
+
+    Raises:
+        ValueError: If the model's logits hold NaN or infinity.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [list(tokenizer(prompt)["input_ids"]) if prompt else [start or 0] for prompt in prompts]
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    check = LogitsProcessorList([_Finite(model)])
     with seeded(seed), evaluating(model):
         sampled = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),  # type: ignore[arg-type]
@@ -99,6 +119,7 @@ def sample_text(
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+            logits_processor=check,
         )
     tails = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=True)
     return [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]

@@ -1,13 +1,17 @@
-"""Fixtures: data folder, the embedded model, quiet progress bars."""
+"""Fixtures: data folder, one seed, no network."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import network
+
+network.refuse_the_network()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -26,3 +30,10 @@ def data() -> Path:
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network() -> Iterator[None]:
+    network.attempts.clear()
+    yield
+    assert not network.attempts, "a test reached beyond this machine, even if the refusal was caught"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from memory_adapters import MemoryAdapterConfig, inject_memory, load_memory, memories
-from memory_adapters.checkpoint import atomic_directory, base_fingerprint, write_tensors
+from memory_adapters.checkpoint import base_fingerprint, write_tensors
+from memory_adapters.saving import atomic_directory
 from tests.contract import fingerprint, logits
 from tests.models import byte_tokenizer, tiny_model
 
@@ -206,45 +205,6 @@ def test_a_failed_save_leaves_the_previous(saved: Path) -> None:
     with pytest.raises(RuntimeError, match="full"):
         fail()
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from memory_adapters import checkpoint
-replace, left = os.replace, int(sys.argv[2])
-def counted(*args):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), 9)
-    left -= 1
-    replace(*args)
-os.replace = counted
-with checkpoint.atomic_directory(sys.argv[1]) as staging:
-    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
-        if sys.argv[3] == name:
-            os.kill(os.getpid(), 9)
-        (staging / name).write_text("new")
-"""
-
-
-@pytest.mark.parametrize(("replaced", "written", "whole"), [(9, WEIGHTS, "old"), (0, "", "new"), (2, "", "new")])
-def test_a_killed_save_is_old_or_new(tmp_path: Path, replaced: int, written: str, whole: str) -> None:
-    folder = tmp_path / "memory"
-    folder.mkdir()
-    for name in (CONFIG, WEIGHTS, "README.md"):
-        (folder / name).write_text("old")
-    (folder / "mine.txt").write_text("kept")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(replaced), written], check=False)
-    assert killed.returncode == -9
-    with pytest.raises(ValueError, match="JSON"):  # any load first finishes or clears what was left
-        load_memory(tiny_model(), folder)
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {
-        CONFIG: whole,
-        WEIGHTS: whole,
-        "README.md": whole,
-        "mine.txt": "kept",
-    }
 
 
 def test_saving_where_it_cannot_be(tmp_path: Path) -> None:

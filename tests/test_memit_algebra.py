@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from memory_adapters import Fact, MemitConfig
-from memory_adapters.memit.covariance import add_gram, oracle_shrinkage
+from memory_adapters.memit.covariance import oracle_shrinkage
+from memory_adapters.memit.covariance_fitter import add_gram
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.solvers import SOLVERS, dense_readout, readout
 

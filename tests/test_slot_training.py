@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from memory_adapters.memory_slots.pretraining import (
     Example,
@@ -20,6 +21,9 @@ from tests.models import byte_tokenizer, tiny_model
 from tests.test_slots import memory_on
 
 TEXT = "The sea is wide. The wind is cold. The ships are far away, and nobody knows when they will come back. " * 3
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"  # its name in earlier versions of transformers
 QUIET: dict[str, Any] = dict(disable_tqdm=True, warmup_steps=0, per_device_train_batch_size=4, logging_steps=5)
 
 
@@ -95,7 +99,7 @@ def test_gradient_checkpointing_changes_nothing(architecture: str, tmp_path: Pat
         settings = QUIET | dict(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2)
         passes, inner = [0], memory.encoder.layers()[0]
         handle = inner.register_forward_pre_hook(lambda *_, passes=passes: passes.__setitem__(0, passes[0] + 1))
-        settings |= dict(activation_checkpointing=checkpointing)
+        settings |= {CHECKPOINTING: checkpointing}
         train_encoder(memory, text_examples(), training_args=settings)
         handle.remove()
         assert not model.training

@@ -2,7 +2,8 @@
 
 from memory_adapters.config import register_memory
 from memory_adapters.memit.config import MemitConfig
-from memory_adapters.memit.covariance import Covariance, CovarianceFitter
+from memory_adapters.memit.covariance import Covariance
+from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.memory import MemitMemory
 
 __all__ = ["Covariance", "CovarianceFitter", "MemitConfig", "MemitMemory"]

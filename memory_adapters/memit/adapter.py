@@ -25,10 +25,17 @@ def place(
         adapter_name: The adapter.
         config: Its PEFT config, which gets the new rank.
         factors: Block index to the factors. Rank 0 becomes rank 1 of zeros, the least that PEFT knows.
+
+    Raises:
+        ValueError: If a factor holds NaN or infinity; nothing is changed then.
     """
     ready = {}
     for index, layer in layers.items():
         A, B = factors[index].A, factors[index].B
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise ValueError(
+                f"The edit of block {index} is too large for float32: raise `regularization` or `shrinkage`."
+            )
         if len(A) == 0:
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         device = layer.lora_A[adapter_name].weight.device

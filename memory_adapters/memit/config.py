@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftConfig
 
-from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number, checked_layers
+from memory_adapters.config import (
+    MemoryConfig,
+    MemoryPeftType,
+    check_choice,
+    check_flag,
+    check_number,
+    check_texts,
+    checked_layers,
+)
 from memory_adapters.decoder import Decoder, mlp_projection, resolve_layers
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.solvers import SOLVERS
@@ -92,7 +100,7 @@ class MemitConfig(MemoryConfig):
         check_number("target_loss", self.target_loss, low=0)
         check_number("kl_factor", self.kl_factor, low=0)
         check_number("weight_decay", self.weight_decay, low=0)
-        check_number("num_prefixes", self.num_prefixes, low=0, integer=True)
+        check_number("num_prefixes", self.num_prefixes, low=0, high=1000, integer=True)
         check_number("prefix_length", self.prefix_length, low=1, integer=True)
         check_choice("precision", self.precision, ("model", "bfloat16"))
         check_number("covariance_tokens", self.covariance_tokens, low=1, integer=True)
@@ -101,13 +109,8 @@ class MemitConfig(MemoryConfig):
         if self.batch_tokens is not None:
             check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
-        if not isinstance(self.chat, bool):
-            raise ValueError(f"`chat` must be True or False, got {self.chat!r}.")
-
-        for fact in self.facts if isinstance(self.facts, list) else [None]:
-            fields = set(fact) if isinstance(fact, dict) else set()
-            if fields != FACT_FIELDS or not all(isinstance(value, str) for value in fact.values()):
-                raise ValueError(f"`facts` must be a list of {sorted(FACT_FIELDS)}, got {fact!r}.")
+        check_flag("chat", self.chat)
+        check_texts("facts", self.facts, FACT_FIELDS)
 
     @property
     def key_groups(self) -> list[int]:
@@ -117,7 +120,7 @@ class MemitConfig(MemoryConfig):
     @property
     def keys_per_fact(self) -> int:
         """One a group; but one in all for an exact solver, which would have to tell nearly equal keys apart."""
-        return 1 if SOLVERS[self.solver].exact else max(self.key_groups) + 1
+        return 1 if SOLVERS[self.solver].exact else 1 + (self.num_prefixes > 0) + self.chat
 
     def resolved(self, decoder: Decoder) -> list[int]:
         """The blocks to edit, in rising order."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from memory_adapters.answers import answers_to
-from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, read_tensors, write_tensors
+from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, warn_if_unmarked, write_tensors
+from memory_adapters.config import shown
 from memory_adapters.decoder import Decoder, find_decoder, mlp_projection
+from memory_adapters.finite import check_scores
 from memory_adapters.forward_passes import evaluating
 from memory_adapters.knowledge import Fact, as_items
 from memory_adapters.lora import lora_layers, take_out
 from memory_adapters.memit.adapter import place
 from memory_adapters.memit.config import MemitConfig
-from memory_adapters.memit.covariance import Covariance, CovarianceFitter
+from memory_adapters.memit.covariance import Covariance
+from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
 from memory_adapters.memit.ledger import Factors, Ledger, relation_of
 from memory_adapters.memit.rows import Context, fact_rows
-from memory_adapters.memit.solvers import SOLVERS
+from memory_adapters.memit.solvers import cost_of
 from memory_adapters.memit.writer import EntryMaker
 from memory_adapters.memory import (
     CARD_FILE,
@@ -35,6 +39,8 @@ from memory_adapters.memory import (
     Memory,
     WriteReport,
 )
+from memory_adapters.reading import read_json, read_metadata, read_tensors, tensors_digest
+from memory_adapters.threads import alone
 from memory_adapters.tokens import score_rows, tokenize
 from memory_adapters.unrelated import PLAIN_SENTENCES
 
@@ -69,6 +75,7 @@ class MemitMemory(Memory):
         """What is written."""
         return list(self.ledger.facts)
 
+    @alone
     def fit_covariance(self, texts: Any = None, num_tokens: int | None = None, **settings: Any) -> Covariance:
         """C₀ of the blocks that this memory edits, without the memory; kept for the writes to come.
 
@@ -90,6 +97,7 @@ class MemitMemory(Memory):
         self.covariance = fitter.covariance()
         return self.covariance
 
+    @alone
     def write(
         self,
         items: Any,
@@ -121,15 +129,16 @@ class MemitMemory(Memory):
         self._check_writable()
         given = Covariance.load(covariance) if isinstance(covariance, str) else covariance
         if given is not None:
+            warn_if_unmarked(given.base_fingerprint, "`covariance`")
             check_fingerprint(given.base_fingerprint, base_fingerprint(self.model, self.config.layers_path))
+            given.check_widths(self.config.widths(find_decoder(self.model, self.config.layers_path)))
         maker = EntryMaker(self.model, self.tokenizer, self.config)
         with self.disabled(), evaluating(self.model):
             maker.check(facts)
             before = self._scores(facts)
             used = given or self.covariance or self.fit_covariance(progress=progress)
-            solver = SOLVERS[self.config.solver]
             costs = {
-                layer: solver.cost(used.shrunk(layer, self.config.shrinkage), self.config) for layer in self._names
+                layer: cost_of(layer, used.shrunk(layer, self.config.shrinkage), self.config) for layer in self._names
             }
             entries = maker.entries(facts, None if targets is None else targets.ledger, progress)
         ledger = self.ledger.plus(entries, costs)
@@ -157,10 +166,10 @@ class MemitMemory(Memory):
             notes=[*notes, f"covariance of {used.num_tokens:,} tokens of {used.source}"],
             answers=answers,
         )
-        self.config.writes.append(dict(report.rows()))
-        self.config.answers = answers
+        self.config.record(report)
         return report
 
+    @alone
     def forget(self, items: Any) -> None:
         """Take facts out again: the edit is what it would be had they never been written. Needs no model pass.
 
@@ -187,7 +196,9 @@ class MemitMemory(Memory):
         plain = [tokenize(self.tokenizer, sentence) for sentence in PLAIN_SENTENCES]
         decoder = find_decoder(self.model, self.config.layers_path)
         first = [row.first_label for row in rows] + [1] * len(plain)
-        found = score_rows(self.model, decoder, [row.ids for row in rows] + plain, first)
+        every = [row.ids for row in rows] + plain
+        found = score_rows(self.model, decoder, every, first)
+        check_scores(found, self.model, decoder, every)
         right = (found.right == found.count)[: len(rows)].float().mean()
         loss = -found.log_prob[len(rows) :].sum() / found.count[len(rows) :].sum()
         return float(right), math.exp(loss)
@@ -202,20 +213,30 @@ class MemitMemory(Memory):
         settings = {**self.config.to_dict(), "facts": facts}
         text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
-        write_tensors(folder / LEDGER_FILE, self.ledger.tensors())
+        weights = read_metadata(folder / WEIGHTS_FILE)[1]["sha256"]
+        write_tensors(folder / LEDGER_FILE, self.ledger.tensors(), {"edit": _edit_digest(weights, facts)})
 
     @classmethod
     def _read_files(cls, folder: Path, config: MemitConfig, decoder: Decoder) -> Any:
         facts = [Fact(**fact) for fact in config.facts]
         ledger = read_tensors(folder / LEDGER_FILE, config.tensor_shapes(decoder))
+        edit = read_metadata(folder / LEDGER_FILE)[1].get("edit")
         size = decoder.hidden_size
         rank = max(min(len(facts), size), 1)
         shapes = {}
+        names = {layer: mlp_projection(decoder, layer).name for layer in config.resolved(decoder)}
+        _check_adapter_config(folder / CONFIG_FILE, rank, names.values())
         for layer, width in config.widths(decoder).items():
-            name = PEFT_KEY_PREFIX + mlp_projection(decoder, layer).name
+            name = PEFT_KEY_PREFIX + names[layer]
             shapes[f"{name}.lora_A.weight"] = torch.Size((rank, width))
             shapes[f"{name}.lora_B.weight"] = torch.Size((size, rank))
         factors = read_tensors(folder / WEIGHTS_FILE, shapes)
+        if edit is not None and edit != _edit_digest(tensors_digest(factors), config.facts):
+            raise ValueError(
+                f"`{folder / LEDGER_FILE}` was saved with other facts or weights than `{SETTINGS_FILE}` and "
+                f"`{WEIGHTS_FILE}` hold: one of them was changed by hand or is of another save. Save or download the "
+                "memory again; to use changed weights without the ledger, load the folder with PEFT."
+            )
         return Ledger.from_tensors(facts, ledger), factors
 
     def _restore(self, contents: tuple[Ledger, dict[str, Tensor]]) -> None:
@@ -228,6 +249,27 @@ class MemitMemory(Memory):
             }
         )
         self.ledger = ledger
+
+
+def _edit_digest(weights: str, facts: Sequence[Mapping[str, str]]) -> str:
+    """What the ledger was saved with: SHA-256 of the adapter's digest and the facts."""
+    return hashlib.sha256(json.dumps([weights, facts], sort_keys=True).encode()).hexdigest()
+
+
+def _check_adapter_config(path: Path, rank: int, names: Collection[str]) -> None:
+    """Raise a `ValueError` unless plain PEFT would place the adapter where, and as strongly as, `load_memory` does."""
+    found = read_json(path)
+    found = found if isinstance(found, dict) else {}
+    targets = found.get("target_modules")
+    given = sorted(map(str, targets)) if isinstance(targets, list) else targets
+    expected = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(names)}
+    for field, value in expected.items():
+        own = given if field == "target_modules" else found.get(field)
+        if own != value:
+            raise ValueError(
+                f"`{path}` is not of the edit beside it: its `{field}` is {shown(own)}, the edit's {shown(value)}. "
+                "Save or download the memory again."
+            )
 
 
 def consistent(facts: Sequence[Any]) -> tuple[list[Fact], list[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from memory_adapters.memit.config import MemitConfig
 
-__all__ = ["SOLVERS", "Cost", "Solver", "readout"]
+__all__ = ["SOLVERS", "Cost", "Solver", "cost_of", "readout"]
 
 
 class Cost(ABC):
@@ -33,15 +33,20 @@ class Cost(ABC):
 
 
 class DenseCost(Cost):
-    """M given as a positive definite matrix (d_in, d_in), by its Cholesky factor.
+    """M given as a positive definite matrix (d_in, d_in), by its Cholesky factor L.
+
+    L_ii² / M_ii is the share of component i that those before it do not determine, however components are scaled.
+    Below d_in · ε, rounding hides it.
 
     Raises:
-        ValueError: If it is singular.
+        ValueError: If it is singular in float64.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         self.factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed or not torch.isfinite(self.factor).all():
+        shares = self.factor.diagonal().square() / matrix.diagonal()
+        least = len(matrix) * torch.finfo(matrix.dtype).eps
+        if failed or not torch.isfinite(self.factor).all() or not (shares > least).all():
             raise ValueError(
                 "The covariance is singular: fit it on more tokens (about 10 · d_in), or raise `shrinkage`."
             )
@@ -95,7 +100,13 @@ class AlphaEdit(Solver):
     def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
         values, vectors = torch.linalg.eigh(covariance)  # in rising order
         free = max(1, round(config.null_space * len(values)))
-        return NullSpaceCost(vectors[:, :free], config.regularization * float(values[:free].sum()))
+        kept = float(values[:free].sum())
+        if not kept > len(values) * torch.finfo(values.dtype).eps * float(values.abs().max()):
+            raise ValueError(
+                f"The covariance is singular: ordinary keys are not at all in the {free} directions that may change. "
+                "Fit it on more tokens (about 10 · d_in), or raise `shrinkage` or `null_space`."
+            )
+        return NullSpaceCost(vectors[:, :free], config.regularization * kept)
 
 
 class Emmet(Solver):
@@ -110,11 +121,26 @@ class Emmet(Solver):
 SOLVERS: dict[str, Solver] = {"memit": Memit(), "alphaedit": AlphaEdit(), "emmet": Emmet()}
 
 
+def cost_of(layer: int, covariance: Tensor, config: MemitConfig) -> Cost:
+    """M of a block for C₀ (d_in, d_in) in float64.
+
+    Raises:
+        ValueError: If C₀ is singular; names the block.
+    """
+    try:
+        return SOLVERS[config.solver].cost(covariance, config)
+    except ValueError as error:
+        raise ValueError(f"`covariance` of block {layer}: {error}") from error
+
+
 def readout(keys: Tensor, whitened: Tensor) -> Tensor:
     """A = (I + Kᵀ W)⁻¹ Wᵀ, (n, d_in), for K and W (d_in, n): what turns a key into the facts that it opens."""
     gram = keys.T @ whitened
     gram = (gram + gram.T) / 2 + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(whitened.T, torch.linalg.cholesky(gram))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed or not torch.isfinite(factor).all():
+        raise ValueError("The ledger's keys do not belong together: load the memory as it was saved, or write anew.")
+    return torch.cholesky_solve(whitened.T, factor)
 
 
 def dense_readout(keys: Tensor, inverse: Tensor) -> Tensor:

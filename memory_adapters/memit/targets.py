@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from memory_adapters.decoder import Decoder, execution_device
+from memory_adapters.finite import rows_not_finite
 from memory_adapters.forward_passes import (
     bfloat16_weights,
     block_returns_tuple,
@@ -170,6 +171,7 @@ def find_targets(
     active: Tensor,
     config: MemitConfig,
     progress: tqdm,
+    prompts: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """Move every fact's δ until its loss is below `config.target_loss`, or `config.steps` − 1 times.
 
@@ -182,12 +184,13 @@ def find_targets(
         active: Which facts to move (facts,); the others keep h₀.
         config: Steps, learning rate, clamp, weights.
         progress: Bar, moved by a fact when it is done.
+        prompts: Of the facts, for errors.
 
     Returns:
         z = h₀ + δ (facts, hidden_size) and the last loss of each fact (facts,), in float32.
 
     Raises:
-        ValueError: If a loss is NaN or infinite; names the fact.
+        ValueError: If a loss, gradient or step is NaN or infinite; names the fact.
     """
     norms = h0.norm(dim=-1)
     rates = config.learning_rate * norms[:, None] / math.sqrt(h0.shape[1])
@@ -206,9 +209,7 @@ def find_targets(
         size = delta.norm(dim=-1)
         found += config.weight_decay * size / norms.square()
         losses = torch.where(active, found, losses)
-        if not torch.isfinite(losses).all():
-            index = int((~torch.isfinite(losses)).nonzero()[0])
-            raise ValueError(f"The loss of fact {index} is NaN or infinite: check the model's weights and precision.")
+        _check(losses, "loss", prompts)
         done = active & (losses < config.target_loss)
         progress.update(int(done.sum()))
         active = active & ~done
@@ -221,10 +222,20 @@ def find_targets(
         move = (moment / (1 - BETA_1**step)) / ((square / (1 - BETA_2**step)).sqrt() + EPSILON)
         moved = delta - rates * move
         moved *= (config.clamp * norms / moved.norm(dim=-1)).clamp(max=1)[:, None]
+        _check(torch.where(active[:, None], moved, delta), "gradient, or the step along it,", prompts)
         delta = torch.where(active[:, None], moved, delta)
         problems = _unfinished(problems, active)
     progress.update(int(active.sum()))
     return h0 + delta, losses
+
+
+def _check(values: Tensor, what: str, prompts: Sequence[str]) -> None:
+    """Raise a `ValueError` that names the first fact whose row of `values` is not finite."""
+    if bad := rows_not_finite(values.view(len(prompts), -1)):
+        raise ValueError(
+            f"The {what} of the fact {prompts[bad[0]]!r} is NaN or infinite: lower `learning_rate` or `clamp`, or use "
+            "the model in bfloat16 or float32."
+        )
 
 
 def _unfinished(problems: Sequence[Problem], active: Tensor) -> list[Problem]:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from memory_adapters.decoder import Decoder, execution_device, find_decoder, mlp_projection
 from memory_adapters.forward_passes import block_returns_tuple, evaluating, hidden_state, logits_at, resumed
 from memory_adapters.knowledge import Fact
+from memory_adapters.saving import atomic_file
 from memory_adapters.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
 
 __all__ = ["KINDS", "ROLES", "TraceTable", "load_known_facts", "trace_facts"]
@@ -81,8 +82,9 @@ class TraceTable:
         return {**vars(self), "effects": effects, "roles": list(self.roles)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        """Write `to_dict()` as JSON, whole or not at all."""
+        with atomic_file(path) as staging:
+            staging.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TraceTable:

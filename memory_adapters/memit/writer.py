@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memory_adapters.decoder import Decoder, find_decoder, mlp_projection
+from memory_adapters.finite import rows_not_finite
 from memory_adapters.forward_passes import capture, evaluating, inputs_of
 from memory_adapters.knowledge import Fact
 from memory_adapters.memit.config import MemitConfig
@@ -130,13 +131,19 @@ class EntryMaker:
         new = torch.tensor([fact not in known for fact in facts], device=h0.device)
         if new.any():
             with finder.fast_weights():
-                z[new] = find_targets(finder, problems, h0, new, self.config, bar)[0][new]
+                prompts = [fact.prompt for fact in facts]
+                z[new] = find_targets(finder, problems, h0, new, self.config, bar, prompts)[0][new]
         del problems
         groups, each = self.config.key_groups, self.config.keys_per_fact
         found = spread(self.model, self.decoder, self.layers, visits, groups, each, h0, z, finder.as_tuple)
-        for layer, keys in found.keys.items():
-            if not torch.isfinite(keys).all():
-                raise ValueError(f"The keys at block {layer} hold NaN or infinity: check the model's weights.")
+        for kind, of_layers in {"key": found.keys, "share of the change": found.shares}.items():
+            for layer, values in of_layers.items():
+                if bad := rows_not_finite(values):
+                    prompt = facts[bad[0] * len(facts) // len(values)].prompt
+                    raise ValueError(
+                        f"The {kind} of the fact {prompt!r} at block {layer} holds NaN or infinity: check the model's "
+                        "weights, or use it in bfloat16 or float32."
+                    )
         return Ledger(
             tuple(facts),
             z.cpu(),

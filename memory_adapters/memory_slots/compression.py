@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory_adapters.finite import origin, rows_not_finite
 from memory_adapters.forward_passes import bfloat16_weights, evaluating
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder
 from memory_adapters.memory_slots.refinement import Asked, Goal, Row, autoencoding_rows, in_batches, predict, refine
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.quantised import differentiable
+from memory_adapters.tokens import pad_rows
 
 __all__ = ["Compressed", "compress_texts"]
 
@@ -49,11 +52,14 @@ def compress_texts(
         progress: Show bars.
     """
     config = encoder.config
+    if not math.isfinite(encoder.parts.embedding_rms):
+        raise ValueError("The model's embeddings hold NaN or infinity: load them anew, and then the memory.")
     cut = [config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     fingerprint = encoder.fingerprint()
     with evaluating(encoder.model):
         every = iter(encoder.compress([span for spans in cut for span in spans], progress))
         vectors = [[next(every) for _ in spans] for spans in cut]
+        _check(encoder, texts, cut, vectors)
         refined: list[tuple[list[Tensor], list[float]]] = [(own, []) for own in vectors]
         accuracies: list[tuple[float, float] | None] = [None] * len(texts)
         if steps:
@@ -64,7 +70,14 @@ def compress_texts(
                 refined = [
                     one
                     for group in _groups([sum(map(len, spans)) for spans in cut])
-                    for one in refine(encoder, [vectors[i] for i in group], [goals[i] for i in group], steps, progress)
+                    for one in refine(
+                        encoder,
+                        [vectors[i] for i in group],
+                        [goals[i] for i in group],
+                        steps,
+                        progress,
+                        [texts[i] for i in group],
+                    )
                 ]
             accuracies = list(zip(before, _accuracies(encoder, cut, [own for own, _ in refined]), strict=True))
     found = []
@@ -80,6 +93,17 @@ def compress_texts(
         )
         found.append(Compressed(slots, losses, accuracy))
     return found
+
+
+def _check(
+    encoder: Encoder, texts: Sequence[str], cut: Sequence[Sequence[Sequence[int]]], vectors: Sequence[Sequence[Tensor]]
+) -> None:
+    """Raise a `ValueError` that names the first text whose slots are not finite, and where that arises."""
+    for text, spans, own in zip(texts, cut, vectors, strict=True):
+        for span, slots in zip(spans, own, strict=True):
+            if rows_not_finite(slots):
+                where = origin(encoder.model, encoder.decoder, pad_rows([span], encoder.device))
+                raise ValueError(f"The slots of {text[:40]!r} hold NaN or infinity: {where}.")
 
 
 def _goals(fraction: float, spans: Sequence[Sequence[int]], end: int | None, asked: Sequence[Asked]) -> list[Goal]:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number
+from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_flag, check_number, shown
 from memory_adapters.decoder import Decoder, base_linears, unwrapped
 
 __all__ = ["MemorySlotsConfig"]
@@ -91,9 +91,10 @@ class MemorySlotsConfig(MemoryConfig):
         check_choice("precision", self.precision, ("model", "bfloat16"))
         check_number("encoder_steps", self.encoder_steps, low=0, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
+        check_flag("has_slots", self.has_slots)
         names = self.target_modules
         if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-            raise ValueError(f"`target_modules` must be a list of module names, got {names!r}.")
+            raise ValueError(f"`target_modules` must be a list of module names, got {shown(names)}.")
 
     def card_settings(self) -> dict[str, Any]:
         """As in `MemoryConfig`; the LoRA's matrices, once resolved, by the ends of their names."""
@@ -146,13 +147,17 @@ class MemorySlotsConfig(MemoryConfig):
             for path, module in base_linears(block)
             if _weight(module) is not None
         }
+        if self.target_modules is not None and len(self.target_modules) > len(every):
+            raise ValueError(
+                f"`target_modules` has {len(self.target_modules):,} names, the model's blocks {len(every):,} matrices."
+            )
         asked = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(decoder.model_type)
         if asked is None:
             return {name: module for name, module in every.items() if hasattr(module, "in_features")}
         found = {n: m for n, m in every.items() if any(n == a or n.endswith(f".{a}") for a in asked)}
         missing = [a for a in asked if not any(n == a or n.endswith(f".{a}") for n in found)]
         if missing or not found:
-            raise ValueError(f"`target_modules` names {missing or asked}, which the model's blocks do not have.")
+            raise ValueError(f"`target_modules` names {shown(missing or asked)}, which the model's blocks do not have.")
         return found
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:

@@ -38,8 +38,7 @@ class SlotReader(nn.Module, BaseTunerLayer):
         super().__init__()
         self.slot_entries = nn.ModuleDict()
         self.rows: list[str] | None = None
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self.kept_for: tuple[Any, ...] = ()
+        self.kept: tuple[Any, list[tuple[Tensor, Tensor]]] = (None, [])
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from memory_adapters.finite import check_scores
 from memory_adapters.forward_passes import evaluating
 from memory_adapters.knowledge import Document, Fact, Item, QuestionAnswer
 from memory_adapters.memory_slots.encoder import Encoder
@@ -46,6 +47,7 @@ def scores(encoder: Encoder, tokenizer: Any, asked: Sequence[Asked]) -> tuple[fl
     first = [len(row) - len(a.target) for row, a in zip(rows, asked, strict=False)] + [1] * len(plain)
     with evaluating(encoder.model):
         found = score_rows(encoder.model, encoder.decoder, rows, first)
+        check_scores(found, encoder.model, encoder.decoder, rows)
     right = (found.right == found.count)[: len(asked)].float().mean() if asked else None
     loss = -found.log_prob[len(asked) :].sum() / found.count[len(asked) :].sum()
     return (None if right is None else float(right)), math.exp(loss)

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from memory_adapters.answers import answers_to
-from memory_adapters.checkpoint import check_fingerprint, read_tensors, write_tensors
+from memory_adapters.checkpoint import write_tensors
 from memory_adapters.decoder import Decoder, find_decoder
 from memory_adapters.forward_passes import evaluating
 from memory_adapters.knowledge import Document, as_items
@@ -32,6 +32,8 @@ from memory_adapters.memory_slots.export import EXPORTERS
 from memory_adapters.memory_slots.items import as_asked, as_text, scores
 from memory_adapters.memory_slots.reader import CHILD, attach, detach, reader_of
 from memory_adapters.memory_slots.slots import MemorySlots
+from memory_adapters.reading import file_in, read_tensors
+from memory_adapters.threads import alone
 
 __all__ = ["SlotMemory"]
 
@@ -95,6 +97,7 @@ class SlotMemory(Memory):
         super()._rebase(fingerprint)
         self._read([replace(row, base_fingerprint=dict(self.config.base_fingerprint or {})) for row in self.slots])
 
+    @alone
     def write(self, items: Any, *, refine_steps: int | None = None, progress: bool = True) -> WriteReport:
         """Compress text, and let the model read it from now on, behind what was written before.
 
@@ -145,8 +148,7 @@ class SlotMemory(Memory):
             ],
             answers=answers,
         )
-        self.config.writes.append(dict(report.rows()))
-        self.config.answers = answers
+        self.config.record(report)
         self._answered = (self.slots, answers)
         return report
 
@@ -158,6 +160,7 @@ class SlotMemory(Memory):
         self, text: list[str] | tuple[str, ...], *, refine_steps: int | None = None, progress: bool = True
     ) -> list[MemorySlots]: ...
 
+    @alone
     def compress(
         self, text: str | list[str] | tuple[str, ...], *, refine_steps: int | None = None, progress: bool = True
     ) -> MemorySlots | list[MemorySlots]:
@@ -168,6 +171,7 @@ class SlotMemory(Memory):
         made = [one.slots for one in compress_texts(self.encoder, self.tokenizer, texts, [], steps, progress)]
         return made[0] if isinstance(text, str) else made
 
+    @alone
     def use(self, slots: MemorySlots | Sequence[MemorySlots] | None) -> None:
         """Let the model read these slots before every prompt; a list has slots for each row of a batch; None: none.
 
@@ -179,12 +183,7 @@ class SlotMemory(Memory):
         decoder = self.encoder.decoder
         own = self.encoder.fingerprint() if rows else ""
         for row in rows:
-            assert self.config.base_fingerprint is not None
-            check_fingerprint(row.base_fingerprint, self.config.base_fingerprint)
-            if row.vectors.shape[1] != decoder.embedding_size:
-                raise ValueError(
-                    f"`slots` are {row.vectors.shape[1]} wide, the model's embeddings {decoder.embedding_size}."
-                )
+            row.check_fits(self.config.base_fingerprint, decoder.embedding_size)
             if row.encoder_fingerprint not in (own, None):
                 warnings.warn(
                     "These slots were made by another encoder: the model reads them, but `reconstruct` may fail.",
@@ -220,6 +219,7 @@ class SlotMemory(Memory):
             if len(rows) > 1:
                 self._read(rows)
 
+    @alone
     def reconstruct(self, max_new_tokens: int | None = None) -> list[str]:
         """The text of each row's slots, as the model decodes it greedily after [AE], each span by itself.
 
@@ -228,8 +228,9 @@ class SlotMemory(Memory):
         """
         self._check_writable()
         before = self.slots
-        spans = [_span(row, vectors) for row in before for vectors in row.vectors.split(list(row.spans))]
+        spans = [span for row in before for span in row.split()]
         length = max_new_tokens or max((2 * math.ceil(row.num_tokens / row.num_spans) for row in before), default=0)
+        length = min(length, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or length)
         size = max(1, BATCH_TOKENS // max(length, 1))
         told: list[str] = []
         try:
@@ -282,7 +283,9 @@ class SlotMemory(Memory):
     def _read_files(cls, folder: Path, config: MemorySlotsConfig, decoder: Decoder) -> Any:
         shapes = config.tensor_shapes(decoder)
         tensors = read_tensors(folder / WEIGHTS_FILE, {PEFT_KEY_PREFIX + name: s for name, s in shapes.items()})
-        slots = MemorySlots.load(folder / SLOTS_FILE) if config.has_slots else None
+        slots = MemorySlots.load(file_in(folder, SLOTS_FILE)) if config.has_slots else None
+        if slots is not None:
+            slots.check_fits(config.base_fingerprint, decoder.embedding_size)
         return {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in tensors.items()}, slots
 
     def _restore(self, contents: tuple[dict[str, Tensor], MemorySlots | None]) -> None:
@@ -292,8 +295,3 @@ class SlotMemory(Memory):
                 tensor.copy_(tensors[name])
         self._answered = ([] if slots is None else [slots], self.config.answers)
         self.use(slots)
-
-
-def _span(row: MemorySlots, vectors: Tensor) -> MemorySlots:
-    fields = (row.base_fingerprint, row.encoder_fingerprint, row.text_sha256, row.refine_steps)
-    return MemorySlots(vectors, (len(vectors),), row.num_tokens, *fields)

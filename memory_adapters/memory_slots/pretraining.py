@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from memory_adapters.checkpoint import read_tensors
+from memory_adapters.finite import check_gradients, origin
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.memory_slots.refinement import Asked, Row, autoencoding_rows, distil, predict
 from memory_adapters.processes import summed, weight_of_share
 from memory_adapters.quantised import differentiable, keep_unpacked
+from memory_adapters.reading import read_tensors
+from memory_adapters.resuming import checkpoint_to_resume
+from memory_adapters.threads import sole_thread
+from memory_adapters.tokens import pad_rows
+from memory_adapters.unrelated import seeded
 
 if TYPE_CHECKING:
     from memory_adapters.memory_slots.memory import SlotMemory
@@ -110,7 +115,27 @@ class EncoderTrainer(Trainer):
         for block in self.memory.encoder.decoder.blocks:
             block.training = self.args.gradient_checkpointing  # of itself alone: nothing in it drops out
         loss = model(inputs)
+        if not torch.isfinite(loss):
+            text = self.memory.tokenizer.decode(inputs[0].context[:16])
+            encoder = self.memory.encoder
+            where = origin(
+                self.memory.model,
+                encoder.decoder,
+                pad_rows([inputs[0].context], encoder.device),
+                "lower `learning_rate`, or use the model in bfloat16 or float32",
+            )
+            raise ValueError(
+                f"The loss of the batch that begins with {text!r} is NaN or infinite in step {self.state.global_step}: "
+                f"{where}."
+            )
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; gradients that are not finite are an error that names the parameter."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.scaler is None:  # which skips such steps, and lowers its scale
+            check_gradients((name, p) for name, p in self.memory.model.named_parameters() if p.requires_grad)
+        return loss
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -194,7 +219,7 @@ def train_encoder(
         examples: What to learn, such as `TextExamples` or `instruction_examples`.
         held_out: Examples whose loss is logged at every evaluation.
         training_args: Fields of `transformers.TrainingArguments`; give `output_dir` to be able to resume.
-        resume_from_checkpoint: Go on from the newest checkpoint in `output_dir`, or from the one named.
+        resume_from_checkpoint: Go on from the newest whole checkpoint in `output_dir`, or from the one named.
 
     Returns:
         What was logged: loss, held-out loss, steps.
@@ -217,13 +242,25 @@ def train_encoder(
         dataloader_pin_memory=not on_cpu,
     )
     arguments = TrainingArguments(**{**settings, **(training_args or {})})
+    checkpoint = checkpoint_to_resume(resume_from_checkpoint, arguments.output_dir)
+    with sole_thread(memory.model), seeded(memory.config.seed):
+        return _train(memory, arguments, examples, held_out, checkpoint)
+
+
+def _train(
+    memory: SlotMemory,
+    arguments: TrainingArguments,
+    examples: Dataset | Sequence[Example],
+    held_out: Dataset | Sequence[Example] | None,
+    checkpoint: str | None,
+) -> list[dict[str, float]]:
     trained = [*memory.encoder.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
     try:
         trainer = EncoderTrainer(memory, args=arguments, train_dataset=examples, eval_dataset=held_out)
         with differentiable(memory.model):
-            trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
+            trainer.train(resume_from_checkpoint=checkpoint)
         memory.config.encoder_steps = trainer.state.global_step
     finally:
         if arguments.gradient_checkpointing:

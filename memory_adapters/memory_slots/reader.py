@@ -22,6 +22,7 @@ __all__ = ["CHILD", "attach", "detach", "reader_of"]
 
 CHILD = "slot_reader"
 MARK = "_memory_slots"
+FILLED = "filled"  # as MARK, of a cache that a pass over the slots alone fills
 
 
 def attach(stack: nn.Module) -> SlotReader:
@@ -56,9 +57,11 @@ def put_before(
     reader = reader_of(stack)
     slots: Any = reader.read()
     names = list(inspect.signature(stack.forward).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = {**{names[i]: value for i, value in enumerate(args)}, **kwargs}
     cache = given.get("past_key_values")
     continued = getattr(cache, MARK, None)  # a cache that holds slots goes on with them, whatever is active now
+    if continued is FILLED:
+        return None
     if continued is None and (slots is None or (cache is not None and cache.get_seq_length() > 0)):
         return None
     if isinstance(cache, StaticCache):
@@ -181,28 +184,27 @@ def check_length(stack: Any, slots: int, tokens: int) -> None:
 def fill(stack: Any, reader: SlotReader, cache: Cache, vectors: Tensor, mask: Tensor, repeats: int) -> None:
     """Put the slots' keys and values into an empty cache."""
     state = reader.state(stack)
-    if reader.kept_for != state:
-        reader.kept = keys_and_values(stack, vectors, mask)
-        reader.kept_for = state
-    for index, (keys, values) in enumerate(reader.kept):
+    kept_for, kept = reader.kept  # at once: another thread may replace them
+    if kept_for != state:
+        kept = keys_and_values(stack, vectors, mask)
+        reader.kept = (state, kept)
+    for index, (keys, values) in enumerate(kept):
         cache.update(keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0), index)
 
 
 @torch.no_grad()
 def keys_and_values(stack: Any, vectors: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the slots at every block, from one pass of the stack over the slots alone."""
-    reader = reader_of(stack)
     names = inspect.signature(stack.forward).parameters
     inputs: dict[str, Tensor] = {"position_ids": slot_positions(mask)} if "position_ids" in names else {}
     embeddings = stack.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=vectors.device))
-    before, reader._disable_adapters = reader._disable_adapters, True
     modes, cache = {module: module.training for module in stack.modules()}, DynamicCache()
+    setattr(cache, MARK, FILLED)
     try:
         stack.eval()
         inputs |= {"inputs_embeds": vectors.to(embeddings), "attention_mask": mask}
         stack(**inputs, past_key_values=cache, use_cache=True)
     finally:
-        reader._disable_adapters = before
         for module, mode in modes.items():
             module.training = mode
     return [(layer.keys, layer.values) for layer in cache.layers]

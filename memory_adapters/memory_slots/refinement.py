@@ -61,6 +61,7 @@ def refine(
     goals: Sequence[Sequence[Goal]],
     steps: int,
     progress: bool,
+    texts: Sequence[str],
 ) -> list[tuple[list[Tensor], list[float]]]:
     """Adam on the slots of texts, the model frozen, with a learning rate that falls to 0 as a cosine.
 
@@ -73,12 +74,13 @@ def refine(
         goals: What the slots of each text should make the model say; spans are counted within the text.
         steps: Most updates.
         progress: Show a bar.
+        texts: For errors.
 
     Returns:
         Of each text, its slots, and the loss before each update that was made.
 
     Raises:
-        ValueError: If a loss is NaN or infinite.
+        ValueError: If a loss, gradient or step is NaN or infinite; names the text.
     """
     slots = [[tensor.detach().clone().requires_grad_(True) for tensor in text] for text in start]
     rate = encoder.config.learning_rate_of_refinement * encoder.parts.embedding_rms
@@ -90,13 +92,15 @@ def refine(
             for text in unfinished:
                 optimizers[text].zero_grad()
             found = _backward(encoder, slots, {text: goals[text] for text in unfinished})
-            if not all(math.isfinite(loss) for loss, _ in found.values()):
-                raise ValueError(f"The loss of refinement is not finite at step {step}: lower `refine_learning_rate`.")
+            for text, (loss, _) in found.items():
+                gradients = [own.grad for own in slots[text] if own.grad is not None]
+                _check("loss" if not math.isfinite(loss) else "gradient", step, texts[text], loss, gradients)
             target = encoder.config.refine_target_loss
             unfinished = [text for text, (loss, right) in found.items() if not right or loss >= target]
             for text in unfinished:
                 optimizers[text].param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                 optimizers[text].step()
+                _check("update", step, texts[text], 0.0, slots[text])
                 losses[text].append(found[text][0])
             if not unfinished:
                 break
@@ -104,6 +108,15 @@ def refine(
             bar.set_postfix(texts=len(unfinished), highest_loss=f"{highest:.3f}", refresh=False)
             bar.update()
     return [([tensor.detach() for tensor in text], own) for text, own in zip(slots, losses, strict=True)]
+
+
+def _check(what: str, step: int, text: str, loss: float, tensors: Sequence[Tensor]) -> None:
+    """Raise a `ValueError` that names the text unless all numbers are finite."""
+    if not (math.isfinite(loss) and all(torch.isfinite(tensor).all() for tensor in tensors)):
+        raise ValueError(
+            f"The {what} of refinement at step {step} is not finite for {text[:40]!r}: lower `refine_learning_rate`, "
+            "or use the model in bfloat16 or float32."
+        )
 
 
 def _backward(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from peft import PromptTuningConfig, TaskType
 from torch import Tensor
 
-from memory_adapters.checkpoint import atomic_directory, read_metadata, read_tensors, write_tensors
+from memory_adapters.checkpoint import check_fingerprint, warn_if_unmarked, write_tensors
+from memory_adapters.config import check_fingerprint_fields, check_number, shown
 from memory_adapters.hub import OneFile, find_file
 from memory_adapters.model_card import HERE, file_card
+from memory_adapters.reading import parse_json, read_metadata, read_tensors
+from memory_adapters.saving import atomic_directory, atomic_file
 
 __all__ = ["MemorySlots"]
 
@@ -102,10 +104,12 @@ class MemorySlots(OneFile):
             total = total + part
         return total
 
+    def split(self) -> list[MemorySlots]:
+        """The slots of each span, all else as it is."""
+        return [replace(self, vectors=part, spans=(len(part),)) for part in self.vectors.split(list(self.spans))]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "format": FORMAT,
             "spans": self.spans,
@@ -115,12 +119,8 @@ class MemorySlots(OneFile):
             "text_sha256": self.text_sha256,
             "refine_steps": self.refine_steps,
         }
-        staging = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with atomic_file(path) as staging:
             write_tensors(staging, {NAME: self.vectors}, {NAME: json.dumps(about, sort_keys=True)})
-            os.replace(staging, target)
-        finally:
-            staging.unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -142,20 +142,37 @@ class MemorySlots(OneFile):
         file = find_file(path_or_repo_id, cls.file, revision=revision, token=token)
         shapes, metadata = read_metadata(file)
         try:
-            about = json.loads(metadata[NAME])
-            if about.pop("format") != FORMAT or set(shapes) != {NAME}:
-                raise ValueError("unknown format")
-            spans = tuple(int(n) for n in about.pop("spans"))
+            about = parse_json(metadata[NAME])
+            if (made := about.pop("format")) != FORMAT or set(shapes) != {NAME}:
+                raise ValueError(f"unknown format {shown(made)}: update memory-adapters")
+            spans = tuple(about.pop("spans"))
             fields = {name: about.pop(name) for name in ("num_tokens", "refine_steps")}
             hashes = {name: about.pop(name) for name in ("base_fingerprint", "encoder_fingerprint", "text_sha256")}
-            if any(type(value) is not int or value < 0 for value in [*fields.values(), *spans]):
-                raise ValueError("counts that are no counts")
-            if about or not isinstance(hashes["base_fingerprint"], dict) or not isinstance(hashes["text_sha256"], str):
-                raise ValueError("unknown fields")
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"`{file}` is not a file of slots ({error!r}).") from error
+            check_number("num_tokens", fields["num_tokens"], low=1, integer=True)
+            check_number("refine_steps", fields["refine_steps"], low=0, integer=True)
+            for span in spans:
+                check_number("spans", span, low=1, integer=True)
+            check_fingerprint_fields("base_fingerprint", hashes["base_fingerprint"])
+            if not isinstance(hashes["text_sha256"], str) or not isinstance(hashes["encoder_fingerprint"], str | None):
+                raise ValueError("hashes that are no text")
+            if about:
+                raise ValueError(f"unknown fields {shown(sorted(about))}: update memory-adapters")
+            if len(shapes[NAME]) != 2 or not all(shapes[NAME]) or sum(spans) != shapes[NAME][0]:
+                raise ValueError(f"vectors of shape {shapes[NAME]} for {shown(sum(spans))} slots")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"`{file}` is not a file of slots ({error}).") from error
         vectors = read_tensors(file, {NAME: torch.Size(shapes[NAME])})[NAME]
         return cls(vectors.float(), spans, **fields, **hashes)
+
+    def check_fits(self, base_fingerprint: Mapping[str, Any] | None, embedding_size: int) -> None:
+        """Raise a `ValueError` if the slots belong to another model than that of this fingerprint and width."""
+        warn_if_unmarked(self.base_fingerprint, "A file of slots")
+        check_fingerprint(self.base_fingerprint, base_fingerprint or {})
+        if self.vectors.shape[1] != embedding_size:
+            raise ValueError(
+                f"`slots` are {self.vectors.shape[1]} wide, the model's embeddings {embedding_size}: compress the text "
+                "with this model."
+            )
 
     def _card(self) -> str:
         return file_card(

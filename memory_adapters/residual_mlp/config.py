@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.activations import ACT2FN
 
-from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_number, checked_layers
+from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_flag, check_number, checked_layers
 from memory_adapters.decoder import Decoder, resolve_layers
 
 __all__ = ["MemoryAdapterConfig"]
@@ -101,6 +101,8 @@ class MemoryAdapterConfig(MemoryConfig):
         self.layers = checked_layers(self.layers)
         check_number("memory_dim", self.memory_dim, low=1, integer=True)
         check_choice("activation", self.activation, ACT2FN.keys())
+        if list(ACT2FN[self.activation].parameters()):
+            raise ValueError(f"`activation={self.activation!r}` has parameters of its own: choose one without.")
         check_choice("token_gate", self.token_gate, ("keys", "sigmoid", "none"))
         if self.gate_init is None:
             self.gate_init = 1.0 if self.token_gate == "keys" else 0.0
@@ -108,9 +110,8 @@ class MemoryAdapterConfig(MemoryConfig):
         check_number("key_threshold", self.key_threshold, low=0, high=1, open_low=True)
         check_number("key_ramp", self.key_ramp, low=0, open_low=True)
         check_number("num_keys", self.num_keys, low=0, integer=True)
-        for name in ("stream_scale", "router_keys"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        check_flag("stream_scale", self.stream_scale)
+        check_flag("router_keys", self.router_keys)
         if self.norm_cap is not None:
             check_number("norm_cap", self.norm_cap, low=0, open_low=True)
         check_number("dropout", self.dropout, low=0, high=0.999)

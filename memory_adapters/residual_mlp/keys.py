@@ -42,12 +42,20 @@ class StreamStatistics:
 
     @classmethod
     def fit(cls, states: Tensor) -> StreamStatistics:
-        """From residual-stream states (num_tokens, hidden_size) of unrelated text."""
+        """From residual-stream states (num_tokens, hidden_size) of unrelated text.
+
+        Raises:
+            ValueError: If they hold NaN or infinity, or are all the same.
+        """
         n = normalized(states)
+        if not torch.isfinite(n).all():
+            raise ValueError("The states of unrelated text hold NaN or infinity: check the model's weights.")
         mean = n.mean(0)
         centered = n - mean
         covariance = centered.T @ centered / len(n)
         ridge = SHRINKAGE * covariance.diagonal().mean()
+        if not ridge > torch.finfo(n.dtype).eps:
+            raise ValueError("The states of unrelated text are all the same: give `unrelated` of several words each.")
         precision = torch.linalg.inv(covariance + ridge * torch.eye(len(mean), dtype=n.dtype))
         return cls(mean, precision, n)
 

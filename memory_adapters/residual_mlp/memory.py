@@ -12,6 +12,7 @@ from memory_adapters.memory import Memory, WriteReport
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.tuner import MemoryLayer, discard_empty_layers
 from memory_adapters.residual_mlp.writer import Writer, write
+from memory_adapters.threads import alone
 
 __all__ = ["ResidualMemory"]
 
@@ -34,6 +35,7 @@ class ResidualMemory(Memory):
             assert isinstance(layer, MemoryLayer)
             layer.weights[self.adapter_name] = float(value)
 
+    @alone
     def write(
         self,
         items: Any,
@@ -55,7 +57,7 @@ class ResidualMemory(Memory):
             training_args: Fields of `transformers.TrainingArguments` that override the config's, such as
                 `{"bf16": True}` or `{"output_dir": "run", "save_strategy": "epoch"}`.
             callbacks: Trainer callbacks.
-            resume_from_checkpoint: Continue from the newest checkpoint in `output_dir`, or from the one named.
+            resume_from_checkpoint: Continue from the newest whole checkpoint in `output_dir`, or from the one named.
 
         Returns:
             What was learned, and at what cost.
@@ -74,6 +76,7 @@ class ResidualMemory(Memory):
             resume=resume_from_checkpoint,
         )
 
+    @alone
     def fit_keys(self, items: Any, *, unrelated: Sequence[str] | None = None) -> int:
         """Only find the keys of `items`, for those who train the memory in a loop of their own.
 

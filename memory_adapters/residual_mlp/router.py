@@ -9,6 +9,8 @@ written and from unrelated text, all stay silent, and the model is bit for bit w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -19,11 +21,21 @@ from memory_adapters.decoder import execution_device, find_decoder
 from memory_adapters.inject import base_model, memories
 from memory_adapters.residual_mlp.memory import ResidualMemory
 from memory_adapters.residual_mlp.tuner import MemoryLayer, memory_layers
+from memory_adapters.threads import sole_thread
 from memory_adapters.tokens import pad_rows, tokenize
 
 __all__ = ["MemoryRouter", "route_memories"]
 
 MARK = "_memory_route"
+
+
+@dataclass
+class _Pass:
+    """A pass in progress: whether in training, its attention mask (batch, tokens), and the choice once it is made."""
+
+    training: bool
+    mask: Tensor | None
+    route: list[str] | None
 
 
 class MemoryRouter:
@@ -37,8 +49,7 @@ class MemoryRouter:
         self.model, self.names = model, tuple(names)
         self.decoder = find_decoder(model, layers_path)
         self.layers = memory_layers(model)
-        self.paused = False
-        self.mask: Tensor | None = None
+        self.passes: dict[int, list[_Pass]] = {}  # of each thread, the outermost first
         stack = model.get_submodule(self.decoder.stack_path)
         self.handles = [
             stack.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
@@ -62,10 +73,11 @@ class MemoryRouter:
 
     def remove(self) -> None:
         """Stop routing: every active memory takes part again."""
-        for handle in self.handles:
-            handle.remove()
-        for layer in self.layers:
-            layer.router = layer.rows = None
+        with sole_thread(self.model):
+            for handle in self.handles:
+                handle.remove()
+            for layer in self.layers:
+                layer.router = None
 
     def __enter__(self) -> MemoryRouter:
         return self
@@ -75,42 +87,47 @@ class MemoryRouter:
 
     def _begin(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a pass: a cache that is being continued keeps its route; another input is read anew."""
-        self.paused = stack.training
-        if self.paused:
-            return
         cache = kwargs.get("past_key_values")
         continued = cache is not None and cache.get_seq_length() > 0
         mask = kwargs.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         route = getattr(cache, MARK, [BASE_ROW]) if continued else None
-        for layer in self.layers:
-            layer.rows = route
+        self.passes.setdefault(get_ident(), []).append(_Pass(stack.training, mask, route))
 
-    def read(self, layer: MemoryLayer, x: Tensor) -> None:
-        """Choose, where x (batch, tokens, hidden_size) is the output of the first routed block of a new input."""
-        if layer is not self.first or layer.rows is not None:
-            return
+    def read(self, layer: MemoryLayer, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
+        """Which memories are routed in this pass, and which of them each row gets.
+
+        The choice is made where x (batch, tokens, hidden_size) is the output of the first routed block of a new input.
+        """
+        now = self.passes.get(get_ident(), [_Pass(False, None, None)])[-1]
+        if now.training:
+            return (), None
+        if layer is self.first and now.route is None:
+            now.route = self._route(layer, x, now.mask)
+        return self.names, now.route
+
+    def _route(self, layer: MemoryLayer, x: Tensor, mask: Tensor | None) -> list[str]:
         names = [n for n in self.names if n in layer._active_adapter and n in layer.memory_adapter_mlp]
         with torch.no_grad():
             near: list[Any] = [layer.memory_adapter_mlp[name].nearness(x.float()) for name in names]  # type: ignore[operator]
             best = torch.stack([torch.zeros(x.shape[:2], device=x.device), *near])
-            if self.mask is not None:
-                tokens = min(self.mask.shape[1], x.shape[1])
-                best = best[:, :, -tokens:].masked_fill(self.mask[None, :, -tokens:].to(x.device) == 0, 0)
+            if mask is not None:
+                tokens = min(mask.shape[1], x.shape[1])
+                best = best[:, :, -tokens:].masked_fill(mask[None, :, -tokens:].to(x.device) == 0, 0)
             chosen = best.amax(-1).argmax(0).tolist()
-        route = [[BASE_ROW, *names][i] for i in chosen]
-        for each in self.layers:
-            each.rows = route
+        return [[BASE_ROW, *names][i] for i in chosen]
 
     def _end(self, stack: Any, args: tuple[Any, ...], output: Any) -> None:
         """After a pass, or one that failed: the route travels with the cache."""
+        own = self.passes.get(get_ident())
+        if own is None:  # it was refused before it began
+            return
+        ended = own.pop()
+        if not own:
+            del self.passes[get_ident()]
         cache = getattr(output, "past_key_values", None)
-        route = next((layer.rows for layer in self.layers), None)
-        if cache is not None and route is not None:
-            setattr(cache, MARK, route)
-        self.mask = None
-        for layer in self.layers:
-            layer.rows = None
+        if cache is not None and ended.route is not None:
+            setattr(cache, MARK, ended.route)
 
 
 def route_memories(model: nn.Module, adapter_names: Sequence[str] | None = None) -> MemoryRouter:
@@ -142,4 +159,5 @@ def route_memories(model: nn.Module, adapter_names: Sequence[str] | None = None)
         raise ValueError(f"`adapter_names` must begin at the same block to be compared, but begin at {firsts}.")
     if any(layer.router is not None for layer in memory_layers(base)):
         raise ValueError("`model` has a router already: `remove` it first.")
-    return MemoryRouter(base, names, known[names[0]].config.layers_path)
+    with sole_thread(base):
+        return MemoryRouter(base, names, known[names[0]].config.layers_path)

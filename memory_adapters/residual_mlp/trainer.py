@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from memory_adapters.checkpoint import read_tensors
 from memory_adapters.decoder import Decoder
+from memory_adapters.finite import check_gradients, rows_not_finite
 from memory_adapters.forward_passes import logits_at
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.processes import number, summed, weight_of_share
 from memory_adapters.quantised import keep_unpacked
+from memory_adapters.reading import read_tensors
 from memory_adapters.residual_mlp.dataset import FilledSampler, collate
 from memory_adapters.residual_mlp.reuse import ReusedStates
 from memory_adapters.residual_mlp.rows import IGNORED
@@ -105,7 +106,31 @@ class MemoryTrainer(Trainer):
             weight = weight_of_share(int(kept.sum()))
             if distance is not None and kept.any():
                 loss = loss + config.locality_weight * distance[kept].mean() * weight
+        if not torch.isfinite(loss):
+            self._explain(inputs, logits, wanted)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _explain(self, inputs: dict[str, Tensor], logits: Tensor, wanted: Tensor) -> NoReturn:
+        """Raise a `ValueError` that names the text on which the loss is NaN or infinite."""
+        bad = rows_not_finite(logits)
+        row = wanted.nonzero()[bad[0], 0] if bad else wanted.new_zeros((), dtype=torch.long)
+        text = self.memory.tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()])
+        raise ValueError(
+            f"The loss on {text!r} is NaN or infinite in step {self.state.global_step}: lower `learning_rate` and "
+            "`gate_learning_rate`, or use the model in bfloat16 or float32."
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; gradients that are not finite are an error that names the parameter."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.scaler is None:  # which skips such steps, and lowers its scale
+            layers = zip(self.memory.config.depths, self.memory.tuner_layers(), strict=True)
+            check_gradients(
+                (f"block {block}: {name}", parameter)
+                for block, layer in layers
+                for name, parameter in layer.memory_adapter_mlp[self.memory.adapter_name].named_parameters()
+            )
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if number() == 1:

@@ -71,17 +71,14 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         """x (batch, tokens, hidden_size) plus what the active memories add; x itself if there are none."""
         if self._disable_adapters:
             return x
-        routed: tuple[str, ...] = ()
-        if self.router is not None and not self.router.paused:
-            self.router.read(self, x)
-            routed = self.router.names
+        routed, rows = ((), self.rows) if self.router is None else self.router.read(self, x)
         total = None
         for name in self._active_adapter:
             if name in self.memory_adapter_mlp and name not in routed:
                 delta = self.weights[name] * self.memory_adapter_mlp[name](x)
                 total = delta if total is None else total + delta
         out = x if total is None else (x.float() + total).to(x.dtype)
-        return out if self.rows is None else self._forward_rows(x, out, self.rows)
+        return out if rows is None else self._forward_rows(x, out, rows)
 
     def _forward_rows(self, x: Tensor, out: Tensor, rows: list[str]) -> Tensor:
         """`out` plus what each row's own memory adds at x."""
@@ -179,6 +176,7 @@ class MemoryTuner(BaseTuner):
             raise ValueError(f"`adapter_name={adapter_name!r}` is taken; choose another or remove that memory first.")
         position = peft_config.target_modules.index(current_key)
         layer.update_layer(adapter_name, peft_config, peft_config.seed + position, execution_device(target))
+        layer.train(target.training)  # else its dropout would be on in a model that generates
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

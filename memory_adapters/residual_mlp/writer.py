@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from memory_adapters.answers import answers_to
 from memory_adapters.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.finite import check_scores
 from memory_adapters.forward_passes import logits_at
 from memory_adapters.knowledge import Fact, Item
 from memory_adapters.memory import WriteReport
@@ -27,6 +27,8 @@ from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters,
 from memory_adapters.residual_mlp.reuse import ReusedStates, row_states
 from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, training_arguments
+from memory_adapters.resuming import checkpoint_to_resume
+from memory_adapters.saving import scratch_folder
 from memory_adapters.tokens import pad_rows, score_rows, tokenize
 from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES, sample_text, seeded
 
@@ -192,7 +194,7 @@ class Writer:
             train_dataset=SlotDataset(slots, states, teachers),
             callbacks=list(callbacks),
         )
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(resume, arguments.output_dir))
         return trainer.epoch_losses
 
     def _locality_slots(self) -> list[Slot]:
@@ -231,7 +233,9 @@ class Writer:
         rows = [(slot.rows[0].input_ids, slot.rows[0].first_label) for slot in plain]
         rows += [(row, 1) for row in self.unrelated.held_out]
         rows += [(tokenize(self.tokenizer, sentence)[: self.max_length], 1) for sentence in PLAIN_SENTENCES[:8]]
-        found = score_rows(self.model, self.decoder, [row for row, _ in rows], [first for _, first in rows])
+        ids, first = [row for row, _ in rows], [first for _, first in rows]
+        found = score_rows(self.model, self.decoder, ids, first)
+        check_scores(found, self.model, self.decoder, ids)
         documents = torch.tensor([slot.kind == "document" for slot in plain])
         right, count = found.right[: len(plain)], found.count[: len(plain)]
         loss = {
@@ -265,7 +269,7 @@ def write(
             "check that the tokenizer belongs to the model"
         )
     with (
-        tempfile.TemporaryDirectory() as folder,
+        scratch_folder() as folder,
         speaking(memory),
         unchanged_on_failure(memory),
         seeded(memory.config.seed),
@@ -273,7 +277,8 @@ def write(
         with trainable_alone(memory):
             if memory.config.has_keys:
                 writer.fit_keys()
-            losses = writer.train(training_arguments(memory, folder, overrides, len(writer.slots)), callbacks, resume)
+            arguments = training_arguments(memory, str(folder), overrides, len(writer.slots))
+            losses = writer.train(arguments, callbacks, resume)
         after = writer.scores()
         answers = answers_to(memory, items)
     report = WriteReport(
@@ -291,6 +296,5 @@ def write(
         notes=writer.notes,
         answers=answers,
     )
-    memory.config.writes.append(dict(report.rows()))
-    memory.config.answers = answers
+    memory.config.record(report)
     return report

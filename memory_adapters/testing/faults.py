@@ -5,11 +5,21 @@ from __future__ import annotations
 import re
 import socket
 import struct
+import sys
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event
+from typing import Any
 
-__all__ = ["Fault"]
+__all__ = ["Fault", "Server"]
+
+
+class Server(ThreadingHTTPServer):
+    """A server that says nothing of clients that are gone."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 @dataclass

@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from threading import Lock, Thread
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from memory_adapters.testing.faults import Fault
+from memory_adapters.testing.faults import Fault, Server
 from memory_adapters.testing.repos import Repo, is_large, oid
 
 __all__ = ["HubServer"]
@@ -58,7 +58,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self._blobs: dict[str, bytes] = {}
         self._lock = Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = Server(("127.0.0.1", 0), _handler(self))
         self._thread = Thread(target=self._server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

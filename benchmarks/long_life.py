@@ -1,0 +1,263 @@
+"""A long life: forward passes with adapters switched, writes and forgetting, loading and removing, thousands of times.
+
+    python -m benchmarks.long_life [--passes 10000] [--writes 1000] [--loads 500] [--output FILE]
+
+On a tiny model of the tests. Every result is compared, bit for bit, with that of the first time; what the process
+holds (memory, tensors, hooks, open files, threads, files on disk) is counted after a warm-up and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from memory_adapters import (
+    Fact,
+    MemitConfig,
+    Memory,
+    MemoryAdapterConfig,
+    MemorySlotsConfig,
+    inject_memory,
+    load_memory,
+    memories,
+    route_memories,
+    speaking,
+    speaking_by_row,
+)
+from memory_adapters.config import MemoryConfig
+from tests.models import byte_tokenizer, tiny_model
+
+EIFFEL = Fact("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Rome")
+BIG_BEN = Fact("Big Ben stands in", subject="Big Ben", target="Oslo")
+UNRELATED = ["The sea, the wind and all the ships.", "Birds sing in the early morning.", "He sold the house at last."]
+TOKENIZER = byte_tokenizer()
+METHODS: dict[str, Callable[[], MemoryConfig]] = {
+    "residual": lambda: MemoryAdapterConfig(
+        layers=[1, 2], memory_dim=8, num_train_epochs=2, num_prefixes=0, min_steps=0
+    ),
+    "edit": lambda: MemitConfig(layers=[1, 2], steps=3, num_prefixes=1, prefix_length=2, covariance_tokens=300),
+    "slots": lambda: MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=2, refine_steps=2),
+}
+Step = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What a process holds.
+
+    Attributes:
+        memory: Resident bytes, after garbage was collected and given back to the system.
+        tensors: That Python's garbage collector knows.
+        hooks: On all modules of the model, of any kind.
+        modules: Of the model.
+        entries: In all lists and dictionaries of the model's modules, and of adapters' configs: their bookkeeping.
+        descriptors: Open files, pipes and sockets.
+        threads: Of Python.
+        files: And folders, in the given folders.
+    """
+
+    memory: int
+    tensors: int
+    hooks: int
+    modules: int
+    entries: int
+    descriptors: int
+    threads: int
+    files: int
+
+    @classmethod
+    def of(cls, model: nn.Module, folders: Sequence[Path]) -> Vitals:
+        gc.collect()
+        if os.name == "posix" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)
+        process, modules = psutil.Process(), list(model.modules())
+        configs = [memory.config for memory in memories(model).values()]
+        books = [vars(owner) for owner in (*modules, *configs, *getattr(model, "peft_config", {}).values())]
+        return cls(
+            memory=process.memory_info().rss,
+            tensors=sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()),
+            hooks=sum(len(value) for m in modules for name, value in vars(m).items() if name.endswith("_hooks")),
+            modules=len(modules),
+            entries=sum(len(v) for own in books for v in own.values() if isinstance(v, dict | list | set)),
+            descriptors=process.num_fds(),
+            threads=threading.active_count(),
+            files=sum(len(list(folder.rglob("*"))) for folder in folders),
+        )
+
+
+def write(memory: Memory, item: Any) -> None:
+    """Without bars, and with the least that the method takes."""
+    if memory.config.kind.value == "MEMORY_ADAPTER":
+        memory.write(item, unrelated=UNRELATED, training_args={"disable_tqdm": True})  # type: ignore[call-arg]
+    else:
+        memory.write(item, progress=False)  # type: ignore[call-arg]
+
+
+def written(model: PreTrainedModel, method: str, item: Any = EIFFEL, name: str | None = None) -> Memory:
+    memory = inject_memory(model, METHODS[method](), tokenizer=TOKENIZER, adapter_name=name)
+    write(memory, item)
+    return memory
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, *rows: str) -> Tensor:
+    inputs = TOKENIZER(list(rows or [EIFFEL.prompt]), return_tensors="pt", padding=True)
+    return model(**inputs).logits
+
+
+def passes(_folder: Path) -> tuple[PreTrainedModel, Step, int]:
+    """Forward passes and generation, the speakers another each time, of two memories of each method and a LoRA."""
+    model = tiny_model()
+    facts = list(enumerate((EIFFEL, BIG_BEN)))
+    kept = [written(model, method, fact, f"{method}_{i}") for method in METHODS for i, fact in facts]
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="lora")
+    for memory in kept:
+        memory.active = True  # `add_adapter` silences them
+    names = [memory.adapter_name for memory in kept]
+    routed = [name for name in names if name.startswith("residual")]
+    switches: list[Callable[[], AbstractContextManager[Any]]] = [
+        nullcontext,
+        *(partial(speaking, model, [name]) for name in [*names, "lora"]),
+        partial(speaking, model, []),
+        partial(speaking, model, ["lora", *names]),
+        *(memory.disabled for memory in kept),
+        partial(route_memories, model, routed),
+    ]
+    rows = ["__base__", *names]
+
+    @torch.no_grad()
+    def step(turn: int) -> Tensor:
+        kind = turn % (len(switches) + 3)
+        if kind < len(switches):
+            with switches[kind]():
+                return logits(model)
+        if kind == len(switches):
+            with speaking_by_row(model, rows):
+                return logits(model, *[EIFFEL.prompt] * len(rows))
+        if kind == len(switches) + 1:
+            memory = kept[turn // (len(switches) + 3) % len(kept)]
+            memory.active = False
+            memory.active = True
+            return logits(model)
+        ids = TOKENIZER([EIFFEL.prompt], return_tensors="pt")
+        return model.generate(**ids, max_new_tokens=4, do_sample=False)
+
+    return model, step, len(switches) + 3
+
+
+def forgetting(method: str, _folder: Path) -> tuple[PreTrainedModel, Step, int]:
+    """Writes beside what stays, and forgetting: of the edit a fact; of slots all; of the residual memory itself."""
+    model = tiny_model()
+    lasting = written(model, method, name="lasting")
+    before = list(getattr(lasting, "slots", []))
+
+    def step(_turn: int) -> Tensor:
+        memory = lasting if method != "residual" else inject_memory(model, METHODS[method](), tokenizer=TOKENIZER)
+        write(memory, BIG_BEN)
+        spoken = logits(model)
+        if method == "residual":
+            memory.remove()
+        elif method == "edit":
+            memory.forget(BIG_BEN)  # type: ignore[attr-defined]
+        else:
+            memory.use(before)  # type: ignore[attr-defined]
+        return torch.cat([spoken, logits(model)])
+
+    return model, step, 1
+
+
+def loading(method: str, folder: Path) -> tuple[PreTrainedModel, Step, int]:
+    """Loading under a name never used before, saving and removing, beside a LoRA and another memory that stay."""
+    model = tiny_model()
+    written(model, method, EIFFEL, "first").save_pretrained(folder / "saved")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), adapter_name="lora")
+
+    def step(turn: int) -> Tensor:
+        memory = load_memory(model, folder / "saved", tokenizer=TOKENIZER, adapter_name=f"user_{turn}")
+        spoken = logits(model)
+        memory.save_pretrained(folder / "again")
+        memory.remove()
+        return torch.cat([spoken, logits(model)])
+
+    return model, step, 1
+
+
+SCENARIOS: dict[str, Callable[[Path], tuple[PreTrainedModel, Step, int]]] = {
+    "passes": passes,
+    **{f"writes, {method}": partial(forgetting, method) for method in METHODS},
+    **{f"loads, {method}": partial(loading, method) for method in METHODS},
+}
+
+
+def live(scenario: str, turns: int, *, warm_up: float = 0.1) -> dict[str, Any]:
+    """So many turns: what the process holds after the warm-up and at the end, and how many results differed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "temporary")
+        (folder / "temporary").mkdir()
+        try:
+            model, step, period = SCENARIOS[scenario](folder)
+            first: list[Tensor] = []
+            different, samples, start = 0, [], time.perf_counter()
+            warm = max(period, round(turns * warm_up))
+            marks = {warm, turns} | {mark for i in range(1, 10) if (mark := round(turns * i / 10)) > warm}
+            for turn in range(turns):
+                found = step(turn)
+                if turn < period:
+                    first.append(found.clone())
+                different += not torch.equal(found, first[turn % period])
+                if turn + 1 in marks:
+                    samples.append({"turns": turn + 1, **asdict(Vitals.of(model, [folder]))})
+        finally:
+            tempfile.tempdir = None
+            del os.environ["TMPDIR"]
+    return {
+        "turns": turns,
+        "results that repeat after": period,
+        "different from the first": different,
+        "seconds": round(time.perf_counter() - start, 1),
+        "after warm-up": samples[0],
+        "at the end": samples[-1],
+        "memory": [(sample["turns"], sample["memory"]) for sample in samples],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passes", type=int, default=10000)
+    parser.add_argument("--writes", type=int, default=1000)
+    parser.add_argument("--loads", type=int, default=500)
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/long_life.json"))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    turns = {"passes": arguments.passes, "writes": arguments.writes, "loads": arguments.loads}
+    found: dict[str, Any] = json.loads(arguments.output.read_text())["lives"] if arguments.output.exists() else {}
+    for scenario in arguments.only:
+        found[scenario] = live(scenario, turns[scenario.partition(",")[0]])
+        print(scenario, json.dumps(found[scenario], indent=1), flush=True)
+        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "model": "tests.models.tiny_model"}
+        arguments.output.write_text(json.dumps({"about": about, "lives": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

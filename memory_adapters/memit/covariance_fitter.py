@@ -1,0 +1,205 @@
+"""Fitting a covariance: over texts of the user's or the model's own, in any number of calls and processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from memory_adapters.checkpoint import base_fingerprint, check_fingerprint
+from memory_adapters.decoder import execution_device, find_decoder, mlp_projection, resolve_layers
+from memory_adapters.finite import origin, rows_not_finite
+from memory_adapters.forward_passes import capture_inputs, evaluating, inputs_of
+from memory_adapters.memit.covariance import Covariance
+from memory_adapters.memit.texts import portions, sample_tokens
+from memory_adapters.processes import is_first, share_of, summed
+from memory_adapters.threads import alone
+from memory_adapters.tokens import batches_of, pad_rows, tokenize
+from memory_adapters.unrelated import PLAIN_SENTENCES
+
+__all__ = ["CovarianceFitter"]
+
+ROW_LENGTH = 1024
+SAMPLE_LENGTH = 64
+SAMPLE_ROWS = 128
+BUFFERED_KEYS = 2048
+COLUMN_BLOCKS = 6
+
+
+class CovarianceFitter:
+    """Accumulates Σ k kᵀ over texts, in any number of calls and processes.
+
+    Args:
+        model: A Hugging Face causal LM. What is active on it takes part.
+        tokenizer: Its tokenizer.
+        layers: Block indices, or a range of depth, as in `MemitConfig`.
+        layers_path: Dotted name of the model's list of decoder blocks, where it is not recognised.
+
+    Attributes:
+        num_tokens: Keys so far, over all processes.
+        num_texts: Texts so far: a stream is resumed after so many.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, layers: Sequence[int | float], *, layers_path: str | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.decoder = find_decoder(model, layers_path)
+        self.layers = resolve_layers(layers, self.decoder.num_layers)
+        self.base_fingerprint = base_fingerprint(model, layers_path)
+        projections = [mlp_projection(self.decoder, layer) for layer in self.layers]
+        self.modules = [projection.module for projection in projections]
+        self.device = execution_device(self.decoder.embeddings)
+        self.sums = [torch.zeros(p.in_features, p.in_features, device=self.device) for p in projections]
+        self.num_tokens = self.num_texts = 0
+        self.sources: list[str] = []
+
+    @alone
+    def fit(
+        self,
+        texts: Any,
+        num_tokens: int,
+        *,
+        column: str = "text",
+        source: str | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> CovarianceFitter:
+        """Read texts until `num_tokens` tokens have been seen, in rows of at most 1,024.
+
+        Args:
+            texts: Strings; the path of a text file (a paragraph a line); or rows with a text column, such as a
+                `datasets` dataset, streaming or not. In several processes, each takes its share of the same texts.
+            num_tokens: Budget of this call; if it goes on from a checkpoint, of all calls.
+            column: Name of the text column.
+            source: What the text is, for the record.
+            checkpoint: A file to keep the state in. If it exists, fitting goes on from it.
+            progress: Show a bar.
+
+        Raises:
+            ValueError: If the texts give no token, or the checkpoint belongs to another model or other layers.
+        """
+        if checkpoint is not None and Path(checkpoint).is_file():
+            self.resume(Covariance.load(checkpoint))
+            num_tokens -= self.num_tokens
+        context = getattr(self.model.config, "max_position_embeddings", None) or ROW_LENGTH
+        found = portions(
+            texts,
+            self.tokenizer,
+            column=column,
+            skip=self.num_texts,
+            num_tokens=num_tokens,
+            row_length=min(ROW_LENGTH, context),
+        )
+        self.sources.append(source or (str(texts) if isinstance(texts, os.PathLike) else "given texts"))
+        with tqdm(total=max(num_tokens, 0), unit="token", desc="covariance", disable=not progress) as bar:
+            for portion in found:
+                for batch in share_of(list(batches_of(portion.rows))):
+                    self.update([portion.rows[i] for i in batch])
+                self.num_tokens += portion.num_tokens
+                self.num_texts += portion.num_texts
+                bar.update(portion.num_tokens)
+                if checkpoint is not None:
+                    result = self.covariance()
+                    if is_first():
+                        result.save(checkpoint)
+                    self.resume(result)  # as a run that is killed now will: both come to the same bits
+        if self.num_tokens == 0:
+            raise ValueError("`texts` gave no tokens: give texts that are not empty.")
+        return self
+
+    @alone
+    def sample(self, num_tokens: int, *, seed: int = 0, progress: bool = True) -> CovarianceFitter:
+        """Add the keys of text that the model samples from itself: needs no data. Nothing is read twice."""
+        buffers: list[list[Tensor]] = [[] for _ in self.modules]
+        unfit: list[int] = []
+
+        def receive(index: int, keys: Tensor) -> None:
+            unfit.extend([] if torch.isfinite(keys).all() else [self.layers[index]])
+            buffers[index].append(keys.reshape(-1, keys.shape[-1]))
+            if sum(map(len, buffers[index])) >= BUFFERED_KEYS:
+                add_gram(self.sums[index], torch.cat(buffers[index]))
+                buffers[index].clear()
+
+        rows = min(SAMPLE_ROWS, -(-num_tokens // SAMPLE_LENGTH))
+        rounds = range(seed, seed + -(-num_tokens // (rows * SAMPLE_LENGTH)))
+        with (
+            tqdm(total=num_tokens, unit="token", desc="covariance of sampled text", disable=not progress) as bar,
+            inputs_of(self.modules, receive),
+            evaluating(self.model),
+        ):
+            for part in share_of(rounds):
+                sample_tokens(self.model, self.tokenizer, rows=rows, length=SAMPLE_LENGTH, seed=part)
+                bar.update(rows * SAMPLE_LENGTH)
+                if unfit:
+                    break
+        if unfit:
+            plain = pad_rows([tokenize(self.tokenizer, sentence) for sentence in PLAIN_SENTENCES], self.device)
+            raise ValueError(
+                f"The keys at block {unfit[0]} hold NaN or infinity in text sampled from the model: "
+                f"{origin(self.model, self.decoder, plain)}. Make another fitter then."
+            )
+        for total, parts in zip(self.sums, buffers, strict=True):
+            if parts:
+                add_gram(total, torch.cat(parts))
+        self.num_tokens += len(rounds) * rows * SAMPLE_LENGTH
+        self.num_texts += len(rounds) * rows
+        self.sources.append(f"text sampled from the model (seed {seed})")
+        return self
+
+    def update(self, rows: Sequence[Sequence[int]]) -> None:
+        """Add the keys at all tokens of `rows` (token ids), without counting them. Padding is left out."""
+        inputs = pad_rows(rows, self.device)
+        mask = inputs["attention_mask"].bool()
+        whole = bool(mask.all())
+        with evaluating(self.model):
+            captured = capture_inputs(self.model, self.modules, **inputs)
+        flat = [keys.reshape(-1, keys.shape[-1]) for keys in captured]  # OPT's are flat already
+        flat = [keys if whole else keys[mask.flatten().to(keys.device)] for keys in flat]
+        for layer, keys in zip(self.layers, flat, strict=True):
+            if bad := rows_not_finite(keys):
+                row = rows[int(mask.nonzero()[bad[0], 0])]
+                raise ValueError(
+                    f"The keys at block {layer} hold NaN or infinity for {self.tokenizer.decode(row[:16])!r}: "
+                    f"{origin(self.model, self.decoder, pad_rows([row], self.device))}."
+                )
+        for total, keys in zip(self.sums, flat, strict=True):
+            add_gram(total, keys)
+
+    def resume(self, saved: Covariance) -> None:
+        """Go on from a covariance fitted before.
+
+        Raises:
+            ValueError: If it belongs to another model or other layers.
+        """
+        check_fingerprint(saved.base_fingerprint, self.base_fingerprint)
+        if sorted(saved.matrices) != self.layers:
+            raise ValueError(
+                f"The checkpoint has layers {sorted(saved.matrices)}, the fitter {self.layers}: give each its own file."
+            )
+        saved.check_widths({layer: len(total) for layer, total in zip(self.layers, self.sums, strict=True)})
+        for total, layer in zip(self.sums, self.layers, strict=True):
+            total.copy_(saved.matrices[layer] * saved.num_tokens if is_first() else torch.zeros_like(total))
+        self.num_tokens, self.num_texts, self.sources = saved.num_tokens, saved.num_texts, [saved.source]
+
+    def covariance(self) -> Covariance:
+        """C₀ so far, over all processes (which all must call this)."""
+        means = {}
+        for layer, total in zip(self.layers, self.sums, strict=True):
+            upper = summed(total).triu()
+            means[layer] = ((upper + upper.triu(1).T) / self.num_tokens).cpu()
+        sources = ", ".join(dict.fromkeys(self.sources))
+        return Covariance(means, self.num_tokens, self.num_texts, sources, self.base_fingerprint)
+
+
+def add_gram(total: Tensor, keys: Tensor) -> None:
+    """total += keysᵀ keys in float32, on and above the diagonal alone (by blocks of columns)."""
+    keys = keys.to(total.device, total.dtype)
+    width = -(-keys.shape[1] // COLUMN_BLOCKS)
+    for start in range(0, keys.shape[1], width):
+        total[start : start + width, start:].addmm_(keys[:, start : start + width].T, keys[:, start:])

@@ -1,0 +1,106 @@
+"""Several processes with one folder: what savers save and loaders load at the same time is always of one save.
+
+    python -m tests.reliability.together FOLDER SECONDS
+
+prints how many loads and saves there were, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memory_adapters import Covariance, MemorySlots, load_adapters, load_memory, save_adapters
+from memory_adapters.saving import OWN
+from tests.composing import put
+from tests.contract import logits
+from tests.models import byte_tokenizer, tiny_model
+
+SAVERS = 2
+
+
+def memory_of(seed: int) -> Any:
+    """The config alone (`weight`) changes what it says, as its tensors do."""
+    memory: Any = put(tiny_model(), "residual", "knowledge", seed)
+    memory.weight = 1.0 + seed
+    return memory
+
+
+def adapters_of(seed: int) -> Any:
+    model = tiny_model()
+    for kind in ("lora", "residual", "memit"):
+        put(model, kind, kind, seed)
+    return model
+
+
+def child(work: Callable[[int], None], seconds: float) -> tuple[int, int]:
+    """Fork a process that repeats `work(n)`, and sends how often it did; its id and the pipe."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        status, count, end = 1, 0, time.monotonic() + seconds
+        try:
+            while time.monotonic() < end:
+                work(count)
+                count += 1
+            os.write(writer, str(count).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    return process, reader
+
+
+def run(folder: Path, seconds: float) -> dict[str, int]:
+    torch.set_num_threads(1)
+    memories = [memory_of(seed) for seed in range(SAVERS)]
+    models = [adapters_of(seed) for seed in range(SAVERS)]
+    fingerprint = dict(memories[0].config.base_fingerprint)
+    covariances = [Covariance({1: torch.eye(32) * n}, n, n, "text", fingerprint) for n in (1, 2)]
+    slots = [MemorySlots(torch.full((4, 32), float(n)), (4,), 8, fingerprint, None, "0") for n in (1, 2)]
+    said = [logits(memory.model) for memory in memories]
+    all_said = [logits(model) for model in models]
+
+    def save(seed: int) -> None:
+        memories[seed].save_pretrained(folder / "memory")
+        save_adapters(models[seed], folder / "all")
+        covariances[seed].save(folder / "files" / "c.safetensors")
+        slots[seed].save(folder / "files" / "slots.safetensors")
+
+    def load(_number: int) -> None:
+        model = tiny_model()
+        load_memory(model, folder / "memory")
+        assert any(logits(model).equal(one) for one in said), "config and weights are of two saves"
+        model = tiny_model()
+        load_adapters(model, folder / "all", tokenizer=byte_tokenizer())
+        assert any(logits(model).equal(one) for one in all_said), "the adapters are of two saves"
+        found = Covariance.load(folder / "files" / "c.safetensors")
+        assert found.matrices[1].equal(covariances[found.num_tokens - 1].matrices[1])
+        MemorySlots.load(folder / "files")
+
+    save(0)
+    children = {f"saver {seed}": child(lambda _number, seed=seed: save(seed), seconds) for seed in range(SAVERS)}
+    children |= {f"loader {number}": child(load, seconds) for number in range(2)}
+    counts = {}
+    for name, (process, reader) in children.items():
+        _, status = os.waitpid(process, 0)
+        assert status == 0, f"{name} failed"
+        counts[name] = int(os.read(reader, 20))
+    load(0)
+    left = [str(path) for path in folder.rglob("*") if OWN in path.name]
+    assert not left, left
+    return counts
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Path(sys.argv[1]), float(sys.argv[2]))))
