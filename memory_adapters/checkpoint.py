@@ -53,21 +53,21 @@ def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[s
     decoder = find_decoder(model, layers_path)
     with align_module_device(decoder.embeddings):
         rows = _plain(decoder.embeddings).weight[:1024:16]
-        embeddings = _sign_hash([rows])
+        embeddings = _mark([rows])
     first_rows: list[torch.Tensor] = []
     for block in (decoder.blocks[0], decoder.blocks[-1]):
         for module in _base_modules(block):
             with align_module_device(module):
                 first_rows += _first_row(module) or []
     every = [_first_row(module) for block in decoder.blocks for module in _base_modules(block)]
-    whole = first_rows and not any(rows is None for rows in every)
+    partial = not first_rows or any(rows is None for rows in every)
     return {
         "model_type": model.config.model_type,  # type: ignore[union-attr]
         "hidden_size": decoder.hidden_size,
         "num_layers": decoder.num_layers,
         "embeddings": embeddings,
-        "blocks": _sign_hash(first_rows) if first_rows else None,
-        "all_blocks": _sign_hash([row for rows in every for row in rows or []]) if whole else None,
+        "blocks": _mark(first_rows),
+        "all_blocks": None if partial else _mark([row for rows in every for row in rows or []]),
     }
 
 
@@ -79,6 +79,11 @@ def _first_row(module: nn.Module) -> list[torch.Tensor] | None:
     if type(weight.data) is not torch.Tensor or weight.dtype not in _FLOATS or weight.is_meta:  # torchao's
         return None
     return [weight[0].detach().cpu()]
+
+
+def _mark(rows: list[torch.Tensor]) -> str | None:
+    """Their hash; None if there are none, or weights that are NaN or infinite: those are damaged, and no mark."""
+    return _sign_hash(rows) if rows and all(row.isfinite().all() for row in rows) else None
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

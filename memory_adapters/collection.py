@@ -161,7 +161,8 @@ def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
 
 
 def _is_folder_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isprintable() and name == Path(name).name and name not in ("", "..")
+    known = isinstance(name, str) and name.isprintable() and len(name.encode()) <= 255
+    return known and name == Path(name).name and name not in ("", "..")
 
 
 def _is_active(base: nn.Module, name: str, known: dict[str, Memory]) -> bool:

@@ -163,7 +163,7 @@ def check_number(
     if not valid or (open_low and value == low):
         bounds = ["an integer" if integer else "a finite number"]
         bounds += [] if low == float("-inf") else [f"above {low}" if open_low else f"at least {low}"]
-        bounds += [f"and at most {min(high, largest)}"] if integer or high < largest else []
+        bounds += [f"and at most {min(high, largest)}"] if high < largest or (number and value > largest) else []
         raise ValueError(f"`{name}` must be {' '.join(bounds)}, got {shown(value)}.")
 
 
@@ -196,12 +196,13 @@ def check_texts(name: str, value: Any, keys: Collection[str] | None = None) -> N
 
 def check_fingerprint_fields(name: str, value: Any) -> None:
     """Raise a `ValueError` naming `name` unless `value` could be a fingerprint: names, and text or numbers of each."""
-    short = isinstance(value, dict) and len(value) <= 64
-    if not short or any(
-        not isinstance(key, str) or not (entry is None or type(entry) is int or isinstance(entry, str))
-        for key, entry in value.items()
-    ):
+    entries = value.items() if isinstance(value, dict) and len(value) <= 64 else [(None, None)]
+    if not all(isinstance(key, str) and len(key) <= 100 and _is_label(entry) for key, entry in entries):
         raise ValueError(f"`{name}` must have a text or a whole number for each of its names, got {shown(value)}.")
+
+
+def _is_label(value: Any) -> bool:
+    return value is None or type(value) is int or (isinstance(value, str) and len(value) <= 1000)
 
 
 def shown(value: Any) -> str:

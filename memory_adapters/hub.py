@@ -178,7 +178,10 @@ def find_file(path_or_repo_id: str | os.PathLike[str], name: str, *, revision: s
         return path
     if path.suffix == Path(name).suffix:
         raise FileNotFoundError(f"`{path}` does not exist: give a saved file, or a repository on the Hub.")
-    return file_in(find_files(path_or_repo_id, revision=revision, token=token, names=[name]), name)
+    folder = find_files(path_or_repo_id, revision=revision, token=token, names=[name])
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"`{path_or_repo_id}` has no {name}.")
+    return file_in(folder, name)
 
 
 def _check_local(path: Path, revision: str | None) -> None:

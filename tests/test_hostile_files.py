@@ -142,6 +142,14 @@ def test_no_count_in_a_config_is_allocated(reader: Reader, watch: Watch) -> None
                     reader.outcome(name, watch)
 
 
+@pytest.mark.parametrize("fields", [[], {"a": []}, {"a": True}, {"a": "x" * 5000}, {"x" * 500: "a"}, {"a": {"b": 1}}])
+def test_a_fingerprint_is_short(reader: Reader, tmp_path: Path, fields: Any) -> None:
+    values = json.loads(reader.originals["residual config"]["adapter_config.json"])
+    (tmp_path / "config").write_text(json.dumps(values | {"base_fingerprint": fields}))
+    with pytest.raises(ValueError, match="`base_fingerprint` must have a text or a whole number"):
+        read_config(tmp_path / "config")
+
+
 def test_tensors_too_large_for_float32_are_refused(tmp_path: Path) -> None:
     for number in (1e300, float("inf"), float("nan")):
         save_file({"a": torch.tensor([1.0, number], dtype=torch.float64)}, tmp_path / "x")

@@ -81,7 +81,8 @@ def test_an_unfinished_save_that_is_none_moves_nothing_through_links(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "/", "/etc", "../style", "style/..", "style/", "a/b", "\0", "a\n", 3, None, ["a"]]
+    "name",
+    ["", ".", "..", "/", "/etc", "../style", "style/..", "style/", "a/b", "\0", "a\n", "a" * 256, 3, None, ["a"]],
 )
 def test_names_in_an_index_are_single_folders(saved: Callable[[str], Path], name: Any) -> None:
     folder, model = saved("collection"), tiny_model()

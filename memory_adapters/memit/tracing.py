@@ -33,8 +33,8 @@ __all__ = ["KINDS", "ROLES", "TraceTable", "load_known_facts", "trace_facts"]
 
 KINDS = ("hidden", "mlp", "attention")
 _SUBJECT_ROLES = ("first subject token", "middle subject tokens", "last subject token")
-Hooks = Mapping[nn.Module, Callable[..., Any]]
 ROLES = (*_SUBJECT_ROLES, "first subsequent token", "further tokens", "last token")
+Hooks = Mapping[nn.Module, Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,8 +289,7 @@ def _added(args: tuple[Any, ...], output: Any, rows: int) -> tuple[Tensor, Tenso
 
 
 def _keep(kept: list[Tensor], rows: int, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    tensor, stream = _added(args, output, rows)
-    kept.append(tensor - stream)
+    kept.append(torch.sub(*_added(args, output, rows)))
 
 
 def _put_back(clean: Tensor, positions: Tensor, _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -16,6 +16,7 @@ from memory_adapters.evaluation.fever.candidates import Bench, Candidate
 from memory_adapters.evaluation.fever.data import LABELS, FeverData, Page
 from memory_adapters.evaluation.fever.prompts import choose_shots, few_shot_prompt
 from memory_adapters.evaluation.fever.scoring import Judgement, Metrics, judge, measure, separation
+from memory_adapters.saving import atomic_file
 from memory_adapters.unrelated import sample_text
 
 __all__ = ["FeverResults", "Run", "run_fever"]
@@ -260,7 +261,5 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _save(file: Path, values: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    with atomic_file(file) as staging:
+        staging.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
