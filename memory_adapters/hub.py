@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -198,7 +199,7 @@ def _clear_unfinished(repository: Path) -> None:
         lock = repository.parent / ".locks" / repository.name / f"{left.name.partition('.')[0]}.lock"
         with suppress(OSError), WeakFileLock(lock, timeout=0.1):  # a download that is alive holds it
             left.unlink()
-    for left in [*repository.glob("tmp*"), *repository.glob("trees/*.tmp")]:
+    for left in chain.from_iterable(repository.glob(name) for name in ("tmp*", "blobs/tmp*", "trees/*.tmp")):
         with suppress(OSError):
             if time.time() - left.lstat().st_mtime > MINUTE:  # it is there for an instant
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

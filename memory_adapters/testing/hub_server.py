@@ -148,7 +148,8 @@ class HubServer:
             raise _RefusalError(403, f"You have no rights in the namespace of {name}")
         if name in self.repos:
             return Reply(409, {"error": "You already created this model repo", "url": url})
-        self.repos[name] = Repo(private=wanted.get("visibility") == "private")
+        private = wanted.get("visibility") == "private" or wanted.get("private") is True  # of earlier clients
+        self.repos[name] = Repo(private=private)
         self.repos[name].commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         return Reply(200, {"url": url, "name": name})
 

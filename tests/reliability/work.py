@@ -195,7 +195,7 @@ def cache_of(repo_id: str) -> Path:
 def check_cache(repo_id: str) -> None:
     """Nothing half downloaded is left in the Hub's cache."""
     folder = cache_of(repo_id)
-    for path in [*folder.glob("tmp*"), *folder.glob("trees/*.tmp")]:
+    for path in [*folder.glob("tmp*"), *folder.glob("blobs/tmp*"), *folder.glob("trees/*.tmp")]:
         age(path)
     load_memory(tiny_model(), repo_id)
     left = [path for path in folder.rglob("*") if "incomplete" in path.name or path.name.startswith("tmp")]
