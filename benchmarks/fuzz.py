@@ -18,6 +18,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -117,7 +118,10 @@ def main() -> None:
     whole = [name for name, target in reader.targets.items() if target.whole]
 
     def finish(**about: Any) -> None:
-        os._exit(table.report(args.output, **about, seed=args.seed))
+        code = table.report(args.output, **about, seed=args.seed)
+        shutil.rmtree(folder)
+        sys.stdout.flush()
+        os._exit(code)  # libFuzzer knows no other end
 
     if args.guided:
         corpus = Path(tempfile.mkdtemp(prefix="fuzz-corpus-"))
