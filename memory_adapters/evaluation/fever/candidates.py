@@ -77,11 +77,13 @@ class Reading:
         num_parameters: Numbers that the candidate stores.
         context: Text before the prompt of a claim of this page.
         page: A context within which the model judges claims of this page; None where pages may be mixed.
+        kept_seconds: Seconds that what was prepared before, for another candidate, took then.
     """
 
     num_parameters: int = 0
     context: Callable[[Page], str] = lambda page: ""
     page: Callable[[Page], AbstractContextManager[Any]] | None = None
+    kept_seconds: float = 0.0
 
 
 class Candidate(ABC):
@@ -125,27 +127,37 @@ class Memories(Candidate):
     @contextmanager
     def holding(self, bench: Bench) -> Iterator[Reading]:
         config = replace(self.config, seed=bench.seed)
-        folders = [self._trained(bench, config, kinds) for kinds in self.kinds]
+        folders = [self._folder(bench, config, kinds) for kinds in self.kinds]
+        kept = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+        for folder, kinds in zip(folders, self.kinds, strict=True):
+            if folder not in kept:
+                self._train(bench, config, kinds, folder)
         with ExitStack() as stack:
-            found = []
+            found: list[Any] = []
             for folder in folders:
                 found.append(load_memory(bench.model, folder, tokenizer=bench.plain_tokenizer))
                 stack.callback(found[-1].remove)
             if self.routed:
                 stack.enter_context(route_memories(bench.model))
-            yield Reading(sum(memory.num_parameters() for memory in found))
+            written = [
+                memory.config.writes[-1] for memory, folder in zip(found, folders, strict=True) if folder in kept
+            ]
+            yield Reading(
+                sum(memory.num_parameters() for memory in found),
+                kept_seconds=sum(float(write["seconds"]) for write in written),
+            )
 
-    def _trained(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str]) -> Path:
+    def _folder(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str]) -> Path:
         decay = f"{config.weight_decay:g}".replace(".", "_")
-        folder = bench.folder / "memories" / f"{''.join(kinds)}-{config.token_gate}-decay{decay}-seed{bench.seed}"
-        if not (folder / "adapter_config.json").is_file():
-            memory: Any = inject_memory(bench.model, config, tokenizer=bench.plain_tokenizer)
-            try:
-                memory.write(bench.items(kinds), unrelated=bench.unrelated)
-                memory.save_pretrained(folder)
-            finally:
-                memory.remove()
-        return folder
+        return bench.folder / "memories" / f"{''.join(kinds)}-{config.token_gate}-decay{decay}-seed{bench.seed}"
+
+    def _train(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str], folder: Path) -> None:
+        memory: Any = inject_memory(bench.model, config, tokenizer=bench.plain_tokenizer)
+        try:
+            memory.write(bench.items(kinds), unrelated=bench.unrelated)
+            memory.save_pretrained(folder)
+        finally:
+            memory.remove()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Run:
         likeliest: For each number of shots, the likeliest labels.
         log_odds: For each number of shots, the log-odds of (a) against (b).
         num_parameters: Numbers that the candidate stores.
-        preparing: Seconds until it was on the model.
+        preparing: Seconds until it was on the model, with those of memories kept from another candidate.
         judging: Seconds of all judgements.
     """
 
@@ -242,7 +242,7 @@ def _run(name: str, candidate: Candidate, bench: Bench, shots: Sequence[int], pr
         likeliest={str(k): [label[one.likeliest] for one in answers] for k, answers in found.items()},
         log_odds={str(k): [round(one.log_odds, 4) for one in answers] for k, answers in found.items()},
         num_parameters=reading.num_parameters,
-        preparing=ready - start,
+        preparing=ready - start + reading.kept_seconds,
         judging=end - ready,
     )
 
