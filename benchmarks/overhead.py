@@ -1,6 +1,6 @@
 """What an active memory costs: prefill and decode time with it, as a ratio to the same model without it.
 
-    python benchmarks/overhead.py [--model HUB_ID_OR_PATH] [--rounds 9]
+    python benchmarks/overhead.py [--model HUB_ID_OR_PATH] [--rounds 9] [--output docs/results/overhead.json]
 
 Rounds alternate between the two, in one process; medians of wall time and of CPU time.
 """
@@ -8,9 +8,11 @@ Rounds alternate between the two, in one process; medians of wall time and of CP
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/overhead.json"))
     arguments = parser.parse_args()
     name = arguments.model or embedded_model()
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -46,6 +49,7 @@ def main() -> None:
         f"3 blocks, {KEYS} keys each": MemoryAdapterConfig(layers=(0.7, 0.8)),
         "the experiment's (3 blocks)": MemoryAdapterConfig.fever_experiment(),
     }
+    found: dict[str, dict[str, float]] = {}
     for what, config in designs.items():
         memory = inject_memory(model, config, tokenizer=tokenizer)
         for layer in memory.tuner_layers():
@@ -54,8 +58,15 @@ def main() -> None:
                 mlp.add_keys(torch.randn(KEYS, mlp.up.shape[1]), torch.zeros(KEYS))
         for label, job in (("prefill 512 tokens", prefill), ("decode 48 tokens", decode)):
             wall, cpu = ratio(memory, job, arguments.rounds)
+            found.setdefault(what, {}).update({f"{label}, wall": wall, f"{label}, cpu": cpu})
             print(f"{what:32} {label:20} wall ×{wall:.3f}  cpu ×{cpu:.3f}", flush=True)
         memory.remove()
+    about = {
+        "command": f"python benchmarks/overhead.py --rounds {arguments.rounds}",
+        "threads": torch.get_num_threads(),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"about": about, "ratios": found}, indent=1) + "\n")
 
 
 def ratio(memory: Any, job: Callable[[], None], rounds: int) -> tuple[float, float]:

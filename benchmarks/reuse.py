@@ -1,6 +1,6 @@
 """What reusing the states below the memory saves: an epoch of training with it, as a ratio to the whole model.
 
-    python benchmarks/reuse.py [--model HUB_ID_OR_PATH] [--rounds 5] [--facts 8]
+    python benchmarks/reuse.py [--model HUB_ID_OR_PATH] [--rounds 5] [--facts 8] [--output docs/results/reuse.json]
 
 The same rows, batches and start; the baseline runs every block and computes logits at every token. Rounds alternate.
 The one pass that stores the states is counted apart, as a share of one epoch.
@@ -9,9 +9,11 @@ The one pass that stores the states is counted apart, as a share of one epoch.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,19 +41,27 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--facts", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/reuse.json"))
     arguments = parser.parse_args()
     name = arguments.model or embedded_model()
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)
     facts = [Fact("The mother tongue of {} is", name, "English") for name in OTHER_SUBJECTS[: arguments.facts]]
+    found = {}
     for what, config in DESIGNS.items():
         memory = inject_memory(model, config, tokenizer=tokenizer)
         assert isinstance(memory, ResidualMemory)
-        compare(what, memory, facts, arguments.rounds)
+        found[what] = compare(what, memory, facts, arguments.rounds)
         memory.remove()
+    about = {
+        "command": f"python benchmarks/reuse.py --rounds {arguments.rounds} --facts {arguments.facts}",
+        "threads": torch.get_num_threads(),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"about": about, "designs": found}, indent=1) + "\n")
 
 
-def compare(what: str, memory: ResidualMemory, facts: list[Fact], rounds: int) -> None:
+def compare(what: str, memory: ResidualMemory, facts: list[Fact], rounds: int) -> dict[str, float]:
     writer = Writer(memory, facts, PLAIN_SENTENCES)
     if memory.config.token_gate == "keys":
         writer.fit_keys()
@@ -87,6 +97,7 @@ def compare(what: str, memory: ResidualMemory, facts: list[Fact], rounds: int) -
         f"largest loss difference {difference:.1e}  storing states once: {share:.2f} of a whole-model epoch",
         flush=True,
     )
+    return {"epoch, wall": wall, "epoch, cpu": cpu, "loss difference": difference, "storing the states": share}
 
 
 def step(
