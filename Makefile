@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 LOWEST ?= .venv-lowest
 MODEL ?=
+DATA ?= $(MEMORY_ADAPTERS_DATA)
+RESULTS ?= experiments
 
-.PHONY: demo test test-lowest check audit benchmarks clean
+.PHONY: demo test test-lowest check audit benchmarks fever compare clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,7 +54,27 @@ check: $(VENV)/.installed ## lint, format, types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-benchmarks: $(VENV)/.installed ## locality table, decode overhead, reuse
+# Both experiments keep what is finished in $(RESULTS) and go on from there; each takes one to two hours on two cores.
+fever: $(VENV)/.installed ## the FEVER experiment on 4 pages; FULL=1 takes 99
+	$(BIN)/python examples/fever/run.py --data "$(DATA)" --results $(RESULTS)/fever --output docs/results \
+		$(if $(MODEL),--model $(MODEL)) $(if $(FULL),--full)
+
+$(RESULTS)/covariance.safetensors: $(VENV)/.installed
+	mkdir -p $(RESULTS)
+	$(BIN)/memory-adapters covariance $(or $(MODEL),embedded) --output $@ --dtype bfloat16
+
+compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
+	@test -n "$(DATA)" || { echo "give DATA=FOLDER, or set MEMORY_ADAPTERS_DATA" >&2; exit 2; }
+	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json --limit 100 --numbers 1,10,100 \
+		--dtype bfloat16 $(if $(MODEL),,--encoder examples/slot-encoder) --covariance $< \
+		--portability $(DATA)/zsre/edit.json --portability-limit 20 \
+		--choices $(DATA)/counterfact/known_1000.json --choices-limit 100 --fluency 20 \
+		--text $(DATA)/wikitext2/test.txt --text-tokens 2048 \
+		--set slots.refine_fraction=1 --set slots.refine_steps=20 --set lora.batch_size=16 --set full.batch_size=16 \
+		--set full.learning_rate=5e-5 --set 'full.training_args={"bf16":true}' --folder $(RESULTS)/comparison
+	cp $(addprefix $(RESULTS)/comparison/,comparison.json comparison.md quality_damage.png quality_cost.png curves.png) docs/results
+
+benchmarks: $(VENV)/.installed ## what an active memory costs, and what the reuse of states saves
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/reuse.py
 
