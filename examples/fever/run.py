@@ -54,9 +54,7 @@ def main() -> None:
     size.add_argument("--top", type=int, help="instead: look at so many pages, with a text or without")
     size.add_argument("--full", action="store_true", help=f"{FULL} pages, as in the experiment")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
-    parser.add_argument(
-        "--other-shots", type=int, nargs="+", default=[0, 1, 3], help="for what the experiment left open"
-    )
+    parser.add_argument("--other-shots", type=int, nargs="+", default=[0, 1], help="for what the experiment left open")
     parser.add_argument("--training-shots", type=int, default=1, help="solved claims before each training claim")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")

@@ -29,6 +29,7 @@ from memory_adapters.residual_mlp.router import route_memories
 __all__ = ["EXPERIMENT", "Bench", "Candidate", "Reading", "standard_candidates"]
 
 DOC, TEMP = "Doc", "Temp"
+WHOLE_EPOCHS = 10
 EXPERIMENT = ("Pretrained", "Doc", "Temp", "DocTemp", "Doc, decay .01", "Temp, decay .01", "DocTemp, decay .01")
 
 
@@ -233,7 +234,7 @@ def standard_candidates(
     Args:
         model: The model, for the memories' parameter count, which the LoRA gets too.
         encoder: Folder or Hub id of a slot encoder of this model; None for slots without one.
-        epochs: Passes over the items of everything that is trained.
+        epochs: Passes over the items of memories; a LoRA and all weights, which learn faster, make at most 10.
         bf16: Train all weights and the LoRA under bfloat16 autocast.
     """
     memory = MemoryAdapterConfig.fever_experiment(router_keys=True, num_train_epochs=epochs)
@@ -243,7 +244,9 @@ def standard_candidates(
     both = {"Doc": ((DOC,),), "Temp": ((TEMP,),), "DocTemp": ((DOC, TEMP),)}
     two = ((DOC,), (TEMP,))
     training: Mapping[str, Any] = {"bf16": True} if bf16 else {}
-    recipe = Recipe(1e-3, num_train_epochs=epochs, min_steps=0, training_args=training)
+    recipe = Recipe(
+        1e-3, num_train_epochs=min(epochs, WHOLE_EPOCHS), target_loss=0.02, min_steps=0, training_args=training
+    )
     lora = Lora(num_parameters=count, recipe=recipe)
     weights = FineTuned(replace(recipe, learning_rate=2e-5))
     slots = encoder or MemorySlotsConfig(num_slots=64, span_length=128, precision="bfloat16")
