@@ -47,7 +47,7 @@ def folder() -> Iterator[Path]:
 
 
 def test_what_is_killed_leaves_the_previous_or_the_new(loopback_hub: HubServer, folder: Path) -> None:
-    asked = ("--every", "9", "--kills", "0", "--only", *QUICK)
+    asked = ("--every", "9", "--random", "0", "--only", *QUICK)
     run = run_worker(loopback_hub, folder, *asked, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     *rows, total = (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))
