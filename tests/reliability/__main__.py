@@ -105,6 +105,8 @@ def work(arguments: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - start, 1),
     }
     print(json.dumps(total), flush=True)
+    for row in rows.values():
+        row["all kills"] = sum(row["kills"].values())
     if arguments.output:
         arguments.output.write_text(json.dumps({"total": total, "operations": list(rows.values())}, indent=1) + "\n")
 
