@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 LOWEST ?= .venv-lowest
 MODEL ?=
+JOBS ?= 2
 DATA ?= $(MEMORY_ADAPTERS_DATA)
 RESULTS ?= experiments
 
@@ -18,11 +19,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## teach a real model facts, switch it off, save, load in a new process
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/.installed ## everything CI runs
+test: $(VENV)/.installed ## everything CI runs, in JOBS processes
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # The second leg: every test that is not slow and needs no real model, warnings fatal as ever, on the lowest versions of
 # all that an installation brings (not of bitsandbytes, torchao and trl, whose tests are skipped). About 20 minutes on
