@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 LOWEST ?= .venv-lowest
 MODEL ?=
-JOBS ?= 2
 DATA ?= $(MEMORY_ADAPTERS_DATA)
 RESULTS ?= experiments
 
@@ -19,11 +18,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## teach a real model facts, switch it off, save, load in a new process
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/.installed ## everything CI runs, in JOBS processes
+test: $(VENV)/.installed ## everything CI runs
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest
 
 # The second leg: every test that is not slow and needs no real model, warnings fatal as ever, on the lowest versions of
 # all that an installation brings (not of bitsandbytes, torchao and trl, whose tests are skipped). About 20 minutes on
@@ -68,7 +67,7 @@ compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
 	@test -n "$(DATA)" || { echo "give DATA=FOLDER, or set MEMORY_ADAPTERS_DATA" >&2; exit 2; }
 	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json --limit 100 --numbers 1,10,100 \
 		--dtype bfloat16 $(if $(MODEL),,--encoder examples/slot-encoder) --covariance $< \
-		--portability $(DATA)/zsre/edit.json --portability-limit 20 \
+		--portability $(DATA)/zsre/edit.json --portability-limit 10 \
 		--choices $(DATA)/counterfact/known_1000.json --choices-limit 100 --fluency 20 \
 		--text $(DATA)/wikitext2/test.txt --text-tokens 2048 \
 		--set slots.refine_fraction=1 --set slots.refine_steps=20 --set lora.batch_size=16 --set full.batch_size=16 \

@@ -20,10 +20,31 @@ __all__ = [
     "evaluating",
     "hidden_state",
     "inputs_of",
+    "left_as_it_was",
     "logits_at",
     "plain_attention",
     "resumed",
 ]
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """What transformers' Trainer changes on a model beside its parameters is put back afterwards: modes, attributes
+    that accelerate marks it by, and the config's `use_cache`, which it turns off."""
+    modes = {module: module.training for module in model.modules()}
+    attributes = set(model.__dict__)
+    config: Any = getattr(model, "config", None)
+    use_cache = {} if config is None else {name: config.__dict__[name] for name in vars(config) if name == "use_cache"}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name in set(model.__dict__) - attributes:
+            del model.__dict__[name]
+        if config is not None:
+            config.__dict__.pop("use_cache", None)
+            config.__dict__.update(use_cache)
 
 
 class _EnoughError(Exception):

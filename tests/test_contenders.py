@@ -117,3 +117,14 @@ def test_only_the_given_parameters_are_trained() -> None:
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert changed == ["model.layers.1.mlp.up_proj.weight"]
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_training_all_weights_casts_no_buffer() -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = before = rotary.inv_freq.float() * 1.001  # float32, as in a model that was loaded
+    said = logits(model)
+    with FineTuned(RECIPE).holding(model, byte_tokenizer(), FACTS):
+        assert torch.equal(rotary.inv_freq, before)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(model), said)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -172,21 +173,25 @@ class FineTuned(Contender):
     @contextmanager
     def holding(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[Held]:
         start = time.perf_counter()
-        before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        dtype = model.dtype
+        parameters = list(model.parameters())
+        before = [(parameter, parameter.data, parameter.requires_grad) for parameter in parameters]
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # not cast: rotary frequencies are float32
         try:
-            parameters = list(model.float().requires_grad_(True).parameters())
+            for parameter in parameters:
+                parameter.data = parameter.data.to(torch.float32, copy=True)
+                parameter.requires_grad_(True)
             losses = train(model, tokenizer, items, self.recipe, parameters)
-            model.to(dtype)
+            for parameter, tensor, _ in before:
+                parameter.data = parameter.data.to(tensor.dtype)
             count = sum(parameter.numel() for parameter in parameters)
             yield Held(_report("all weights", items, count, time.perf_counter() - start, losses), model.save_pretrained)
         finally:
-            model.to(dtype)
-            model.load_state_dict(before)
-            for parameter, flag in flags.items():
+            for parameter, tensor, flag in before:
+                parameter.data = tensor
                 parameter.requires_grad_(flag)
                 parameter.grad = None
+            for buffer, tensor in buffers:
+                buffer.copy_(tensor)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from memory_adapters.decoder import find_decoder
-from memory_adapters.forward_passes import logits_at
+from memory_adapters.forward_passes import left_as_it_was, logits_at
 from memory_adapters.knowledge import Item
 from memory_adapters.residual_mlp.dataset import SlotDataset, collate
 from memory_adapters.residual_mlp.rows import IGNORED, build_slots, make_prefixes
@@ -150,18 +150,13 @@ class _EpochLosses(TrainerCallback):
 def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Only these parameters require gradients; flags, modes and attributes are put back afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    attributes = set(model.__dict__)
     chosen = set(parameters)
     for parameter in flags:
         parameter.requires_grad_(parameter in chosen)
     try:
-        yield
+        with left_as_it_was(model):
+            yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
-        for module, mode in modes.items():
-            module.training = mode
-        for name in set(model.__dict__) - attributes:  # accelerate marks the models that it prepared
-            del model.__dict__[name]

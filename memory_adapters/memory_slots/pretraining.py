@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from memory_adapters.finite import check_gradients, origin
+from memory_adapters.forward_passes import left_as_it_was
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.memory_slots.refinement import Asked, Row, autoencoding_rows, distil, predict
 from memory_adapters.processes import summed, weight_of_share
@@ -243,7 +244,7 @@ def train_encoder(
     )
     arguments = TrainingArguments(**{**settings, **(training_args or {})})
     checkpoint = checkpoint_to_resume(resume_from_checkpoint, arguments.output_dir)
-    with sole_thread(memory.model), seeded(memory.config.seed):
+    with sole_thread(memory.model), seeded(memory.config.seed), left_as_it_was(memory.model):
         return _train(memory, arguments, examples, held_out, checkpoint)
 
 

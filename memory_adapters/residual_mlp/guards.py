@@ -10,6 +10,7 @@ from peft.functional import set_requires_grad
 from torch import nn
 
 from memory_adapters.checkpoint import set_adapter_tensors
+from memory_adapters.forward_passes import left_as_it_was
 from memory_adapters.quantised import differentiable
 from memory_adapters.residual_mlp.tuner import memory_layers
 
@@ -62,19 +63,14 @@ def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
     """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
     model: nn.Module = memory.model
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    attributes = set(model.__dict__)
-    model.requires_grad_(False)
-    set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
-    model.eval()
     try:
-        with differentiable(model):
-            yield
+        with left_as_it_was(model):
+            model.requires_grad_(False)
+            set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
+            model.eval()
+            with differentiable(model):
+                yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None if not flag else parameter.grad
-        for module, mode in modes.items():
-            module.training = mode
-        for name in set(model.__dict__) - attributes:  # accelerate marks the models that it prepared
-            del model.__dict__[name]
