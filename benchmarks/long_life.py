@@ -238,6 +238,7 @@ def live(scenario: str, turns: int, *, warm_up: float = 0.1) -> dict[str, Any]:
         "after warm-up": samples[0],
         "at the end": samples[-1],
         "memory": [(sample["turns"], sample["memory"]) for sample in samples],
+        "MiB": [round(sample["memory"] / 2**20, 1) for sample in (samples[0], samples[-1])],
     }
 
 
