@@ -42,7 +42,6 @@ def fingerprint(model: torch.nn.Module) -> tuple[Any, ...]:
         [name for name, _ in model.named_modules()],
         [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
         sorted(model.__dict__),
-        model.config.to_dict(),
         [sorted(m.__dict__) for m in model.modules()],
     )
 

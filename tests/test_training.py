@@ -287,3 +287,11 @@ def test_only_the_memory_requires_gradients_while_it_trains() -> None:
         names = [name for name, p in memory.model.named_parameters() if p.requires_grad]
         assert len(names) == 14
         assert all(".residual_memory." in name for name in names)
+
+
+def test_writing_leaves_the_models_config_and_modes():
+    memory = fresh()
+    config = memory.model.config.to_dict()
+    memory.write([FACT], unrelated=UNRELATED)
+    assert memory.model.config.to_dict() == config
+    assert not memory.model.training
