@@ -54,12 +54,12 @@ check: $(VENV)/.installed ## lint, format, types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-# Both experiments keep what is finished in $(RESULTS) and go on from there; each takes one to two hours on two cores.
+# Both experiments keep what is finished in $(RESULTS) and go on from there; each takes two to three hours of a core.
 fever: $(VENV)/.installed ## the FEVER experiment on 4 pages; FULL=1 takes 99
 	$(BIN)/python examples/fever/run.py --data "$(DATA)" --results $(RESULTS)/fever --output docs/results \
 		$(if $(MODEL),--model $(MODEL)) $(if $(FULL),--full)
 
-$(RESULTS)/covariance.safetensors: $(VENV)/.installed
+$(RESULTS)/covariance.safetensors: | $(VENV)/.installed
 	mkdir -p $(RESULTS)
 	$(BIN)/memory-adapters covariance $(or $(MODEL),embedded) --output $@ --dtype bfloat16
 

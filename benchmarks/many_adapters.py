@@ -33,6 +33,7 @@ from memory_adapters import (
 )
 from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import embedded_model
+from memory_adapters.forward_passes import CACHE
 from memory_adapters.memit.ledger import Factors
 
 RANK = 10  # facts of an edit
@@ -91,11 +92,11 @@ def measure(bare: Any, few: Any, many: Any, tokens: int, rounds: int) -> dict[st
     ids = torch.randint(1000, 20000, (1, tokens), generator=torch.Generator().manual_seed(0))
     batch = ids.expand(ROWS, -1)
     every = list(memories(many))
-    cache = many(ids, use_cache=True).past_key_values
-    bare_cache = bare(ids, use_cache=True).past_key_values
+    cache = many(ids, use_cache=True)[CACHE]
+    bare_cache = bare(ids, use_cache=True)[CACHE]
 
     def decode(model: Any, past: Any) -> None:
-        model(ids[:, :1], past_key_values=past, use_cache=True)
+        model(ids[:, :1], **{CACHE: past}, use_cache=True)
         past.crop(-1)
 
     def run(model: Any, context: Any = None, inputs: Any = ids) -> None:

@@ -40,12 +40,12 @@ def speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     places = {name: {id(x) for x in found[name].tuner_layers()} for name in adapter_names if name in found}
     with sole_thread(base):
         before = [layer._active_adapter for layer in layers]
-        for layer in layers:
-            own = layer._get_available_adapters()
-            layer._active_adapter = [
-                name for name in adapter_names if (id(layer) in places[name] if name in places else name in own)
-            ]
         try:
+            for layer in layers:
+                own = layer._get_available_adapters()
+                layer._active_adapter = [
+                    name for name in adapter_names if (id(layer) in places[name] if name in places else name in own)
+                ]
             yield
         finally:
             for layer, names in zip(layers, before, strict=True):

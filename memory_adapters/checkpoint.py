@@ -47,13 +47,17 @@ def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[s
 
     Returns:
         `model_type`, `hidden_size`, `num_layers`, `embeddings` (SHA-256 of the signs of every 16th of the first 1,024
-        embedding rows), `blocks` (SHA-256 of the signs of the first row of every floating matrix of the first and
-        last block; None if there is none) and `all_blocks` (the same of all; None if some are quantised or offloaded).
+        embedding rows), `head` (the same of the output projection; None if it is quantised), `blocks` (SHA-256 of the
+        signs of the first row of every floating matrix of the first and last block; None if there is none) and
+        `all_blocks` (the same of all; None if some are quantised or offloaded).
     """
     decoder = find_decoder(model, layers_path)
     with align_module_device(decoder.embeddings):
         rows = _plain(decoder.embeddings).weight[:1024:16]
         embeddings = _mark([rows])
+    with align_module_device(_plain(decoder.head)):
+        matrix = _matrix(_plain(decoder.head))
+        head = None if matrix is None else _mark([matrix[:1024:16]])
     first_rows: list[torch.Tensor] = []
     for block in (decoder.blocks[0], decoder.blocks[-1]):
         for module in _base_modules(block):
@@ -66,6 +70,7 @@ def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[s
         "hidden_size": decoder.hidden_size,
         "num_layers": decoder.num_layers,
         "embeddings": embeddings,
+        "head": head,
         "blocks": _mark(first_rows),
         "all_blocks": None if partial else _mark([row for rows in every for row in rows or []]),
     }
@@ -76,9 +81,16 @@ def _first_row(module: nn.Module) -> list[torch.Tensor] | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         return []
-    if type(weight.data) is not torch.Tensor or weight.dtype not in _FLOATS or weight.is_meta:  # torchao's
+    matrix = _matrix(module)
+    return None if matrix is None else [matrix[0].detach().cpu()]
+
+
+def _matrix(module: nn.Module) -> torch.Tensor | None:
+    """Its weight, if that is a matrix of floats and here."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor:  # but torchao's
         return None
-    return [weight[0].detach().cpu()]
+    return weight if weight.ndim == 2 and weight.dtype in _FLOATS and not weight.is_meta else None
 
 
 def _mark(rows: list[torch.Tensor]) -> str | None:

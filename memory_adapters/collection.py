@@ -15,11 +15,12 @@ from memory_adapters.checkpoint import adapter_tensors, write_tensors
 from memory_adapters.inject import base_model, load_memory, memories
 from memory_adapters.lora import adapter_layers
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, replace_memory
-from memory_adapters.peft_files import load_peft_adapter, take_off
+from memory_adapters.peft_files import load_peft_adapter
 from memory_adapters.processes import is_first
 from memory_adapters.reading import read_json
 from memory_adapters.saving import atomic_directory, settle, whole
 from memory_adapters.threads import sole_thread
+from memory_adapters.undoing import undone_on_failure
 
 __all__ = ["SaveAdapters", "load_adapters", "save_adapters"]
 
@@ -80,30 +81,20 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer
         settle(Path(folder))
     if not index_file.is_file():
         raise FileNotFoundError(f"`{folder}` has no {INDEX_FILE}: give a folder written by `save_adapters`.")
-    with whole(Path(folder)), sole_thread(base_model(model)):
-        return _load(base_model(model), Path(folder), _read_index(index_file), tokenizer)
+    base = base_model(model)
+    with whole(Path(folder)), sole_thread(base), undone_on_failure(base):
+        return _load(base, Path(folder), _read_index(index_file), tokenizer)
 
 
 def _load(base: Any, folder: Path, index: list[tuple[str, bool, bool]], tokenizer: Any) -> dict[str, Memory]:
-    loaded: list[str] = []
-    trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
     before = {id(layer): list(layer.active_adapters) for layer in adapter_layers(base)}
-    try:
-        for name, is_memory, _ in index:
-            if is_memory:
-                load_memory(base, folder / name, tokenizer=tokenizer, adapter_name=name)
-            else:
-                load_peft_adapter(base, folder / name, name)
-            loaded.append(name)
-    except BaseException:
-        for name in reversed(loaded):
-            take_off(base, name) if name not in memories(base) else memories(base)[name].remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise
-    finally:
-        for layer in adapter_layers(base):
-            layer._active_adapter = before.get(id(layer), [])
+    for name, is_memory, _ in index:
+        if is_memory:
+            load_memory(base, folder / name, tokenizer=tokenizer, adapter_name=name)
+        else:
+            load_peft_adapter(base, folder / name, name)
+    for layer in adapter_layers(base):
+        layer._active_adapter = before.get(id(layer), [])
     found = memories(base)
     for name, _, active in index:
         if active and name in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GenerationMixin
 
 from memory_adapters.decoder import Decoder, execution_device
 
 __all__ = [
+    "CACHE",
     "bfloat16_weights",
     "block_returns_tuple",
     "capture",
@@ -27,24 +30,12 @@ __all__ = [
 ]
 
 
-@contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """What transformers' Trainer changes on a model beside its parameters is put back afterwards: modes, attributes
-    that accelerate marks it by, and the config's `use_cache`, which it turns off."""
-    modes = {module: module.training for module in model.modules()}
-    attributes = set(model.__dict__)
-    config: Any = getattr(model, "config", None)
-    use_cache = {} if config is None else {name: config.__dict__[name] for name in vars(config) if name == "use_cache"}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for name in set(model.__dict__) - attributes:
-            del model.__dict__[name]
-        if config is not None:
-            config.__dict__.pop("use_cache", None)
-            config.__dict__.update(use_cache)
+# What models call their keys and values, in what they take and give: renamed in transformers 5.24.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 
 
 class _EnoughError(Exception):
@@ -201,6 +192,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """As `evaluating`, for transformers' Trainer: what it changes on a model beside its parameters is put back too, the
+    attributes that accelerate marks it by and the config's `use_cache`, which it turns off."""
+    attributes, config = set(vars(model)), vars(model.config)
+    use_cache = {name: config[name] for name in config if name == "use_cache"}
+    with evaluating(model):
+        try:
+            yield
+        finally:
+            for name in set(vars(model)) - attributes:
+                del vars(model)[name]
+            config.pop("use_cache", None)
+            config.update(use_cache)
 
 
 @contextmanager

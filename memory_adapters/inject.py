@@ -6,8 +6,10 @@ import copy
 import os
 import warnings
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
+import torch
 from accelerate.utils import align_module_device
 from peft import PeftModel, inject_adapter_in_model
 from torch import nn
@@ -27,6 +29,7 @@ from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILE
 from memory_adapters.reading import file_in, read_json
 from memory_adapters.saving import whole
 from memory_adapters.threads import sole_thread
+from memory_adapters.undoing import undone_on_failure
 from memory_adapters.unrelated import seeded
 
 __all__ = ["base_model", "inject_memory", "load_memory", "memories", "read_config"]
@@ -57,7 +60,7 @@ def inject_memory(
     if memory_type is None:
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {', '.join(memory_config_names())}.")
     base = base_model(model)
-    with sole_thread(base):
+    with sole_thread(base), undone_on_failure(base):
         return _inject(model, base, memory_type, config, tokenizer, adapter_name)
 
 
@@ -87,7 +90,7 @@ def _inject(
 
     attached: Attached = getattr(base, ATTACHED, None) or Attached()
     if not getattr(base, "peft_config", None):
-        attached.trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+        attached = Attached({}, [name for name, parameter in base.named_parameters() if parameter.requires_grad])
     active = _active_adapters(base)
     adapter_config = config.adapter_config(decoder)
     targets = set(getattr(adapter_config, "target_modules", None) or ())
@@ -106,8 +109,7 @@ def _inject(
     for layer, names in active:
         layer._active_adapter = names
     memory.active = True
-    attached.memories[name] = memory
-    setattr(base, ATTACHED, attached)
+    setattr(base, ATTACHED, Attached({**attached.memories, name: memory}, attached.trainable))
     return memory
 
 
@@ -153,14 +155,11 @@ def load_memory(
             check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
         config.check_model(decoder)
         contents = memory_type._read_files(folder, config, decoder)
-    with sole_thread(base):
+    with sole_thread(base), undone_on_failure(base):
         memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=adapter_name)
-        try:
-            memory._restore(contents)
-        except BaseException:
-            memory.remove()
-            raise
-    return memory
+        memory._restore(contents)
+        _warn_of_twins(base, memory.adapter_name)
+        return memory
 
 
 def memories(model: nn.Module) -> dict[str, Memory]:
@@ -179,6 +178,24 @@ def memories(model: nn.Module) -> dict[str, Memory]:
         attached.memories = found
         setattr(base, ATTACHED, attached)
     return dict(found)
+
+
+def _warn_of_twins(base: nn.Module, adapter_name: str) -> None:
+    """Warn if another memory on the model has the very tensors of this one, and some numbers in each."""
+    held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in memories(base)}
+    for path, tensor in chain(base.named_parameters(), base.named_buffers()):
+        parts = path.split(".")
+        for name in held.keys() & set(parts):
+            held[name][".".join(part for part in parts if part != name)] = tensor
+    own = held.pop(adapter_name)
+    for name, other in held.items():
+        alike = own.keys() == other.keys() and all(t.numel() and torch.equal(t, other[key]) for key, t in own.items())
+        if own and alike:
+            warnings.warn(
+                f"What was loaded as {adapter_name!r} is on this model already, as {name!r}: where both are active it "
+                "counts twice. Remove one of them.",
+                stacklevel=3,
+            )
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +29,7 @@ from memory_adapters.model_card import CARD_FILE, model_card
 from memory_adapters.reading import read_tensors
 from memory_adapters.saving import atomic_directory, replacing
 from memory_adapters.threads import sole_thread
+from memory_adapters.undoing import undone_on_failure
 from memory_adapters.write_report import WriteReport
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def forget_adapter(model: Any, adapter_name: str) -> None:
     del model.peft_config[adapter_name]
     attached: Attached | None = getattr(model, ATTACHED, None)
     if attached is not None:
-        attached.memories.pop(adapter_name, None)
-        if not attached.memories:
+        left = {name: memory for name, memory in attached.memories.items() if name != adapter_name}
+        setattr(model, ATTACHED, Attached(left, attached.trainable))
+        if not left:
             parameters = dict(model.named_parameters())
             for name in attached.trainable:
                 if name in parameters:
@@ -135,6 +137,14 @@ class Memory(OnHub):
         """Belong to the model as it is now."""
         self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
 
+    def _undone_on_failure(self) -> AbstractContextManager[None]:
+        """If the block fails or is interrupted, the model and this memory are what they were before."""
+        return undone_on_failure(self.model, self, self._config, self._adapter_config, numbers=self._trained())
+
+    def _trained(self) -> Iterable[torch.Tensor]:
+        """Tensors of the memory that a write changes in place."""
+        return ()
+
     def _check_attached(self) -> None:
         if not self.attached:
             raise RuntimeError(f"The memory {self.adapter_name!r} was removed from its model; inject or load it again.")
@@ -168,9 +178,17 @@ class Memory(OnHub):
     def active(self, value: bool) -> None:
         self._check_attached()
         with sole_thread(self.model):
-            for layer in self.tuner_layers():
-                others = [name for name in layer.active_adapters if name != self.adapter_name]
-                layer._active_adapter = self._in_turn(others) if value else others
+            layers = self.tuner_layers()
+            others = [[name for name in layer.active_adapters if name != self.adapter_name] for layer in layers]
+            wanted = [self._in_turn(names) if value else names for names in others]
+            before = [layer._active_adapter for layer in layers]
+            try:
+                for layer, names in zip(layers, wanted, strict=True):
+                    layer._active_adapter = names
+            except BaseException:
+                for layer, names in zip(layers, before, strict=True):
+                    layer._active_adapter = names
+                raise
 
     def _in_turn(self, others: list[str]) -> list[str]:
         """`others` and this memory, before those that came later: off and on again, sums are rounded as they were."""
@@ -186,8 +204,8 @@ class Memory(OnHub):
         with sole_thread(self.model):
             layers = self.tuner_layers()
             before = [layer._active_adapter for layer in layers]
-            self.active = False
             try:
+                self.active = False
                 yield
             finally:
                 for layer, names in zip(layers, before, strict=True):
@@ -208,7 +226,7 @@ class Memory(OnHub):
         Base parameters that were trainable before the first memory came are trainable again after the last one.
         """
         self._check_attached()
-        with sole_thread(self.model):
+        with sole_thread(self.model), self._undone_on_failure():
             self._detach()
             forget_adapter(self.model, self.adapter_name)
 

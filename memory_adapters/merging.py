@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from memory_adapters.inject import base_model, memories
 from memory_adapters.lora import adapter_layers, take_out
 from memory_adapters.memory import forget_adapter
 from memory_adapters.threads import sole_thread
+from memory_adapters.undoing import undone_on_failure
 
 __all__ = ["merge_lora"]
 
@@ -61,18 +63,24 @@ def _merge(base: Any, adapter_name: str) -> nn.Module:
     try:
         for layer in layers:
             layer.merge(adapter_names=[adapter_name])
+        with undone_on_failure(base, *(memory._config for memory in found.values())):
+            _take_off(base, adapter_name, layers)
+            for name, memory in found.items():
+                if name != adapter_name:
+                    memory._rebase(base_fingerprint(base, memory.config.layers_path))
     except BaseException:  # such as an interruption: subtracted again
         for layer in layers:
             if layer.merged:
                 layer.unmerge()
         raise
+    return base
+
+
+def _take_off(base: Any, adapter_name: str, layers: Sequence[LoraLayer]) -> None:
+    """Take a merged LoRA off, and leave its product in the weights."""
     for layer in layers:
         layer.merged_adapters.remove(adapter_name)
         layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
     names = {id(module): name for name, module in base.named_modules()}
     take_out(base, {i: names[id(layer)] for i, layer in enumerate(layers)}, adapter_name)
     forget_adapter(base, adapter_name)
-    for name, memory in found.items():
-        if name != adapter_name:
-            memory._rebase(base_fingerprint(base, memory.config.layers_path))
-    return base

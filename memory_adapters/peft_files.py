@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 
 from memory_adapters.checkpoint import adapter_tensors
 from memory_adapters.config import check_name, check_number, config_class, shown
-from memory_adapters.lora import adapter_layers, take_out
-from memory_adapters.memory import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, forget_adapter
+from memory_adapters.memory import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.reading import file_in, read_json, read_tensors
+from memory_adapters.undoing import undone_on_failure
 
-__all__ = ["load_peft_adapter", "take_off"]
+__all__ = ["load_peft_adapter"]
 
 LABELS = ("base_model_name_or_path", "peft_version", "revision", "task_type", "bias")
 NAMES = ("exclude_modules", "feedforward_modules", "layers_pattern", "modules_to_save", "target_modules")
@@ -49,25 +48,9 @@ def load_peft_adapter(base: Any, folder: Path, adapter_name: str) -> None:
     config_file, weights_file = (file_in(folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
     config = _read_config(config_file)
     tensors = read_tensors(weights_file, _expected(base, config, adapter_name, config_file))
-    try:
-        with warnings.catch_warnings():  # PEFT warns of a second adapter; that is the point here
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            base.load_adapter(adapter_name=adapter_name, peft_config=config, adapter_state_dict=tensors)
-    except BaseException:
-        if adapter_name in getattr(base, "peft_config", {}):
-            take_off(base, adapter_name)
-        raise
-
-
-def take_off(base: Any, adapter_name: str) -> None:
-    """Take an adapter of PEFT's off a model; where it was a LoRA, nothing is left of it."""
-    layers = adapter_layers(base, adapter_name)
-    if all(isinstance(layer, LoraLayer) for layer in layers):
-        names = {id(module): name for name, module in base.named_modules()}
-        take_out(base, {i: names[id(layer)] for i, layer in enumerate(layers)}, adapter_name)
-        forget_adapter(base, adapter_name)
-    else:
-        base.delete_adapter(adapter_name)
+    with undone_on_failure(base), warnings.catch_warnings():  # PEFT warns of a second adapter; that is the point here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        base.load_adapter(adapter_name=adapter_name, peft_config=config, adapter_state_dict=tensors)
 
 
 def _read_config(path: Path) -> PeftConfig:

@@ -1,15 +1,21 @@
-"""Which of a Trainer's checkpoints can be gone on from: one that was being saved when its process was killed cannot."""
+"""Which of a Trainer's checkpoints can be gone on from: none that was not saved whole, and none of other rows."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-__all__ = ["checkpoint_to_resume", "newest_checkpoint"]
+from memory_adapters.reading import read_json
+
+__all__ = ["check_mark", "checkpoint_to_resume", "digest_of", "mark_checkpoint", "newest_checkpoint"]
+
+ROWS_FILE = "rows.json"
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -44,6 +50,28 @@ def checkpoint_to_resume(asked: bool | str | None, folder: str | os.PathLike[str
             "`output_dir` of an earlier run, or start without it."
         )
     return newest
+
+
+def digest_of(rows: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of rows of token ids."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def mark_checkpoint(folder: str | os.PathLike[str], rows_sha256: str | None) -> None:
+    """Let a checkpoint say what it is trained on."""
+    (Path(folder) / ROWS_FILE).write_text(json.dumps({"rows_sha256": rows_sha256}), encoding="utf-8")
+
+
+def check_mark(checkpoint: str, rows_sha256: str | None) -> None:
+    """Raise a `ValueError` if a checkpoint says that it is trained on other rows."""
+    path = Path(checkpoint) / ROWS_FILE
+    saved = read_json(path) if path.is_file() else None
+    known = saved.get("rows_sha256") if isinstance(saved, dict) else None
+    if None not in (known, rows_sha256) and known != rows_sha256:
+        raise ValueError(
+            f"`resume_from_checkpoint`: `{checkpoint}` is of a write of other items, or with other settings: give "
+            "those of that write, or start without it."
+        )
 
 
 def _is_whole(checkpoint: Path) -> bool:

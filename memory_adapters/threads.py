@@ -33,8 +33,8 @@ class _Turn:
     """Which thread has the model, and in how many contexts within each other."""
 
     thread: int
-    depth: int
-    handle: Any
+    depth: int = 0
+    handle: Any = None
 
 
 _turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
@@ -56,24 +56,28 @@ def sole_thread(model: nn.Module) -> Iterator[None]:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     stack = _stack(base)
-    with _guard:
-        turn = _turns.get(stack)
-        if turn is None:
-            turn = _turns[stack] = _Turn(get_ident(), 0, None)
-            turn.handle = stack.register_forward_pre_hook(_refuse_others, prepend=True)  # first: none can begin now
-            if _in_use_elsewhere(base, stack):
-                _give_back(stack, turn)
-                raise RuntimeError(f"Another thread runs this model, so its adapters cannot be switched now. {REMEDY}")
-        elif turn.thread != get_ident():
-            raise RuntimeError(f"Another thread has chosen which adapters of this model speak. {REMEDY}")
-        turn.depth += 1
+    turn, entered = _Turn(get_ident()), False
     try:
+        with _guard:
+            known = _turns.setdefault(stack, turn)
+            if known.thread != turn.thread:
+                raise RuntimeError(f"Another thread has chosen which adapters of this model speak. {REMEDY}")
+            turn = known
+            if turn.handle is None:
+                turn.handle = stack.register_forward_pre_hook(_refuse_others, prepend=True)  # first: none can begin now
+                if _in_use_elsewhere(base, stack):
+                    raise RuntimeError(
+                        f"Another thread runs this model, so its adapters cannot be switched now. {REMEDY}"
+                    )
+            turn.depth, entered = turn.depth + 1, True
         yield
     finally:
         with _guard:
-            turn.depth -= 1
-            if not turn.depth:
-                _give_back(stack, turn)
+            turn.depth -= entered
+            if _turns.get(stack) is turn and not turn.depth:
+                if turn.handle is not None:
+                    turn.handle.remove()
+                del _turns[stack]
 
 
 def alone(method: Method) -> Method:
@@ -85,11 +89,6 @@ def alone(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return cast(Method, within)
-
-
-def _give_back(stack: nn.Module, turn: _Turn) -> None:
-    turn.handle.remove()
-    del _turns[stack]
 
 
 def _stack(base: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Every measured figure in README and docs stands in a results file that its page links to.
 
 A figure is a number with decimals or a unit, or in a row of a table, outside code and links. What is no measurement (a
-setting, a size of a model, a figure of a paper) is named in a comment of the page: `<!-- not measured: 0.05, 3.10 -->`.
+setting, a size of a model, a figure of a paper) is named in a comment of the page: `<!-- not measured: 0.05; 3.10 -->`.
 """
 
 import json
@@ -86,10 +86,10 @@ def excepted(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_figure_stands_in_a_results_file(page):
-    text = page.read_text(encoding="utf-8")
-    left, allowed = untraced(text), excepted(text)
+    content = page.read_text(encoding="utf-8")
+    left, allowed = untraced(content), excepted(content)
     assert not sorted(set(left) - set(allowed)), "no results file that the page links to has these"
-    assert not sorted(set(allowed) - {text for text, *_ in figures(text)}), "named as not measured, but not on the page"
+    assert not sorted(set(allowed) - {text for text, *_ in figures(content)}), "named as not measured, but not there"
 
 
 def test_the_index_of_results_says_how_they_were_made():

@@ -289,7 +289,7 @@ def test_only_the_memory_requires_gradients_while_it_trains() -> None:
         assert all(".residual_memory." in name for name in names)
 
 
-def test_writing_leaves_the_models_config_and_modes():
+def test_writing_leaves_the_models_config_and_modes() -> None:
     memory = fresh()
     config = memory.model.config.to_dict()
     memory.write([FACT], unrelated=UNRELATED)

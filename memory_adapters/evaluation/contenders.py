@@ -173,23 +173,19 @@ class FineTuned(Contender):
     @contextmanager
     def holding(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[Held]:
         start = time.perf_counter()
-        parameters = list(model.parameters())
-        before = [(parameter, parameter.data, parameter.requires_grad) for parameter in parameters]
+        before = {parameter: parameter.data for parameter in model.parameters()}
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # not cast: rotary frequencies are float32
         try:
-            for parameter in parameters:
-                parameter.data = parameter.data.to(torch.float32, copy=True)
-                parameter.requires_grad_(True)
-            losses = train(model, tokenizer, items, self.recipe, parameters)
-            for parameter, tensor, _ in before:
+            for parameter, tensor in before.items():
+                parameter.data = tensor.to(torch.float32, copy=True)
+            losses = train(model, tokenizer, items, self.recipe, list(before))
+            for parameter, tensor in before.items():
                 parameter.data = parameter.data.to(tensor.dtype)
-            count = sum(parameter.numel() for parameter in parameters)
+            count = sum(tensor.numel() for tensor in before.values())
             yield Held(_report("all weights", items, count, time.perf_counter() - start, losses), model.save_pretrained)
         finally:
-            for parameter, tensor, flag in before:
+            for parameter, tensor in before.items():
                 parameter.data = tensor
-                parameter.requires_grad_(flag)
-                parameter.grad = None
             for buffer, tensor in buffers:
                 buffer.copy_(tensor)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memory_adapters.checkpoint import write_tensors
-from memory_adapters.config import check_fingerprint_fields, check_number
+from memory_adapters.config import check_fingerprint_fields, check_name, check_number
 from memory_adapters.hub import OneFile, find_file
 from memory_adapters.model_card import HERE, file_card
 from memory_adapters.reading import parse_json, read_metadata, read_tensors
@@ -40,6 +40,7 @@ class Covariance(OneFile):
         num_texts: How many texts they come from.
         source: The text, in words.
         base_fingerprint: Which base model it belongs to; see `memory_adapters.checkpoint.base_fingerprint`.
+        texts_sha256: Hash of the texts, so that a fit can only be gone on with on the same; None if not known.
     """
 
     file: ClassVar[str] = "covariance.safetensors"
@@ -49,6 +50,7 @@ class Covariance(OneFile):
     num_texts: int
     source: str
     base_fingerprint: dict[str, Any]
+    texts_sha256: str | None = None
 
     def shrunk(self, layer: int, shrinkage: float | None = None) -> Tensor:
         """(1 − ρ) C₀ + ρ m I in float64: invertible also when tokens are few.
@@ -81,6 +83,7 @@ class Covariance(OneFile):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
         about = {"num_tokens": self.num_tokens, "num_texts": self.num_texts, "source": self.source}
+        about |= {} if self.texts_sha256 is None else {"texts_sha256": self.texts_sha256}
         metadata = {"covariance": json.dumps({**about, "base_fingerprint": self.base_fingerprint}, sort_keys=True)}
         with atomic_file(path) as staging:
             write_tensors(staging, {f"layer.{i}": matrix for i, matrix in self.matrices.items()}, metadata)
@@ -114,6 +117,7 @@ class Covariance(OneFile):
             source, fingerprint = about["source"], about["base_fingerprint"]
             if not isinstance(source, str):
                 raise ValueError("`source` is no text")
+            check_name("texts_sha256", digest := about.get("texts_sha256"))
             check_fingerprint_fields("base_fingerprint", fingerprint)
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"`{path}` is not a saved covariance ({error}).") from error
@@ -122,7 +126,7 @@ class Covariance(OneFile):
         tensors = read_tensors(path, {name: torch.Size(shape) for name, shape in shapes.items()})
         if any(not torch.equal(C, C.T) or (C.diagonal() < 0).any() for C in tensors.values()):
             raise ValueError(f"`{path}` holds matrices that are no covariances: they must be symmetric.")
-        return cls({layer: tensors[f"layer.{layer}"] for layer in sorted(layers)}, *counts, source, fingerprint)
+        return cls({layer: tensors[f"layer.{layer}"] for layer in sorted(layers)}, *counts, source, fingerprint, digest)
 
     def check_widths(self, widths: Mapping[int, int]) -> None:
         """Raise a `ValueError` if C₀ of one of these blocks is not d_in wide."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from memory_adapters.decoder import execution_device, find_decoder, mlp_projecti
 from memory_adapters.finite import origin, rows_not_finite
 from memory_adapters.forward_passes import capture_inputs, evaluating, inputs_of
 from memory_adapters.memit.covariance import Covariance
-from memory_adapters.memit.texts import portions, sample_tokens
+from memory_adapters.memit.texts import Portion, portions, sample_tokens
 from memory_adapters.processes import is_first, share_of, summed
 from memory_adapters.threads import alone
 from memory_adapters.tokens import batches_of, pad_rows, tokenize
@@ -58,6 +59,8 @@ class CovarianceFitter:
         self.sums = [torch.zeros(p.in_features, p.in_features, device=self.device) for p in projections]
         self.num_tokens = self.num_texts = 0
         self.sources: list[str] = []
+        self.texts_sha256: str | None = None
+        self.halfway = False  # while some keys of a pass are added, and others are not
 
     @alone
     def fit(
@@ -82,27 +85,33 @@ class CovarianceFitter:
             progress: Show a bar.
 
         Raises:
-            ValueError: If the texts give no token, or the checkpoint belongs to another model or other layers.
+            ValueError: If the texts give no token, or the checkpoint belongs to another model, other layers or other
+                texts.
         """
-        if checkpoint is not None and Path(checkpoint).is_file():
-            self.resume(Covariance.load(checkpoint))
-            num_tokens -= self.num_tokens
+        saved = Covariance.load(checkpoint) if checkpoint is not None and Path(checkpoint).is_file() else None
+        if saved is not None:
+            self._check(saved)
+            num_tokens -= saved.num_tokens
         context = getattr(self.model.config, "max_position_embeddings", None) or ROW_LENGTH
         found = portions(
             texts,
             self.tokenizer,
             column=column,
-            skip=self.num_texts,
+            skip=self.num_texts if saved is None else saved.num_texts,
             num_tokens=num_tokens,
             row_length=min(ROW_LENGTH, context),
+            skipped_sha256=None if saved is None else saved.texts_sha256,
         )
+        first = list(islice(found, 1))  # or else it is of other texts
+        if saved is not None:
+            self.resume(saved)
         self.sources.append(source or (str(texts) if isinstance(texts, os.PathLike) else "given texts"))
         with tqdm(total=max(num_tokens, 0), unit="token", desc="covariance", disable=not progress) as bar:
-            for portion in found:
-                for batch in share_of(list(batches_of(portion.rows))):
-                    self.update([portion.rows[i] for i in batch])
+            for portion in chain(first, found):
+                self._add(portion)
                 self.num_tokens += portion.num_tokens
                 self.num_texts += portion.num_texts
+                self.texts_sha256 = portion.texts_sha256
                 bar.update(portion.num_tokens)
                 if checkpoint is not None:
                     result = self.covariance()
@@ -112,6 +121,18 @@ class CovarianceFitter:
         if self.num_tokens == 0:
             raise ValueError("`texts` gave no tokens: give texts that are not empty.")
         return self
+
+    def _add(self, portion: Portion) -> None:
+        """The keys of a portion; if that fails or is interrupted, what was added by then is counted."""
+        added = 0
+        try:
+            for batch in share_of(list(batches_of(portion.rows))):
+                rows = [portion.rows[i] for i in batch]
+                self.update(rows)
+                added += sum(map(len, rows))
+        except BaseException:
+            self.num_tokens += added
+            raise
 
     @alone
     def sample(self, num_tokens: int, *, seed: int = 0, progress: bool = True) -> CovarianceFitter:
@@ -126,6 +147,7 @@ class CovarianceFitter:
                 add_gram(self.sums[index], torch.cat(buffers[index]))
                 buffers[index].clear()
 
+        self.halfway = True
         rows = min(SAMPLE_ROWS, -(-num_tokens // SAMPLE_LENGTH))
         rounds = range(seed, seed + -(-num_tokens // (rows * SAMPLE_LENGTH)))
         with (
@@ -150,6 +172,7 @@ class CovarianceFitter:
         self.num_tokens += len(rounds) * rows * SAMPLE_LENGTH
         self.num_texts += len(rounds) * rows
         self.sources.append(f"text sampled from the model (seed {seed})")
+        self.halfway = False
         return self
 
     def update(self, rows: Sequence[Sequence[int]]) -> None:
@@ -168,8 +191,10 @@ class CovarianceFitter:
                     f"The keys at block {layer} hold NaN or infinity for {self.tokenizer.decode(row[:16])!r}: "
                     f"{origin(self.model, self.decoder, pad_rows([row], self.device))}."
                 )
+        self.halfway = True
         for total, keys in zip(self.sums, flat, strict=True):
             add_gram(total, keys)
+        self.halfway = False
 
     def resume(self, saved: Covariance) -> None:
         """Go on from a covariance fitted before.
@@ -177,24 +202,38 @@ class CovarianceFitter:
         Raises:
             ValueError: If it belongs to another model or other layers.
         """
+        self._check(saved)
+        self.halfway = True
+        for total, layer in zip(self.sums, self.layers, strict=True):
+            total.copy_(saved.matrices[layer] * saved.num_tokens if is_first() else torch.zeros_like(total))
+        self.num_tokens, self.num_texts, self.sources = saved.num_tokens, saved.num_texts, [saved.source]
+        self.texts_sha256, self.halfway = saved.texts_sha256, False
+
+    def _check(self, saved: Covariance) -> None:
         check_fingerprint(saved.base_fingerprint, self.base_fingerprint)
         if sorted(saved.matrices) != self.layers:
             raise ValueError(
                 f"The checkpoint has layers {sorted(saved.matrices)}, the fitter {self.layers}: give each its own file."
             )
         saved.check_widths({layer: len(total) for layer, total in zip(self.layers, self.sums, strict=True)})
-        for total, layer in zip(self.sums, self.layers, strict=True):
-            total.copy_(saved.matrices[layer] * saved.num_tokens if is_first() else torch.zeros_like(total))
-        self.num_tokens, self.num_texts, self.sources = saved.num_tokens, saved.num_texts, [saved.source]
 
     def covariance(self) -> Covariance:
-        """C₀ so far, over all processes (which all must call this)."""
+        """C₀ so far, over all processes (which all must call this).
+
+        Raises:
+            RuntimeError: If a pass was interrupted, or failed, when it had added some of its keys.
+        """
+        if self.halfway:
+            raise RuntimeError(
+                "The fit was interrupted while keys were being added: make another fitter, and give it the "
+                "`checkpoint` if there is one."
+            )
         means = {}
         for layer, total in zip(self.layers, self.sums, strict=True):
             upper = summed(total).triu()
             means[layer] = ((upper + upper.triu(1).T) / self.num_tokens).cpu()
         sources = ", ".join(dict.fromkeys(self.sources))
-        return Covariance(means, self.num_tokens, self.num_texts, sources, self.base_fingerprint)
+        return Covariance(means, self.num_tokens, self.num_texts, sources, self.base_fingerprint, self.texts_sha256)
 
 
 def add_gram(total: Tensor, keys: Tensor) -> None:

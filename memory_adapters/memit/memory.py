@@ -145,28 +145,25 @@ class MemitMemory(Memory):
         replaced = len(self.ledger.facts) + len(facts) - len(ledger.facts)
         if replaced:
             notes.append(f"{replaced} fact{'s' * (replaced > 1)} about the same subject and relation replaced")
-        self._place(ledger.solve())
-        try:
+        with self._undone_on_failure():
+            self._place(ledger.solve())
             with evaluating(self.model):
                 after = self._scores(facts)
             answers = answers_to(self, facts)
-        except BaseException:
-            self._place(self.ledger.solve())
-            raise
-        self.ledger, self.covariance = ledger, used
-        report = WriteReport(
-            method=self.config.method_name,
-            num_items={"Fact": len(facts)},
-            recall=after[0],
-            recall_before=before[0],
-            perplexity=after[1],
-            perplexity_before=before[1],
-            num_parameters=self.num_parameters(),
-            seconds=time.perf_counter() - start,
-            notes=[*notes, f"covariance of {used.num_tokens:,} tokens of {used.source}"],
-            answers=answers,
-        )
-        self.config.record(report)
+            self.ledger, self.covariance = ledger, used
+            report = WriteReport(
+                method=self.config.method_name,
+                num_items={"Fact": len(facts)},
+                recall=after[0],
+                recall_before=before[0],
+                perplexity=after[1],
+                perplexity_before=before[1],
+                num_parameters=self.num_parameters(),
+                seconds=time.perf_counter() - start,
+                notes=[*notes, f"covariance of {used.num_tokens:,} tokens of {used.source}"],
+                answers=answers,
+            )
+            self.config.record(report)
         return report
 
     @alone
@@ -182,10 +179,11 @@ class MemitMemory(Memory):
         if missing := [fact for fact in gone if fact not in self.ledger.facts]:
             raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `facts`.")
         ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
-        self._place(ledger.solve())
         prompts = {fact.prompt for fact in self.ledger.facts if fact in gone}
-        self.ledger = ledger
-        self.config.answers = [answer for answer in self.config.answers if answer["prompt"] not in prompts]
+        with self._undone_on_failure():
+            self._place(ledger.solve())
+            self.ledger = ledger
+            self.config.answers = [answer for answer in self.config.answers if answer["prompt"] not in prompts]
 
     def _place(self, factors: dict[int, Factors]) -> None:
         place(lora_layers(self.model, self._names), self.adapter_name, self._adapter_config, factors)

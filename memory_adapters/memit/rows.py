@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memory_adapters.decoder import execution_device, find_decoder
+from memory_adapters.forward_passes import CACHE
 from memory_adapters.knowledge import Fact
 from memory_adapters.tokens import last_token_of, shared_length, tokenize
 
@@ -146,7 +147,7 @@ class RowBatch:
         inputs = {"input_ids": self.ids[:, : self.ids.shape[1] - left]}
         for name, value in self.inputs.items():
             inputs[name] = value[:, : value.shape[1] - left]
-        return {**inputs, "past_key_values": self.fresh_cache()}
+        return {**inputs, CACHE: self.fresh_cache()}
 
     def select(self, keep: Tensor) -> RowBatch:
         """The rows with these indices."""
@@ -200,7 +201,7 @@ class Openings:
         ids, mask = _left_padded([*shared, []], device)
         cache = None
         if ids.shape[1]:
-            cache = model.base_model(input_ids=ids, **_masked(model, mask), use_cache=True).past_key_values
+            cache = model.base_model(input_ids=ids, **_masked(model, mask), use_cache=True)[CACHE]
         return cls([*map(len, shared), 0], mask, cache)
 
 
@@ -222,8 +223,8 @@ def keep_before(model: Any, rows: Sequence[FactRow], openings: Openings) -> RowB
         part = {name: value[:, : opened + before] for name, value in inputs.items()}
         if "position_ids" in part:
             part["position_ids"] = part["position_ids"][:, opened:]
-        out = model.base_model(input_ids=ids[:, :before], **part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model.base_model(input_ids=ids[:, :before], **part, **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
     if "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"][:, opened + before :]
     facts = torch.tensor([row.fact for row in rows], device=device)

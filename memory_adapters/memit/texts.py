@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memory_adapters.decoder import execution_device, find_decoder
+from memory_adapters.forward_passes import CACHE
 from memory_adapters.unrelated import seeded
 
 __all__ = ["Portion", "portions", "sample_tokens"]
@@ -25,10 +27,12 @@ class Portion:
     Attributes:
         rows: Token ids.
         num_texts: How many texts of the source they come from.
+        texts_sha256: Hash of all texts of the source so far, one chained to the next.
     """
 
     rows: list[list[int]]
     num_texts: int
+    texts_sha256: str
 
     @property
     def num_tokens(self) -> int:
@@ -36,7 +40,14 @@ class Portion:
 
 
 def portions(
-    texts: Any, tokenizer: Any, *, column: str, skip: int, num_tokens: int, row_length: int
+    texts: Any,
+    tokenizer: Any,
+    *,
+    column: str,
+    skip: int,
+    num_tokens: int,
+    row_length: int,
+    skipped_sha256: str | None = None,
 ) -> Iterator[Portion]:
     """Cut texts into rows of at most `row_length` tokens, until there are `num_tokens`; the last row is cut to fit.
 
@@ -47,12 +58,20 @@ def portions(
         skip: Texts to leave out at the start.
         num_tokens: Budget.
         row_length: Longest row.
+        skipped_sha256: What the texts that are left out must hash to, if that is known.
+
+    Raises:
+        ValueError: If they do not.
     """
     rows: list[list[int]] = []
-    count = taken = 0
+    count = taken = number = 0
+    digest = ""
     for number, text in enumerate(read_texts(texts, column)):
-        if num_tokens <= 0:
-            break
+        if number == skip:
+            _check_skipped(digest, skipped_sha256)
+        if number >= skip and num_tokens <= 0:
+            return
+        digest = hashlib.sha256(f"{digest} {text}".encode("utf-8", "surrogatepass")).hexdigest()
         if number < skip:
             continue
         taken += 1
@@ -61,10 +80,17 @@ def portions(
         count += len(ids)
         rows += [ids[start : start + row_length] for start in range(0, len(ids), row_length)]
         if count >= PORTION_TOKENS:
-            yield Portion(rows, taken)
+            yield Portion(rows, taken, digest)
             rows, count, taken = [], 0, 0
+    if number < skip:
+        _check_skipped(digest, skipped_sha256)
     if rows:
-        yield Portion(rows, taken)
+        yield Portion(rows, taken, digest)
+
+
+def _check_skipped(digest: str, expected: str | None) -> None:
+    if expected is not None and digest != expected:
+        raise ValueError("`checkpoint` is of other texts than `texts` begins with: give each text a file of its own.")
 
 
 def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
@@ -111,8 +137,8 @@ def sample_tokens(model: nn.Module, tokenizer: Any, *, rows: int, length: int, s
     with seeded(seed):
         for _ in range(length):
             mask = torch.ones(rows, len(found) + 1, dtype=torch.long, device=device)
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, use_cache=True)
+            cache = out[CACHE]
             cumulated = out.logits[:, -1].float().softmax(-1).cumsum(-1)
             drawn = torch.rand(rows, 1).to(device) * cumulated[:, -1:]
             ids = torch.searchsorted(cumulated, drawn, right=True).clamp(max=cumulated.shape[-1] - 1)

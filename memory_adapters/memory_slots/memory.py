@@ -122,34 +122,31 @@ class SlotMemory(Memory):
         with self._first_row_alone():
             before = scores(self.encoder, self.tokenizer, asked)
         (made,) = compress_texts(self.encoder, self.tokenizer, [as_text(listed)], asked, steps, progress)
-        try:
+        with self._undone_on_failure():
             self._read([slots + made.slots for slots in rows] or [made.slots])
             with self._first_row_alone():
                 after = scores(self.encoder, self.tokenizer, asked)
                 answers = answers_to(self, listed, taken=self.slots[0].num_slots)
-        except BaseException:
-            self._read(rows)
-            raise
-        report = WriteReport(
-            method=self.config.method_name,
-            num_items=dict(Counter(type(item).__name__ for item in listed)),
-            recall=after[0],
-            recall_before=before[0],
-            token_accuracy=None if made.accuracy is None else made.accuracy[1],
-            token_accuracy_before=None if made.accuracy is None else made.accuracy[0],
-            perplexity=after[1],
-            perplexity_before=before[1],
-            losses=made.losses,
-            num_parameters=self.num_parameters(),
-            seconds=time.perf_counter() - start,
-            notes=[
-                f"{made.slots.num_tokens} tokens in {made.slots.num_slots} slots of {made.slots.num_spans} span(s): "
-                f"compression rate {made.slots.compression_rate:.2f}"
-            ],
-            answers=answers,
-        )
-        self.config.record(report)
-        self._answered = (self.slots, answers)
+            report = WriteReport(
+                method=self.config.method_name,
+                num_items=dict(Counter(type(item).__name__ for item in listed)),
+                recall=after[0],
+                recall_before=before[0],
+                token_accuracy=None if made.accuracy is None else made.accuracy[1],
+                token_accuracy_before=None if made.accuracy is None else made.accuracy[0],
+                perplexity=after[1],
+                perplexity_before=before[1],
+                losses=made.losses,
+                num_parameters=self.num_parameters(),
+                seconds=time.perf_counter() - start,
+                notes=[
+                    f"{made.slots.num_tokens} tokens in {made.slots.num_slots} slots of {made.slots.num_spans} "
+                    f"span(s): compression rate {made.slots.compression_rate:.2f}"
+                ],
+                answers=answers,
+            )
+            self.config.record(report)
+            self._answered = (self.slots, answers)
         return report
 
     @overload
@@ -190,8 +187,9 @@ class SlotMemory(Memory):
                     stacklevel=2,
                 )
         slots_answered, answers = self._answered
-        self.config.answers = answers if list(map(id, rows)) == list(map(id, slots_answered)) else []
-        self._read(rows)
+        with self._undone_on_failure():
+            self.config.answers = answers if list(map(id, rows)) == list(map(id, slots_answered)) else []
+            self._read(rows)
 
     def _read(self, rows: list[MemorySlots]) -> None:
         """As `use`, of slots that fit."""

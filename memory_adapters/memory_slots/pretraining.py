@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from memory_adapters.finite import check_gradients, origin
-from memory_adapters.forward_passes import left_as_it_was
+from memory_adapters.forward_passes import evaluating
 from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.memory_slots.refinement import Asked, Row, autoencoding_rows, distil, predict
 from memory_adapters.processes import summed, weight_of_share
@@ -244,7 +244,7 @@ def train_encoder(
     )
     arguments = TrainingArguments(**{**settings, **(training_args or {})})
     checkpoint = checkpoint_to_resume(resume_from_checkpoint, arguments.output_dir)
-    with sole_thread(memory.model), seeded(memory.config.seed), left_as_it_was(memory.model):
+    with sole_thread(memory.model), seeded(memory.config.seed), evaluating(memory.model):
         return _train(memory, arguments, examples, held_out, checkpoint)
 
 
@@ -266,7 +266,6 @@ def _train(
     finally:
         if arguments.gradient_checkpointing:
             _checkpointing(memory.model, "disable")()
-        memory.model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
             parameter.grad = None

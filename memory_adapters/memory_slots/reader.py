@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
+from memory_adapters.forward_passes import CACHE
 from memory_adapters.memory_slots.entries import SlotReader
 
 __all__ = ["CHILD", "attach", "detach", "reader_of"]
@@ -58,7 +59,7 @@ def put_before(
     slots: Any = reader.read()
     names = list(inspect.signature(stack.forward).parameters)
     given = {**{names[i]: value for i, value in enumerate(args)}, **kwargs}
-    cache = given.get("past_key_values")
+    cache = given.get(CACHE)
     continued = getattr(cache, MARK, None)  # a cache that holds slots goes on with them, whatever is active now
     if continued is FILLED:
         return None
@@ -66,8 +67,8 @@ def put_before(
         return None
     if isinstance(cache, StaticCache):
         raise ValueError(
-            "`past_key_values` is a static cache, which is made for the prompt alone while slots stand before it: use "
-            "the default (dynamic) cache with slots."
+            f"`{CACHE}` is a static cache, which is made for the prompt alone while slots stand before it: use the "
+            "default (dynamic) cache with slots."
         )
     ids: Any = given.get("input_ids")
     embedded: Any = given.get("inputs_embeds")
@@ -101,9 +102,9 @@ def put_before(
 
     recomputing = stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
     if recomputing:
-        cache, given["past_key_values"], given["use_cache"] = None, None, False
+        cache, given[CACHE], given["use_cache"] = None, None, False
     elif cache is None and given.get("use_cache", stack.config.use_cache):
-        cache = given["past_key_values"] = DynamicCache(config=stack.config)
+        cache = given[CACHE] = DynamicCache(config=stack.config)
     if cache is not None and continued is None:
         setattr(cache, MARK, (own, leading))
         if leading is None:
@@ -203,7 +204,7 @@ def keys_and_values(stack: Any, vectors: Tensor, mask: Tensor) -> list[tuple[Ten
     try:
         stack.eval()
         inputs |= {"inputs_embeds": vectors.to(embeddings), "attention_mask": mask}
-        stack(**inputs, past_key_values=cache, use_cache=True)
+        stack(**inputs, **{CACHE: cache}, use_cache=True)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -121,9 +121,3 @@ class GatedMLP(nn.Module):
         """Append keys (n, hidden_size) and biases (n,) to those stored."""
         self.keys = torch.cat([self.keys, keys.to(self.keys)])
         self.key_bias = torch.cat([self.key_bias, key_bias.to(self.key_bias)])
-
-    def keep_keys(self, count: int) -> None:
-        """Forget all but the first `count` keys."""
-        if hasattr(self, "keys"):
-            self.keys = self.keys[:count].clone()
-            self.key_bias = self.key_bias[:count].clone()

@@ -1,4 +1,4 @@
-"""What training must not leave behind: half a write, or a model in another state."""
+"""What training must not leave behind: a model in another state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from peft.functional import set_requires_grad
 from torch import nn
 
-from memory_adapters.checkpoint import set_adapter_tensors
 from memory_adapters.forward_passes import left_as_it_was
 from memory_adapters.quantised import differentiable
 from memory_adapters.residual_mlp.tuner import memory_layers
@@ -17,7 +16,7 @@ from memory_adapters.residual_mlp.tuner import memory_layers
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
 
-__all__ = ["speaking", "trainable_alone", "unchanged_on_failure"]
+__all__ = ["speaking", "trainable_alone"]
 
 
 @contextmanager
@@ -43,22 +42,6 @@ def speaking(memory: ResidualMemory) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_on_failure(memory: ResidualMemory) -> Iterator[None]:
-    """If the block fails or is interrupted, the memory and its config are what they were before."""
-    config = memory.config
-    tensors = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
-    num_keys, writes = config.num_keys, list(config.writes)
-    try:
-        yield
-    except BaseException:
-        config.num_keys, config.writes = num_keys, writes
-        for layer in memory.tuner_layers():
-            layer.memory_adapter_mlp[memory.adapter_name].keep_keys(num_keys)
-        set_adapter_tensors(memory.model, memory.adapter_name, tensors)
-        raise
-
-
-@contextmanager
 def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
     """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
     model: nn.Module = memory.model
@@ -67,7 +50,6 @@ def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
         with left_as_it_was(model):
             model.requires_grad_(False)
             set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
-            model.eval()
             with differentiable(model):
                 yield
     finally:

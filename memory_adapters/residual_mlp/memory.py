@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import TrainerCallback
 
 from memory_adapters.knowledge import as_items
@@ -86,7 +87,11 @@ class ResidualMemory(Memory):
         self._check_writable()
         if not self.config.has_keys:
             raise ValueError(f"`token_gate={self.config.token_gate!r}` has no keys to fit; set `router_keys=True`.")
-        return Writer(self, as_items(items), unrelated).fit_keys()
+        with self._undone_on_failure():
+            return Writer(self, as_items(items), unrelated).fit_keys()
+
+    def _trained(self) -> Iterable[Tensor]:
+        return self.state_dict().values()
 
     def _detach(self) -> None:
         self.active = False  # so that PEFT does not activate another adapter in its place

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from memory_adapters.activation import BASE_ROW
 from memory_adapters.decoder import execution_device, find_decoder
+from memory_adapters.forward_passes import CACHE
 from memory_adapters.inject import base_model, memories
 from memory_adapters.residual_mlp.memory import ResidualMemory
 from memory_adapters.residual_mlp.tuner import MemoryLayer, memory_layers
@@ -68,7 +69,7 @@ class MemoryRouter:
         listed = [texts] if isinstance(texts, str) else list(texts)
         inputs = pad_rows([tokenize(tokenizer, text) for text in listed], execution_device(self.decoder.embeddings))
         with torch.no_grad():
-            found = getattr(self.model(**inputs, use_cache=True).past_key_values, MARK)
+            found = getattr(self.model(**inputs, use_cache=True)[CACHE], MARK)
         return [None if name == BASE_ROW else name for name in found]
 
     def remove(self) -> None:
@@ -87,7 +88,7 @@ class MemoryRouter:
 
     def _begin(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a pass: a cache that is being continued keeps its route; another input is read anew."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         continued = cache is not None and cache.get_seq_length() > 0
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -125,7 +126,7 @@ class MemoryRouter:
         ended = own.pop()
         if not own:
             del self.passes[get_ident()]
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if cache is not None and ended.route is not None:
             setattr(cache, MARK, ended.route)
 

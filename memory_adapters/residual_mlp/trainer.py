@@ -22,6 +22,7 @@ from memory_adapters.reading import read_tensors
 from memory_adapters.residual_mlp.dataset import FilledSampler, collate
 from memory_adapters.residual_mlp.reuse import ReusedStates
 from memory_adapters.residual_mlp.rows import IGNORED
+from memory_adapters.resuming import check_mark, mark_checkpoint
 
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
@@ -38,6 +39,7 @@ class MemoryTrainer(Trainer):
         memory: The memory.
         decoder: Parts of its model.
         reuse: How to resume from stored states; None to run the whole model.
+        rows_sha256: What is trained on, for its checkpoints.
         kwargs: Passed to `transformers.Trainer`.
     """
 
@@ -46,11 +48,13 @@ class MemoryTrainer(Trainer):
         memory: ResidualMemory,
         decoder: Decoder,
         reuse: ReusedStates | None,
+        rows_sha256: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.memory = memory
         self.decoder = decoder
         self.reuse = reuse
+        self.rows_sha256 = rows_sha256
         self.epoch_losses: list[float] = []
         self.step_losses: list[Tensor] = []
         super().__init__(model=memory.model, data_collator=collate, **kwargs)
@@ -149,8 +153,10 @@ class MemoryTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Checkpoints hold the memory, not the base model."""
         self.memory.save_pretrained(output_dir or self.args.output_dir)
+        mark_checkpoint(output_dir or self.args.output_dir, self.rows_sha256)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        check_mark(resume_from_checkpoint, self.rows_sha256)
         load_weights(self.memory, resume_from_checkpoint)
 
 

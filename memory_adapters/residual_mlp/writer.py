@@ -22,12 +22,12 @@ from memory_adapters.knowledge import Fact, Item
 from memory_adapters.memory import WriteReport
 from memory_adapters.residual_mlp.dataset import SlotDataset, Teacher
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
-from memory_adapters.residual_mlp.guards import speaking, trainable_alone, unchanged_on_failure
+from memory_adapters.residual_mlp.guards import speaking, trainable_alone
 from memory_adapters.residual_mlp.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
 from memory_adapters.residual_mlp.reuse import ReusedStates, row_states
 from memory_adapters.residual_mlp.rows import Row, Slot, build_slots, locality_slots, make_prefixes
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, training_arguments
-from memory_adapters.resuming import checkpoint_to_resume
+from memory_adapters.resuming import checkpoint_to_resume, digest_of
 from memory_adapters.saving import scratch_folder
 from memory_adapters.tokens import pad_rows, score_rows, tokenize
 from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES, sample_text, seeded
@@ -71,8 +71,7 @@ class Writer:
         self.items = items
         self.decoder: Decoder = find_decoder(self.model, self.config.layers_path)
         self.layers = [int(layer) for layer in self.config.depths]
-        model_config: Any = self.model.config
-        context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.max_length = min(context, self.config.max_length or context)
         # Items are tokenised once without prefixes first, so that bad ones are refused before any work.
         build_slots(items, self.tokenizer, prefixes=[], max_length=self.max_length)
@@ -176,20 +175,21 @@ class Writer:
     def train(
         self, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback], resume: bool | str
     ) -> list[float]:
-        """Train on the slots; returns the mean loss of each epoch."""
+        """Train on the slots; returns each epoch's mean loss."""
         slots = self.slots + (self._locality_slots() if self.config.locality_weight > 0 else [])
         rows = [row for slot in slots for row in slot.rows]
-        reuse, states = self._stored_states([row.input_ids for row in rows])
+        ids = [row.input_ids for row in rows]
+        reuse, states = self._stored_states(ids)
         teachers: list[Teacher | None] = [None] * len(rows)
         with self.memory.disabled():
-            kinds = [slot.kind for slot in slots for _ in slot.rows]
-            for i, kind in enumerate(kinds):
+            for i, kind in enumerate(slot.kind for slot in slots for _ in slot.rows):
                 if kind == "locality" or self.config.distillation_weight > 0:
                     teachers[i] = self._teacher(rows[i])
         trainer = MemoryTrainer(
             self.memory,
             self.decoder,
             reuse,
+            digest_of(ids),
             args=arguments,
             train_dataset=SlotDataset(slots, states, teachers),
             callbacks=list(callbacks),
@@ -271,7 +271,7 @@ def write(
     with (
         scratch_folder() as folder,
         speaking(memory),
-        unchanged_on_failure(memory),
+        memory._undone_on_failure(),
         seeded(memory.config.seed),
     ):
         with trainable_alone(memory):
@@ -281,20 +281,20 @@ def write(
             losses = writer.train(arguments, callbacks, resume)
         after = writer.scores()
         answers = answers_to(memory, items)
-    report = WriteReport(
-        method=memory.config.method_name,
-        num_items=dict(Counter(type(item).__name__ for item in items)),
-        recall=after["recall"],
-        recall_before=before["recall"],
-        token_accuracy=after["token_accuracy"],
-        token_accuracy_before=before["token_accuracy"],
-        perplexity=after["perplexity"],
-        perplexity_before=before["perplexity"],
-        losses=losses,
-        num_parameters=memory.num_parameters(),
-        seconds=time.perf_counter() - start,
-        notes=writer.notes,
-        answers=answers,
-    )
-    memory.config.record(report)
+        report = WriteReport(
+            method=memory.config.method_name,
+            num_items=dict(Counter(type(item).__name__ for item in items)),
+            recall=after["recall"],
+            recall_before=before["recall"],
+            token_accuracy=after["token_accuracy"],
+            token_accuracy_before=before["token_accuracy"],
+            perplexity=after["perplexity"],
+            perplexity_before=before["perplexity"],
+            losses=losses,
+            num_parameters=memory.num_parameters(),
+            seconds=time.perf_counter() - start,
+            notes=writer.notes,
+            answers=answers,
+        )
+        memory.config.record(report)
     return report

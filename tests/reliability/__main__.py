@@ -4,8 +4,7 @@
     python -m tests.reliability --every 4 --random 0         # every fourth call once, and nothing at random
 
 Every operation is killed once before each call that changes a file (or before every n-th), in the middle of its files,
-and then at random times. A loopback Hub is in this process, all else
-in one of which the children are forked.
+and then at random times. A loopback Hub is in this process, all else in one of which the children are forked.
 """
 
 from __future__ import annotations

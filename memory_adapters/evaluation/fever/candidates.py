@@ -29,7 +29,7 @@ from memory_adapters.residual_mlp.router import route_memories
 __all__ = ["EXPERIMENT", "Bench", "Candidate", "Reading", "standard_candidates"]
 
 DOC, TEMP = "Doc", "Temp"
-WHOLE_EPOCHS = 10
+WHOLE_EPOCHS = 10  # of what is trained through the whole model
 EXPERIMENT = ("Pretrained", "Doc", "Temp", "DocTemp", "Doc, decay .01", "Temp, decay .01", "DocTemp, decay .01")
 
 
@@ -140,12 +140,10 @@ class Memories(Candidate):
                 stack.callback(found[-1].remove)
             if self.routed:
                 stack.enter_context(route_memories(bench.model))
-            written = [
-                memory.config.writes[-1] for memory, folder in zip(found, folders, strict=True) if folder in kept
-            ]
+            before = [memory for memory, folder in zip(found, folders, strict=True) if folder in kept]
             yield Reading(
                 sum(memory.num_parameters() for memory in found),
-                kept_seconds=sum(float(write["seconds"]) for write in written),
+                kept_seconds=sum(float(memory.config.writes[-1]["seconds"]) for memory in before),
             )
 
     def _folder(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str]) -> Path:
