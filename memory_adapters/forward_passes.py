@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,7 +28,12 @@ __all__ = [
     "logits_at",
     "plain_attention",
     "resumed",
+    "slots_silent",
+    "undisturbed",
+    "without_slots",
 ]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 # What models call their keys and values, in what they take and give: renamed in transformers 5.24.
@@ -192,6 +198,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def slots_silent(model: nn.Module) -> Iterator[None]:
+    """Within this context nothing stands before the tokens that a model is given: states are found by position."""
+    readers: list[Any] = [module for module in model.modules() if getattr(module, "precedes_tokens", False)]
+    before = [reader._disable_adapters for reader in readers]
+    try:
+        for reader in readers:
+            reader._disable_adapters = True
+        yield
+    finally:
+        for reader, disabled in zip(readers, before, strict=True):
+            reader._disable_adapters = disabled
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode, and reads no slots."""
+    with evaluating(model), slots_silent(model):
+        yield
+
+
+def without_slots(method: Method) -> Method:
+    """Let a method of something that has a `model` run within `slots_silent`."""
+
+    @wraps(method)
+    def within(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with slots_silent(self.model):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, within)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def merge_lora(model: nn.Module, adapter_name: str = "default") -> nn.Module:
 
     PEFT's own `merge_and_unload` merges every active LoRA, edits too, and drops all others. Here every other adapter
     stays as it is. Memories that stay belong to the merged model from then on: their fingerprint becomes its own.
+    Meanwhile the matrices that the LoRA is on are kept in main memory too, so that an interruption is undone exactly.
 
     Args:
         model: A model with the LoRA, or a PeftModel around one (which is of no use afterwards).
@@ -60,20 +61,23 @@ def _merge(base: Any, adapter_name: str) -> nn.Module:
         raise ValueError(f"`adapter_name={adapter_name!r}` trained whole modules too: merge it with PEFT, on its own.")
     if not all(torch.isfinite(layer.get_delta_weight(adapter_name)).all() for layer in layers):
         raise ValueError(f"`adapter_name={adapter_name!r}` holds NaN or infinity: nothing was merged.")
-    try:
+    books = [memory._config for memory in found.values()]
+    with undone_on_failure(base, *books, numbers=_weights(layers)):
         for layer in layers:
             layer.merge(adapter_names=[adapter_name])
-        with undone_on_failure(base, *(memory._config for memory in found.values())):
-            _take_off(base, adapter_name, layers)
-            for name, memory in found.items():
-                if name != adapter_name:
-                    memory._rebase(base_fingerprint(base, memory.config.layers_path))
-    except BaseException:  # such as an interruption: subtracted again
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
-        raise
+        _take_off(base, adapter_name, layers)
+        for name, memory in found.items():
+            if name != adapter_name:
+                memory._rebase(base_fingerprint(base, memory.config.layers_path))
     return base
+
+
+def _weights(layers: Sequence[LoraLayer]) -> Iterator[torch.Tensor]:
+    """What merging writes into; quantised weights are replaced, and those on disk are written back whole."""
+    for layer in layers:
+        for parameter in layer.get_base_layer().parameters():
+            if type(parameter.data) is torch.Tensor and parameter.is_floating_point() and not parameter.is_meta:
+                yield parameter
 
 
 def _take_off(base: Any, adapter_name: str, layers: Sequence[LoraLayer]) -> None:

@@ -32,6 +32,8 @@ from tests.changed_files import (
     save_each,
 )
 from tests.models import byte_tokenizer, tiny_model
+from tests.test_training import FACT as ITEM
+from tests.test_training import OTHER, QUIET, fresh, write
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,40 @@ def test_an_edit_saved_before_this_was_checked(saved: Callable[[str], Path], tmp
     write_tensors(ledger, load_file(ledger))
     memory: Any = load_memory(tiny_model(), tmp_path)
     assert memory.facts == [FACT]
+
+
+def test_a_fit_goes_on_with_the_same_texts_alone(tmp_path: Path) -> None:
+    file, texts = tmp_path / "c.safetensors", ["Birds sing in the morning.", "The sea is cold.", "He sold the house."]
+
+    def fit(texts: list[str], num_tokens: int) -> CovarianceFitter:
+        fitter = CovarianceFitter(tiny_model(), byte_tokenizer(), [1])
+        fitter.sums[0] += 1  # what it holds is replaced by the checkpoint, if that is of these texts
+        return fitter.fit(texts, num_tokens, checkpoint=file, progress=False)
+
+    kept = fit(texts, 30).covariance()
+    saved = file.read_bytes()
+    for others in (["Another text.", *texts[1:]], texts[:1], [], texts[::-1]):
+        with pytest.raises(ValueError, match="`checkpoint` is of other texts than `texts` begins with"):
+            fit(others, 60)
+        with pytest.raises(ValueError, match="`checkpoint` is of other texts"):
+            fit(others, 30)  # of which it has enough
+        assert file.read_bytes() == saved
+    assert fit([*texts[:2], "Something new."], 30).covariance().matrices[1].equal(kept.matrices[1])
+    assert fit([*texts[:2], "Something new."], 40).num_tokens == 40
+    Covariance(kept.matrices, kept.num_tokens, kept.num_texts, kept.source, kept.base_fingerprint).save(file)
+    fit(["Another text.", *texts], 60)  # a file of an earlier version does not say
+
+
+def test_a_write_goes_on_with_the_same_items_alone(tmp_path: Path) -> None:
+    settings = {**QUIET, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    memory = fresh(token_gate="none")
+    write(memory, [ITEM, OTHER], training_args=settings)
+    other = fresh(token_gate="none")
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint`: .* is of a write of other items"):
+        write(other, [ITEM], training_args=settings, resume_from_checkpoint=True)
+    assert all(tensor.equal(before[name]) for name, tensor in other.state_dict().items())
+    for mark in tmp_path.glob("checkpoint-*/rows.json"):
+        mark.unlink()  # as an earlier version left it
+    write(other, [ITEM, OTHER], training_args=settings, resume_from_checkpoint=True)
+    assert all(tensor.equal(memory.state_dict()[name]) for name, tensor in other.state_dict().items())

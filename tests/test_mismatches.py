@@ -195,3 +195,40 @@ def test_what_belongs_together_loads_without_a_word(saved: Callable[[str], Path]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_memory(tiny_model(), saved(method), tokenizer=byte_tokenizer(chat=True))
+
+
+@methods
+def test_another_head(method: str, tmp_path: Path) -> None:
+    """An output projection of its own, as in a base that was trained on without its embeddings."""
+    model = tiny_model()
+    model.config.tie_word_embeddings = False
+    memory = inject_memory(model, CONFIGS[method](), tokenizer=byte_tokenizer())
+    memory.save_pretrained(tmp_path)
+    other = tiny_model()
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    assert other.lm_head.weight is not other.model.embed_tokens.weight
+    refused(tmp_path, "another base model: its `head`", other)
+
+
+def test_a_memory_that_is_there_already(tmp_path: Path) -> None:
+    for method, config in CONFIGS.items():
+        model = tiny_model()
+        memory: Any = inject_memory(model, config(), tokenizer=byte_tokenizer())
+        if method != "residual":
+            memory.write(FACT, progress=False)
+        memory.save_pretrained(tmp_path / method)
+        with pytest.warns(UserWarning, match="'knowledge_2' is on this model already, as 'knowledge': .* counts twice"):
+            twin: Any = load_memory(model, tmp_path / method, tokenizer=byte_tokenizer())
+        twin.remove()
+        memory.remove()
+        load_memory(model, tmp_path / method)
+
+
+def test_slots_of_one_encoder_are_no_twins(tmp_path: Path) -> None:
+    model = tiny_model()
+    memory: Any = inject_memory(model, CONFIGS["slots"](), tokenizer=byte_tokenizer())
+    memory.save_pretrained(tmp_path)
+    load_memory(model, tmp_path, tokenizer=byte_tokenizer())
+    memory.write("Some text.", progress=False)
+    load_memory(model, tmp_path)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from memory_adapters.checkpoint import base_fingerprint, check_fingerprint
 from memory_adapters.decoder import execution_device, find_decoder, mlp_projection, resolve_layers
 from memory_adapters.finite import origin, rows_not_finite
-from memory_adapters.forward_passes import capture_inputs, evaluating, inputs_of
+from memory_adapters.forward_passes import capture_inputs, evaluating, inputs_of, without_slots
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.texts import Portion, portions, sample_tokens
 from memory_adapters.processes import is_first, share_of, summed
@@ -36,7 +36,7 @@ class CovarianceFitter:
     """Accumulates Σ k kᵀ over texts, in any number of calls and processes.
 
     Args:
-        model: A Hugging Face causal LM. What is active on it takes part.
+        model: A Hugging Face causal LM. What is active on it takes part, but for memory slots.
         tokenizer: Its tokenizer.
         layers: Block indices, or a range of depth, as in `MemitConfig`.
         layers_path: Dotted name of the model's list of decoder blocks, where it is not recognised.
@@ -63,6 +63,7 @@ class CovarianceFitter:
         self.halfway = False  # while some keys of a pass are added, and others are not
 
     @alone
+    @without_slots
     def fit(
         self,
         texts: Any,
@@ -135,6 +136,7 @@ class CovarianceFitter:
             raise
 
     @alone
+    @without_slots
     def sample(self, num_tokens: int, *, seed: int = 0, progress: bool = True) -> CovarianceFitter:
         """Add the keys of text that the model samples from itself: needs no data. Nothing is read twice."""
         buffers: list[list[Tensor]] = [[] for _ in self.modules]

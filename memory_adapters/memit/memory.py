@@ -18,7 +18,7 @@ from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, warn
 from memory_adapters.config import shown
 from memory_adapters.decoder import Decoder, find_decoder, mlp_projection
 from memory_adapters.finite import check_scores
-from memory_adapters.forward_passes import evaluating
+from memory_adapters.forward_passes import evaluating, without_slots
 from memory_adapters.knowledge import Fact, as_items
 from memory_adapters.lora import lora_layers, take_out
 from memory_adapters.memit.adapter import place
@@ -98,6 +98,7 @@ class MemitMemory(Memory):
         return self.covariance
 
     @alone
+    @without_slots
     def write(
         self,
         items: Any,
@@ -108,8 +109,8 @@ class MemitMemory(Memory):
     ) -> WriteReport:
         """Add facts. Earlier ones stay; a fact about the same subject and relation is replaced.
 
-        The result does not depend on how facts are divided among writes, nor on their order. If it fails or is
-        interrupted, the memory is what it was before.
+        The result does not depend on how facts are divided among writes, nor on their order. Slots of other memories
+        are not read meanwhile. If it fails or is interrupted, the memory is what it was before.
 
         Args:
             items: One `Fact` or many.

@@ -70,7 +70,7 @@ def portions(
         if number == skip:
             _check_skipped(digest, skipped_sha256)
         if number >= skip and num_tokens <= 0:
-            return
+            break
         digest = hashlib.sha256(f"{digest} {text}".encode("utf-8", "surrogatepass")).hexdigest()
         if number < skip:
             continue

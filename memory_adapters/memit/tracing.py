@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from memory_adapters.decoder import Decoder, execution_device, find_decoder, mlp_projection
-from memory_adapters.forward_passes import block_returns_tuple, evaluating, hidden_state, logits_at, resumed
+from memory_adapters.forward_passes import block_returns_tuple, hidden_state, logits_at, resumed, undisturbed
 from memory_adapters.knowledge import Fact
 from memory_adapters.saving import atomic_file
 from memory_adapters.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
@@ -167,7 +167,7 @@ def trace_facts(
     window = window or max(1, round(depth / 5))
     queries = [_Query.of(tokenizer, fact) for fact in facts]
     sums, counts, total = torch.zeros(len(kinds), len(ROLES), depth).double(), torch.zeros(len(ROLES), 1).double(), 0.0
-    with evaluating(model):
+    with undisturbed(model):
         right = score_rows(model, decoder, [[*q.ids, q.answer] for q in queries], [len(q.ids) for q in queries]).right
         known = [query for query, hit in zip(queries, right, strict=True) if hit or not only_known]
         if not known:

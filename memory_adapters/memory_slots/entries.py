@@ -33,6 +33,7 @@ class SlotReader(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("slot_entries",)
     other_param_names = ()
+    precedes_tokens = True
 
     def __init__(self) -> None:
         super().__init__()

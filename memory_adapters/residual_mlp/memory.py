@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import TrainerCallback
 
+from memory_adapters.forward_passes import without_slots
 from memory_adapters.knowledge import as_items
 from memory_adapters.memory import Memory, WriteReport
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
@@ -37,6 +38,7 @@ class ResidualMemory(Memory):
             layer.weights[self.adapter_name] = float(value)
 
     @alone
+    @without_slots
     def write(
         self,
         items: Any,
@@ -49,7 +51,8 @@ class ResidualMemory(Memory):
         """Learn facts, questions with answers, and documents by training the memory.
 
         A second write adds to the first, but trains the same MLP, so what was written earlier fades unless it is
-        given again. If it fails or is interrupted, the memory is what it was before.
+        given again. Slots of other memories are not read meanwhile. If it fails or is interrupted, the memory is what
+        it was before.
 
         Args:
             items: Strings (documents), `Document`, `Fact`, `QuestionAnswer`, mixed; one or many.
@@ -78,6 +81,7 @@ class ResidualMemory(Memory):
         )
 
     @alone
+    @without_slots
     def fit_keys(self, items: Any, *, unrelated: Sequence[str] | None = None) -> int:
         """Only find the keys of `items`, for those who train the memory in a loop of their own.
 
