@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 LOWEST ?= .venv-lowest
 MODEL ?=
+JOBS ?= 2
 DATA ?= $(MEMORY_ADAPTERS_DATA)
 RESULTS ?= experiments
 
@@ -18,11 +19,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## teach a real model facts, switch it off, save, load in a new process
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/.installed ## everything CI runs
+test: $(VENV)/.installed ## everything CI runs, in JOBS processes of one thread each
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # The second leg: every test that is not slow and needs no real model, warnings fatal as ever, on the lowest versions of
 # all that an installation brings (not of bitsandbytes, torchao and trl, whose tests are skipped). About 20 minutes on
@@ -38,11 +39,11 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[cli,demo,plots,evaluation]" \
-		hatchling hypothesis pytest pytest-timeout
+		hatchling hypothesis pytest pytest-timeout pytest-xdist
 	touch $@
 
 test-lowest: $(LOWEST)/.installed ## the fast tests on the lowest versions that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore tests/test_real.py -o cache_dir=$(LOWEST)/.pytest_cache \
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --ignore tests/test_real.py -o cache_dir=$(LOWEST)/.pytest_cache \
 		$(LOWEST_CANNOT:%=--deselect %)
 
 audit: $(VENV)/.installed ## known vulnerabilities of what is installed; fails if the database cannot be asked
