@@ -16,6 +16,7 @@ import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -192,6 +193,7 @@ def loading(method: str, folder: Path) -> tuple[PreTrainedModel, Step, int]:
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), adapter_name="lora")
 
     def step(turn: int) -> Tensor:
+        warnings.filterwarnings("ignore", message="What was loaded as")  # the memory that stays is the same one
         memory = load_memory(model, folder / "saved", tokenizer=TOKENIZER, adapter_name=f"user_{turn}")
         spoken = logits(model)
         memory.save_pretrained(folder / "again")

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
 
 from memory_adapters.config import saved_files
@@ -149,9 +150,7 @@ def find_files(
     patterns = list(saved_files() if names is None else names)
     try:
         with _connected(f"downloading from `{name}`", "Nothing half downloaded is kept: load again."):
-            found = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
-        _clear_unfinished(found.parents[1])
-        return found
+            return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     except OSError as error:
         if error.errno in REMEDIES:
             raise OSError(
@@ -162,6 +161,8 @@ def find_files(
         if hasattr(error, "add_note"):
             error.add_note(f"There is no local folder `{name}` either.")
         raise
+    finally:
+        _clear_unfinished(Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model"))
 
 
 def find_file(path_or_repo_id: str | os.PathLike[str], name: str, *, revision: str | None, token: str | None) -> Path:
@@ -194,7 +195,7 @@ def _check_local(path: Path, revision: str | None) -> None:
 
 
 def _clear_unfinished(repository: Path) -> None:
-    """Clear what killed downloads left in the Hub's cache of a repository, which huggingface_hub never uses again."""
+    """Clear what killed and broken downloads left in the Hub's cache of a repository."""
     for left in repository.glob("blobs/*.incomplete"):
         lock = repository.parent / ".locks" / repository.name / f"{left.name.partition('.')[0]}.lock"
         with suppress(OSError), WeakFileLock(lock, timeout=0.1):  # a download that is alive holds it

@@ -24,12 +24,14 @@ class Operation(ABC):
 
     Attributes:
         folder: Where it works now.
+        temporary: What the temporary folder held before.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.count = 0
         self.folder = root
+        self.temporary: set[Path] = set()
 
     @property
     def name(self) -> str:
@@ -40,6 +42,7 @@ class Operation(ABC):
         self.count += 1
         self.folder = self.root / f"{type(self).__name__}-{self.count}"
         self.folder.mkdir()
+        self.temporary = set(Path(tempfile.gettempdir()).iterdir())  # torch 2.6 keeps a folder there
         self.prepare()
 
     def prepare(self) -> None:  # noqa: B027  # work that starts from nothing has none
@@ -63,7 +66,8 @@ class Operation(ABC):
             age(path)
         with scratch_folder():
             pass
-        assert not list(temporary.iterdir()), f"{self.name}: left {list(temporary.iterdir())}"
+        left = sorted(set(temporary.iterdir()) - self.temporary)
+        assert not left, f"{self.name}: left {left}"
         return found
 
 
