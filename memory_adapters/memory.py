@@ -251,6 +251,8 @@ class Memory(OnHub):
         write_tensors(folder / WEIGHTS_FILE, tensors)
         config = copy.copy(self._adapter_config)
         config.inference_mode = True
+        if isinstance(targets := getattr(config, "target_modules", None), set):
+            config.target_modules = sorted(targets)  # PEFT 0.21.0 writes a set in any order
         config.save_pretrained(str(folder))
 
     @classmethod

@@ -17,6 +17,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationMixin
 
+from memory_adapters.undoing import undone_on_failure
+
 __all__ = ["alone", "sole_thread"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -81,11 +83,11 @@ def sole_thread(model: nn.Module) -> Iterator[None]:
 
 
 def alone(method: Method) -> Method:
-    """Let a method of something that has a `model` run within `sole_thread`."""
+    """Let a method of something that has a `model` run within `sole_thread`; if it fails, no hook of it is left there."""
 
     @wraps(method)
     def within(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with sole_thread(self.model):
+        with sole_thread(self.model), undone_on_failure(self.model):
             return method(self, *args, **kwargs)
 
     return cast(Method, within)

@@ -23,6 +23,7 @@ from memory_adapters.reading import read_tensors
 from memory_adapters.resuming import checkpoint_to_resume
 from memory_adapters.threads import sole_thread
 from memory_adapters.tokens import pad_rows
+from memory_adapters.undoing import undone_on_failure
 from memory_adapters.unrelated import seeded
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ def train_encoder(
 ) -> list[dict[str, float]]:
     """Train the encoder of a memory; afterwards it is frozen again, and `write` uses it.
 
+    If it fails or is interrupted, the encoder is what it was trained to by then.
+
     Args:
         memory: A memory with a tokenizer.
         examples: What to learn, such as `TextExamples` or `instruction_examples`.
@@ -244,7 +247,8 @@ def train_encoder(
     )
     arguments = TrainingArguments(**{**settings, **(training_args or {})})
     checkpoint = checkpoint_to_resume(resume_from_checkpoint, arguments.output_dir)
-    with sole_thread(memory.model), seeded(memory.config.seed), evaluating(memory.model):
+    model = memory.model
+    with sole_thread(model), undone_on_failure(model), seeded(memory.config.seed), evaluating(model):
         return _train(memory, arguments, examples, held_out, checkpoint)
 
 
