@@ -83,7 +83,7 @@ def sole_thread(model: nn.Module) -> Iterator[None]:
 
 
 def alone(method: Method) -> Method:
-    """Let a method of something that has a `model` run within `sole_thread`; if it fails, no hook of it is left there."""
+    """Let a method of something that has a `model` run within `sole_thread`; no hook of one that fails is left."""
 
     @wraps(method)
     def within(self: Any, *args: Any, **kwargs: Any) -> Any:
