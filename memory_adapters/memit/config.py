@@ -51,7 +51,8 @@ class MemitConfig(MemoryConfig):
         num_prefixes: Sampled openings behind which a fact must hold, beside its bare prompt.
         prefix_length: Their length in tokens.
         chat: Whether a fact must hold as the answer to its prompt in the tokenizer's chat template too.
-        precision: Of the forward passes that find z: `"model"` for the model's own, or `"bfloat16"`.
+        precision: Of the forward passes that find z: `"model"` for the model's own, or `"bfloat16"` where that is
+            fast: a CPU without its instructions (AVX-512 on x86) takes the model's own.
         covariance_tokens: Tokens of text sampled from the model, for C₀ when `write` is given none.
         shrinkage: ρ of C₀'s shrinkage in [0, 1]; None to estimate it from the number of tokens.
         batch_tokens: Tokens in one forward pass; None for what fits in the free memory.

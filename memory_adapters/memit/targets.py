@@ -29,6 +29,7 @@ from memory_adapters.forward_passes import (
     bfloat16_weights,
     block_returns_tuple,
     capture,
+    computes_in_bfloat16,
     logits_at,
     plain_attention,
     resumed,
@@ -106,14 +107,14 @@ class TargetFinder:
         model: The causal LM, frozen.
         decoder: Its parts.
         layer: The last edited block.
-        precision: `"model"` or `"bfloat16"`.
+        precision: `"model"` or `"bfloat16"`, as in `MemitConfig`.
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, layer: int, precision: str) -> None:
         self.model, self.decoder, self.layer = model, decoder, layer
         self.as_tuple = block_returns_tuple(model, decoder, layer)
-        self.bfloat16 = precision == "bfloat16"
         self.device = execution_device(decoder.embeddings)
+        self.bfloat16 = computes_in_bfloat16(precision, self.device)
 
     def states(self, batch: RowBatch) -> Tensor:
         """Output of the last edited block at all tokens of `batch` (rows, tokens, hidden_size)."""

@@ -65,7 +65,7 @@ def compress_texts(
         if steps:
             goals = [_goals(config.refine_fraction, spans, tokenizer.eos_token_id, asked) for spans in cut]
             before = _accuracies(encoder, cut, vectors)
-            fast = [*encoder.stack.modules(), encoder.decoder.head] if config.precision == "bfloat16" else []
+            fast = [*encoder.stack.modules(), encoder.decoder.head] if encoder.refines_in_bfloat16 else []
             with differentiable(encoder.model), bfloat16_weights(fast):
                 refined = [
                     one

@@ -48,7 +48,8 @@ class MemorySlotsConfig(MemoryConfig):
         refine_target_loss: Refinement ends once every token asked is the model's first choice and the mean loss is
             below this.
         refine_fraction: Weight of autoencoding in refinement, against predicting what is asked of the text.
-        precision: Of the refinement's forward passes: `"model"` for the model's own, or `"bfloat16"`.
+        precision: Of the refinement's forward passes: `"model"` for the model's own, or `"bfloat16"` where that is
+            fast: a CPU without its instructions (AVX-512 on x86) takes the model's own.
         encoder_steps: Updates that the encoder was trained for. Filled in by training.
         has_slots: Whether slots are saved beside the encoder. Filled in when saving.
         seed: Of the initialisation.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memory_adapters.decoder import Decoder, execution_device, find_decoder
-from memory_adapters.forward_passes import plain_attention
+from memory_adapters.forward_passes import computes_in_bfloat16, plain_attention
 from memory_adapters.lora import adapter_layers
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 
@@ -75,6 +75,11 @@ class Encoder:
         self.device = execution_device(self.decoder.embeddings)
         self.stack: Any = model.get_submodule(self.decoder.stack_path)
         self.mode: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def refines_in_bfloat16(self) -> bool:
+        """Whether refinement's passes run in bfloat16."""
+        return computes_in_bfloat16(self.config.precision, self.device)
 
     def layers(self) -> list[LoraLayer]:
         """The LoRA's layers."""

@@ -239,8 +239,7 @@ def _behind(encoder: Encoder, asked: Asked) -> Tensor:
 
 
 def _autocast(encoder: Encoder) -> Any:
-    bfloat16 = encoder.config.precision == "bfloat16"
-    return torch.autocast(encoder.device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    return torch.autocast(encoder.device.type, torch.bfloat16) if encoder.refines_in_bfloat16 else nullcontext()
 
 
 def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
