@@ -101,11 +101,7 @@ class Tracer:
     def _line(self, frame: FrameType, event: str, _arg: Any) -> Any:
         if event == "line":
             place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-            if (
-                self.stop is None
-                and not is_cleaning(frame.f_back)
-                and frame.f_lineno not in cleaning(frame.f_code.co_filename)
-            ):
+            if self.stop is None and not is_cleaning(frame):
                 self.points.setdefault(place, []).append(self.count)
             self.count += 1
             if self.count - 1 == self.stop:
