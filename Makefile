@@ -23,7 +23,7 @@ test: $(VENV)/.installed ## everything CI runs, in JOBS processes of one thread 
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The second leg: every test that is not slow and needs no real model, warnings fatal as ever, on the lowest versions of
 # all that an installation brings (not of bitsandbytes, torchao and trl, whose tests are skipped). About 20 minutes on
@@ -43,7 +43,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	touch $@
 
 test-lowest: $(LOWEST)/.installed ## the fast tests on the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --ignore tests/test_real.py -o cache_dir=$(LOWEST)/.pytest_cache \
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --ignore tests/test_real.py -o cache_dir=$(LOWEST)/.pytest_cache \
 		$(LOWEST_CANNOT:%=--deselect %)
 
 audit: $(VENV)/.installed ## known vulnerabilities of what is installed; fails if the database cannot be asked

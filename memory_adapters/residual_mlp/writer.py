@@ -268,12 +268,7 @@ def write(
             f"the base model finds plain English harder than random tokens (loss {before['english_loss']:.1f}): "
             "check that the tokenizer belongs to the model"
         )
-    with (
-        scratch_folder() as folder,
-        speaking(memory),
-        memory._undone_on_failure(),
-        seeded(memory.config.seed),
-    ):
+    with scratch_folder() as folder, speaking(memory), memory._undone_on_failure(), seeded(memory.config.seed):
         with trainable_alone(memory):
             if memory.config.has_keys:
                 writer.fit_keys()
