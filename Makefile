@@ -26,7 +26,7 @@ test: $(VENV)/.installed ## everything CI runs, in JOBS processes of one thread 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The second leg: every test that is not slow and needs no real model, warnings fatal as ever, on the lowest versions of
-# all that an installation brings (not of bitsandbytes, torchao and trl, whose tests are skipped). About 20 minutes on
+# all that an installation brings (not of bitsandbytes, torchao and trl, whose tests are skipped). About 12 minutes on
 # two cores, and 4 GB: of torch 2.6 there may be no build but the one for CUDA.
 # Left out is what the old versions cannot do by themselves: torch 2.6 traces no model of transformers in one graph; up to
 # 5.20 Trainer does not load the first of several adapters when it resumes; and the random weights of one model are others.
