@@ -97,6 +97,7 @@ def test_the_watch_sees_what_is_forbidden(watch: Watch, tmp_path: Path) -> None:
     forbidden(lambda: eval("1 + 1"))
     forbidden(lambda: Path("/etc/hostname").read_bytes())
     forbidden(lambda: (tmp_path.parent / "outside").write_text(""))
+    forbidden(lambda: int(Path("/etc/hostname").read_text() + "refused"))  # also if an error comes of it
     with pytest.raises(AssertionError, match="MiB"), watch.over(tmp_path):
         bytearray(b"\1" * (100 << 20))
 
@@ -205,7 +206,7 @@ def test_slots_and_covariance_by_other_names(saved: Callable[[str], Path], tmp_p
 def test_items_of_any_length_take_linear_time(watch: Watch, tmp_path: Path) -> None:
     file = tmp_path / "items.json"
     file.write_text("[\n" + ",\n".join(['{"text": "a"}'] * 50_000) + ',\n{"text": 1}]')
-    with pytest.raises(ValueError, match=r"line 50002"), watch.over(tmp_path, scale=4, size=1 << 26):
+    with pytest.raises(ValueError, match=r"line 50002"), watch.over(tmp_path, scale=4, size=file.stat().st_size):
         read_items(file)
 
 
