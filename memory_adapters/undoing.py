@@ -46,4 +46,4 @@ def undone_on_failure(model: nn.Module, *others: object, numbers: Iterable[Tenso
 def _held(owner: object) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """An object's attributes, and what the containers among them hold."""
     attributes = dict(vars(owner))
-    return attributes, [(v, v.copy()) for v in attributes.values() if isinstance(v, dict | list | set)]
+    return attributes, [(v, v.copy() if v else ()) for v in attributes.values() if isinstance(v, (dict, list, set))]

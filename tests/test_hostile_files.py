@@ -19,8 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers.activations import ACT2FN
 
-from memory_adapters import Covariance, MemorySlots, load_memory
+from memory_adapters import Covariance, MemoryAdapterConfig, MemorySlots, load_memory
 from memory_adapters.inject import read_config
 from memory_adapters.knowledge import read_items
 from memory_adapters.reading import HEADER_BYTES, JSON_BYTES, parse_json, read_json, read_metadata, read_tensors
@@ -126,6 +127,18 @@ def test_sizes_are_checked_before_anything_is_allocated(watch: Watch, tmp_path: 
         file.truncate(JSON_BYTES + 1)
     with pytest.raises(ValueError, match="at most 67,108,864"), watch.over(tmp_path):
         read_json(huge)
+
+
+def test_no_activation_imports_anything(watch: Watch, tmp_path: Path) -> None:
+    made = []
+    for name in ACT2FN:
+        with watch.over(tmp_path):
+            try:
+                made.append(MemoryAdapterConfig(activation=name).activation)
+            except ValueError as error:
+                assert "parameters of its own" in str(error)
+    assert {"prelu", "xielu"}.isdisjoint(made)
+    assert {"gelu", "silu", "relu"} <= set(made)
 
 
 def test_no_count_in_a_config_is_allocated(reader: Reader, watch: Watch) -> None:

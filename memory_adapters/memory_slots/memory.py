@@ -33,7 +33,8 @@ from memory_adapters.memory_slots.items import as_asked, as_text, scores
 from memory_adapters.memory_slots.reader import CHILD, attach, detach, reader_of
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.reading import file_in, read_tensors
-from memory_adapters.threads import alone
+from memory_adapters.threads import alone, sole_thread
+from memory_adapters.undoing import undone_on_failure
 
 __all__ = ["SlotMemory"]
 
@@ -168,7 +169,6 @@ class SlotMemory(Memory):
         made = [one.slots for one in compress_texts(self.encoder, self.tokenizer, texts, [], steps, progress)]
         return made[0] if isinstance(text, str) else made
 
-    @alone
     def use(self, slots: MemorySlots | Sequence[MemorySlots] | None) -> None:
         """Let the model read these slots before every prompt; a list has slots for each row of a batch; None: none.
 
@@ -187,7 +187,7 @@ class SlotMemory(Memory):
                     stacklevel=2,
                 )
         slots_answered, answers = self._answered
-        with self._undone_on_failure():
+        with sole_thread(self.model), undone_on_failure(self._entry, self, self._config):
             self.config.answers = answers if list(map(id, rows)) == list(map(id, slots_answered)) else []
             self._read(rows)
 
@@ -201,9 +201,12 @@ class SlotMemory(Memory):
         for i, row in enumerate(rows):
             vectors[i, longest - row.num_slots :] = row.vectors
             mask[i, longest - row.num_slots :] = 1
-        entry: Any = reader_of(self._stack).slot_entries[self.adapter_name]
-        entry.vectors, entry.mask = vectors, mask
+        self._entry.vectors, self._entry.mask = vectors, mask
         self.slots = rows
+
+    @property
+    def _entry(self) -> Any:
+        return reader_of(self._stack).slot_entries[self.adapter_name]
 
     @contextmanager
     def _first_row_alone(self) -> Iterator[None]:

@@ -101,7 +101,8 @@ class MemoryAdapterConfig(MemoryConfig):
         self.layers = checked_layers(self.layers)
         check_number("memory_dim", self.memory_dim, low=1, integer=True)
         check_choice("activation", self.activation, ACT2FN.keys())
-        if list(ACT2FN[self.activation].parameters()):
+        # xielu is not even made, which would import a package of that name.
+        if self.activation in ("prelu", "xielu") or list(ACT2FN[self.activation].parameters()):
             raise ValueError(f"`activation={self.activation!r}` has parameters of its own: choose one without.")
         check_choice("token_gate", self.token_gate, ("keys", "sigmoid", "none"))
         if self.gate_init is None:
