@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,8 @@ def test_sizes_are_checked_before_anything_is_allocated(watch: Watch, tmp_path: 
 def test_no_activation_imports_anything(watch: Watch, tmp_path: Path) -> None:
     made = []
     for name in ACT2FN:
-        with watch.over(tmp_path):
-            try:
-                made.append(MemoryAdapterConfig(activation=name).activation)
-            except ValueError as error:
-                assert "parameters of its own" in str(error)
+        with watch.over(tmp_path), suppress(ValueError):
+            made.append(MemoryAdapterConfig(activation=name).activation)
     assert {"prelu", "xielu"}.isdisjoint(made)
     assert {"gelu", "silu", "relu"} <= set(made)
 
