@@ -14,6 +14,7 @@ Run it from the root of a checkout. Ends with exit code 1 if anything else happe
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -113,6 +114,8 @@ def main() -> None:
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
     reader, watch = hostile.Reader(folder), Watch()
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through again, within the second that a file has
     table = Table(Path(tempfile.mkdtemp(prefix="fuzz-kept-")))
     parts = [name for name, target in reader.targets.items() if not target.whole]
     whole = [name for name, target in reader.targets.items() if target.whole]
