@@ -5,9 +5,9 @@
 
 Configs, safetensors headers, ledgers, slots, covariances, indices and items of a small model are altered one at a time
 (`tests/alterations.py`), and read under a watch (`tests/watch.py`): no import, no code, no pickle, no process, no file
-outside of the folder, at most 1 s of processor time and 64 MiB beyond the file (20 times as much where a model is
-loaded into). With `--guided` atheris chooses which files are altered further: those that reached lines of the readers
-that none had.
+outside of the folder, at most 1 s of processor time and 64 MiB (20 times as much where a model is loaded into), and
+what `tests/watch.py` allows for each byte of the file. With `--guided` atheris chooses which files are altered further:
+those that reached lines of the readers that none had.
 Run it from the root of a checkout. Ends with exit code 1 if anything else happened; such files are kept.
 """
 

@@ -40,7 +40,7 @@ from memory_adapters.memory import (
     WriteReport,
 )
 from memory_adapters.reading import read_json, read_metadata, read_tensors, tensors_digest
-from memory_adapters.threads import alone
+from memory_adapters.threads import alone, sole_thread
 from memory_adapters.tokens import score_rows, tokenize
 from memory_adapters.unrelated import PLAIN_SENTENCES
 
@@ -167,7 +167,6 @@ class MemitMemory(Memory):
             self.config.record(report)
         return report
 
-    @alone
     def forget(self, items: Any) -> None:
         """Take facts out again: the edit is what it would be had they never been written. Needs no model pass.
 
@@ -177,11 +176,11 @@ class MemitMemory(Memory):
         """
         self._check_attached()
         gone = set(as_items(items, (Fact,)))
-        if missing := [fact for fact in gone if fact not in self.ledger.facts]:
-            raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `facts`.")
-        ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
-        prompts = {fact.prompt for fact in self.ledger.facts if fact in gone}
-        with self._undone_on_failure():
+        with sole_thread(self.model), self._undone_on_failure():
+            if missing := [fact for fact in gone if fact not in self.ledger.facts]:
+                raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `facts`.")
+            ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
+            prompts = {fact.prompt for fact in self.ledger.facts if fact in gone}
             self._place(ledger.solve())
             self.ledger = ledger
             self.config.answers = [answer for answer in self.config.answers if answer["prompt"] not in prompts]

@@ -186,8 +186,8 @@ class SlotMemory(Memory):
                     "These slots were made by another encoder: the model reads them, but `reconstruct` may fail.",
                     stacklevel=2,
                 )
-        slots_answered, answers = self._answered
         with sole_thread(self.model), undone_on_failure(self._entry, self, self._config):
+            slots_answered, answers = self._answered
             self.config.answers = answers if list(map(id, rows)) == list(map(id, slots_answered)) else []
             self._read(rows)
 
