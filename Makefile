@@ -30,8 +30,8 @@ test: $(VENV)/.installed ## everything CI runs, in JOBS processes of one thread 
 # two cores, and 4 GB: of torch 2.6 there may be no build but the one for CUDA.
 # Left out is what the old versions cannot do by themselves: torch 2.6 traces no model of transformers in one graph; up to
 # 5.20 Trainer does not load the first of several adapters when it resumes; and the random weights of one model are others.
-LOWEST_CANNOT = tests/test_training_together.py::test_checkpoint_and_resume_with_both \
-	"tests/test_generation.py::test_decoding_in_batches_is_decoding_one_at_a_time[gpt2]" \
+LOWEST_CANNOT = tests/composition/test_training_together.py::test_checkpoint_and_resume_with_both \
+	"tests/evaluation/test_generation.py::test_decoding_in_batches_is_decoding_one_at_a_time[gpt2]" \
 	$(foreach name,Memit:memit Residual:residual Slot:slots,\
 	tests/test_$(word 2,$(subst :, ,$(name)))_contract.py::Test$(word 1,$(subst :, ,$(name)))Memory::test_torch_compile)
 
@@ -43,7 +43,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	touch $@
 
 test-lowest: $(LOWEST)/.installed ## the fast tests on the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --ignore tests/test_real.py -o cache_dir=$(LOWEST)/.pytest_cache \
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --ignore tests/test_real_model.py -o cache_dir=$(LOWEST)/.pytest_cache \
 		$(LOWEST_CANNOT:%=--deselect %)
 
 audit: $(VENV)/.installed ## known vulnerabilities of what is installed; fails if the database cannot be asked

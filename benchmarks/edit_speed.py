@@ -25,13 +25,13 @@ from plain_memit import PlainMemit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import CovarianceFitter, MemitConfig, inject_memory
+from memory_adapters.base_model.partial_forward import capture
+from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.records import load_counterfact
-from memory_adapters.evaluation.retention import load_wikitext
-from memory_adapters.forward_passes import capture
-from memory_adapters.memit.rows import fact_rows
-from memory_adapters.memit.writer import EntryMaker
-from memory_adapters.tokens import batches_of, pad_rows, tokenize
+from memory_adapters.evaluation.scores.perplexity import load_wikitext
+from memory_adapters.memit.prompts import fact_rows
+from memory_adapters.memit.write import EntryMaker
 
 
 def main() -> None:

@@ -105,11 +105,11 @@ def main() -> None:
         import atheris
 
         with atheris.instrument_imports(include=GUIDED, enable_loader_override=False):
-            from tests import hostile
+            from tests.support import hostile
     else:
-        from tests import hostile
-    from tests.alterations import altered_file
-    from tests.watch import Watch
+        from tests.support import hostile
+    from tests.support.alterations import altered_file
+    from tests.support.watch import Watch
 
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None))

@@ -45,7 +45,7 @@ from memory_adapters import (
     speaking_by_row,
 )
 from memory_adapters.config import MemoryConfig
-from tests.models import byte_tokenizer, tiny_model
+from tests.support.models import byte_tokenizer, tiny_model
 
 EIFFEL = Fact("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Rome")
 BIG_BEN = Fact("Big Ben stands in", subject="Big Ben", target="Oslo")
@@ -258,7 +258,11 @@ def main() -> None:
     for scenario in arguments.only:
         found[scenario] = live(scenario, turns[scenario.partition(",")[0]])
         print(scenario, json.dumps(found[scenario], indent=1), flush=True)
-        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "model": "tests.models.tiny_model"}
+        about = {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "model": "tests.support.models.tiny_model",
+        }
         arguments.output.write_text(json.dumps({"about": about, "lives": found}, indent=1) + "\n")
 
 

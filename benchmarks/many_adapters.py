@@ -31,9 +31,9 @@ from memory_adapters import (
     speaking,
     speaking_by_row,
 )
+from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.forward_passes import CACHE
 from memory_adapters.memit.ledger import Factors
 
 RANK = 10  # facts of an edit

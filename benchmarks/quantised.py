@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from memory_adapters import MemitConfig, MemoryAdapterConfig, MemorySlotsConfig
 from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.comparison import compare
+from memory_adapters.evaluation.comparison.compare import compare
 from memory_adapters.evaluation.records import load_counterfact
-from memory_adapters.evaluation.retention import load_wikitext
+from memory_adapters.evaluation.scores.perplexity import load_wikitext
 
 METHODS: dict[str, MemoryConfig] = {
     "residual": MemoryAdapterConfig(),

@@ -21,13 +21,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import Fact, MemoryAdapterConfig, ResidualMemory, inject_memory
+from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.residual_mlp.dataset import collate
-from memory_adapters.residual_mlp.guards import trainable_alone
-from memory_adapters.residual_mlp.reuse import ReusedStates
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, training_arguments
-from memory_adapters.residual_mlp.writer import Writer
-from memory_adapters.unrelated import OTHER_SUBJECTS, PLAIN_SENTENCES
+from memory_adapters.residual_mlp.stored_states import ReusedStates
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, trainable_alone, training_arguments
+from memory_adapters.residual_mlp.write import Writer
+from memory_adapters.training.dataset import collate
 
 DESIGNS = {
     "default": MemoryAdapterConfig(gate_init=0.5),

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemoryAdapterConfig, inject_memory, memories, route_memories
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.editing import score_edits
 from memory_adapters.evaluation.records import load_counterfact
-from memory_adapters.evaluation.retention import load_wikitext, perplexity
+from memory_adapters.evaluation.scores.edits import score_edits
+from memory_adapters.evaluation.scores.perplexity import load_wikitext, perplexity
 
 DESIGNS: dict[str, tuple[str, MemoryAdapterConfig]] = {
     "experiment": (

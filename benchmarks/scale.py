@@ -22,14 +22,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from memory_adapters import (
-    CovarianceFitter,
-    Fact,
-    MemitConfig,
-    MemoryAdapterConfig,
-    MemorySlotsConfig,
-    inject_memory,
-)
+from memory_adapters import CovarianceFitter, Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
 
 SIZES: dict[str, dict[str, int]] = {

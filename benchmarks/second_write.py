@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemoryAdapterConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.editing import score_edits
 from memory_adapters.evaluation.records import EditRecord, load_counterfact
+from memory_adapters.evaluation.scores.edits import score_edits
 
 
 def main() -> None:

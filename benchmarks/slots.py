@@ -26,16 +26,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.answers import question_prompt, score_answers
-from memory_adapters.evaluation.reconstruction import (
+from memory_adapters.evaluation.plots import score_curves
+from memory_adapters.memory_slots.encoder_training import Example, train_encoder
+from memory_adapters.memory_slots.question_answering import question_prompt, score_answers
+from memory_adapters.memory_slots.reconstruction import (
     markdown,
     other_texts,
     score_continuations_after,
     score_reconstruction,
     ways_to_read,
 )
-from memory_adapters.memory_slots.pretraining import Example, train_encoder
-from memory_adapters.plots import score_curves
 
 HELD_OUT = 100
 OVERFITTING_STEPS = 240

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.answers import question_prompt
-from memory_adapters.evaluation.retention import load_wikitext
-from memory_adapters.memory_slots.pretraining import Example, TextExamples, instruction_examples, train_encoder
-from memory_adapters.resuming import newest_checkpoint
+from memory_adapters.evaluation.scores.perplexity import load_wikitext
+from memory_adapters.memory_slots.encoder_training import Example, TextExamples, instruction_examples, train_encoder
+from memory_adapters.memory_slots.question_answering import question_prompt
+from memory_adapters.training.checkpoints import newest_checkpoint
 
 
 def main() -> None:

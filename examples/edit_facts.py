@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from memory_adapters import Fact, MemitConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
+from memory_adapters.evaluation.edit_report import compare, evaluate_edits
 from memory_adapters.evaluation.records import EditRecord, load_facts
-from memory_adapters.evaluation.report import compare, evaluate_edits
 
 RECORDS = [
     EditRecord(

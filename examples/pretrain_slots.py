@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_adapters import MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.memory_slots.pretraining import TextExamples, train_encoder
-from memory_adapters.resuming import newest_checkpoint
+from memory_adapters.memory_slots.encoder_training import TextExamples, train_encoder
+from memory_adapters.training.checkpoints import newest_checkpoint
 
 
 def main() -> None:

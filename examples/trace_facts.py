@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from memory_adapters import Fact
 from memory_adapters.embedded_model import embedded_model
+from memory_adapters.evaluation.plots import trace_heatmap
 from memory_adapters.memit.tracing import load_known_facts, trace_facts
-from memory_adapters.plots import trace_heatmap
 
 FACTS = [
     Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Paris"),

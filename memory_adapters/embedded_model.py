@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from memory_adapters.saving import atomic_directory, whole
+from memory_adapters.files.atomic import atomic_directory, whole
 
 __all__ = ["embedded_model"]
 

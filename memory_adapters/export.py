@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from memory_adapters.config import config_class
-from memory_adapters.memory import CONFIG_FILES, Memory
-from memory_adapters.saving import atomic_directory
+from memory_adapters.files.atomic import atomic_directory
+from memory_adapters.files.names import CONFIG_FILES
+from memory_adapters.memory import Memory
+from memory_adapters.registry import config_class
 
 __all__ = ["Exporter", "Write", "check_finite", "export"]
 

@@ -14,23 +14,27 @@ from accelerate.utils import align_module_device
 from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
-from memory_adapters.checkpoint import (
+from memory_adapters.base_model.decoder import check_whole, find_decoder, unwrapped
+from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.fingerprint import (
     base_fingerprint,
     check_fingerprint,
     tokenizer_fingerprint,
     tokenizer_habits,
     warn_if_unmarked,
 )
-from memory_adapters.config import MemoryConfig, config_class, memory_class, memory_config_names, shown
-from memory_adapters.decoder import check_whole, find_decoder, unwrapped
-from memory_adapters.hub import find_files
-from memory_adapters.lora import adapter_layers
-from memory_adapters.memory import ATTACHED, CARD_FILE, CONFIG_FILE, CONFIG_FILES, Attached, Memory
-from memory_adapters.reading import file_in, read_json
-from memory_adapters.saving import whole
-from memory_adapters.threads import sole_thread
-from memory_adapters.undoing import undone_on_failure
-from memory_adapters.unrelated import seeded
+from memory_adapters.base_model.seeding import seeded
+from memory_adapters.config import MemoryConfig
+from memory_adapters.files.atomic import whole
+from memory_adapters.files.hub import find_files
+from memory_adapters.files.model_card import CARD_FILE
+from memory_adapters.files.names import CONFIG_FILE, CONFIG_FILES
+from memory_adapters.files.strict_json import file_in, read_json
+from memory_adapters.memory import ATTACHED, Attached, Memory
+from memory_adapters.peft_layers.layers import adapter_layers
+from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.registry import config_class, memory_class, memory_config_names
+from memory_adapters.validation import shown
 
 __all__ = ["base_model", "inject_memory", "load_memory", "memories", "read_config"]
 

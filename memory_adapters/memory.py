@@ -1,4 +1,4 @@
-"""What every memory answers to, whatever its method."""
+"""The interface every memory method implements."""
 
 from __future__ import annotations
 
@@ -15,33 +15,25 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from memory_adapters.checkpoint import (
-    adapter_tensors,
-    base_fingerprint,
-    set_adapter_tensors,
-    write_tensors,
-)
-from memory_adapters.config import MemoryConfig, saved_files
-from memory_adapters.decoder import Decoder, check_whole
-from memory_adapters.hub import OnHub
-from memory_adapters.lora import adapter_layers
-from memory_adapters.model_card import CARD_FILE, model_card
-from memory_adapters.reading import read_tensors
-from memory_adapters.saving import atomic_directory, replacing
-from memory_adapters.threads import sole_thread
-from memory_adapters.undoing import undone_on_failure
-from memory_adapters.write_report import WriteReport
+from memory_adapters.base_model.decoder import Decoder, check_whole
+from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.fingerprint import base_fingerprint
+from memory_adapters.config import MemoryConfig
+from memory_adapters.files.atomic import atomic_directory, replacing
+from memory_adapters.files.hub import OnHub
+from memory_adapters.files.model_card import CARD_FILE, model_card
+from memory_adapters.files.tensors import read_tensors, write_tensors
+from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, set_adapter_tensors
+from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.registry import saved_files
+from memory_adapters.report import WriteReport
 
 if TYPE_CHECKING:
     from memory_adapters.export import Exporter
 
-__all__ = ["Memory", "WriteReport"]
+from memory_adapters.files.names import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
 
-CONFIG_FILE = "adapter_config.json"
-SETTINGS_FILE = "memory_config.json"  # of methods whose adapter is of a PEFT type that is not their own
-CONFIG_FILES = (SETTINGS_FILE, CONFIG_FILE)
-WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_KEY_PREFIX = "base_model.model."
+__all__ = ["Memory", "WriteReport"]
 
 
 @dataclass

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import network
+from tests.support import network
 
 network.refuse_the_network()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["memory_adapters.testing.fixtures"]
+pytest_plugins = ["tests.support.hub.fixtures"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

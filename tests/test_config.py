@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from memory_adapters import MemoryAdapterConfig
-from memory_adapters.decoder import resolve_layers
+from memory_adapters.base_model.decoder import resolve_layers
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from tests.network import attempts, check
+from tests.support.network import attempts, check
 
 IMPORT = """
-from tests.network import attempts, refuse_the_network
+from tests.support.network import attempts, refuse_the_network
 refuse_the_network()
-import memory_adapters, memory_adapters.cli, memory_adapters.hub
+import memory_adapters, memory_adapters.cli, memory_adapters.files.hub
 assert not attempts, attempts
 print("imported")
 """

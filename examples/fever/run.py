@@ -24,8 +24,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.fever import (
+from examples.fever import (
     EXPERIMENT,
     FeverResults,
     group_by_page,
@@ -34,8 +33,9 @@ from memory_adapters.evaluation.fever import (
     run_fever,
     standard_candidates,
 )
-from memory_adapters.evaluation.fever.experiment import SCORINGS
-from memory_adapters.plots import error_bars
+from examples.fever.experiment import SCORINGS
+from memory_adapters.embedded_model import embedded_model
+from memory_adapters.evaluation.plots import error_bars
 
 ENCODER = Path(__file__).parents[1] / "slot-encoder"  # of the embedded model
 FULL = 99

@@ -10,7 +10,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line; exits with 0 (done), 1 (failed), 2 (wrong usage), 3 (missed) or 130 (interrupted)."""
     try:
-        from memory_adapters.cli.commands import app
+        from memory_adapters.cli.app import app
     except ModuleNotFoundError as error:
         if error.name != "typer":
             raise

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from memory_adapters.embedded_model import embedded_model
-from memory_adapters.processes import is_first
-from memory_adapters.saving import atomic_file
+from memory_adapters.files.atomic import atomic_file
+from memory_adapters.training.distributed import is_first
 
 __all__ = ["Run", "running", "wrong"]
 

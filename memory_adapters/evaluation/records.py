@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from memory_adapters.knowledge import Fact
+from memory_adapters.items import Fact
 
 __all__ = ["EditRecord", "load_counterfact", "load_facts", "load_zsre"]
 

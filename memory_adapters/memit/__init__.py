@@ -1,10 +1,10 @@
 """Closed-form editing: an edit is a LoRA adapter and a ledger of its facts."""
 
-from memory_adapters.config import register_memory
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.memory import MemitMemory
+from memory_adapters.registry import register_memory
 
 __all__ = ["Covariance", "CovarianceFitter", "MemitConfig", "MemitMemory"]
 

@@ -9,18 +9,12 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftConfig
 
-from memory_adapters.config import (
-    MemoryConfig,
-    MemoryPeftType,
-    check_choice,
-    check_flag,
-    check_number,
-    check_texts,
-    checked_layers,
-)
-from memory_adapters.decoder import Decoder, mlp_projection, resolve_layers
+from memory_adapters.base_model.decoder import Decoder, resolve_layers
+from memory_adapters.config import MemoryConfig, MemoryPeftType
 from memory_adapters.memit.ledger import Ledger
+from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.solvers import SOLVERS
+from memory_adapters.validation import check_choice, check_flag, check_number, check_texts, checked_layers
 
 __all__ = ["MemitConfig"]
 

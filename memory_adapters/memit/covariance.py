@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memory_adapters.checkpoint import write_tensors
-from memory_adapters.config import check_fingerprint_fields, check_name, check_number
-from memory_adapters.hub import OneFile, find_file
-from memory_adapters.model_card import HERE, file_card
-from memory_adapters.reading import parse_json, read_metadata, read_tensors
-from memory_adapters.saving import atomic_file
+from memory_adapters.files.atomic import atomic_file
+from memory_adapters.files.hub import OneFile, find_file
+from memory_adapters.files.model_card import HERE, file_card
+from memory_adapters.files.strict_json import parse_json
+from memory_adapters.files.tensors import read_metadata, read_tensors, write_tensors
+from memory_adapters.validation import check_fingerprint_fields, check_name, check_number
 
 __all__ = ["Covariance"]
 
@@ -39,7 +39,7 @@ class Covariance(OneFile):
         num_tokens: How many keys were averaged.
         num_texts: How many texts they come from.
         source: The text, in words.
-        base_fingerprint: Which base model it belongs to; see `memory_adapters.checkpoint.base_fingerprint`.
+        base_fingerprint: Which base model it belongs to; see `memory_adapters.base_model.fingerprint.base_fingerprint`.
         texts_sha256: Hash of the texts, so that a fit can only be gone on with on the same; None if not known.
     """
 

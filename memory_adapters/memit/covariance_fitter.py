@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from memory_adapters.checkpoint import base_fingerprint, check_fingerprint
-from memory_adapters.decoder import execution_device, find_decoder, mlp_projection, resolve_layers
-from memory_adapters.finite import origin, rows_not_finite
-from memory_adapters.forward_passes import capture_inputs, evaluating, inputs_of, without_slots
+from memory_adapters.base_model.decoder import execution_device, find_decoder, resolve_layers
+from memory_adapters.base_model.exclusive import alone
+from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.nonfinite import origin, rows_not_finite
+from memory_adapters.base_model.partial_forward import capture_inputs, inputs_of
+from memory_adapters.base_model.sampling import PLAIN_SENTENCES
+from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
+from memory_adapters.memit.corpus import Portion, portions, sample_tokens
 from memory_adapters.memit.covariance import Covariance
-from memory_adapters.memit.texts import Portion, portions, sample_tokens
-from memory_adapters.processes import is_first, share_of, summed
-from memory_adapters.threads import alone
-from memory_adapters.tokens import batches_of, pad_rows, tokenize
-from memory_adapters.unrelated import PLAIN_SENTENCES
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.peft_layers.virtual_tokens import without_slots
+from memory_adapters.training.distributed import is_first, share_of, summed
 
 __all__ = ["CovarianceFitter"]
 

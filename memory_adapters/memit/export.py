@@ -14,10 +14,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memory_adapters.checkpoint import write_tensors
 from memory_adapters.export import Exporter, Write, check_finite
-from memory_adapters.lora import adapter_layers, lora_layers
-from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.tensors import write_tensors
+from memory_adapters.peft_layers.layers import adapter_layers, lora_layers
 
 if TYPE_CHECKING:
     from memory_adapters.memit.memory import MemitMemory

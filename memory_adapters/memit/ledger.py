@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from memory_adapters.knowledge import Fact
+from memory_adapters.items import Fact
 from memory_adapters.memit.solvers import Cost, dense_readout, readout
 
 __all__ = ["Factors", "Ledger", "relation_of"]

@@ -13,36 +13,34 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memory_adapters.answers import answers_to
-from memory_adapters.checkpoint import base_fingerprint, check_fingerprint, warn_if_unmarked, write_tensors
-from memory_adapters.config import shown
-from memory_adapters.decoder import Decoder, find_decoder, mlp_projection
-from memory_adapters.finite import check_scores
-from memory_adapters.forward_passes import evaluating, without_slots
-from memory_adapters.knowledge import Fact, as_items
-from memory_adapters.lora import lora_layers, take_out
-from memory_adapters.memit.adapter import place
+from memory_adapters.base_model.decoder import Decoder, find_decoder
+from memory_adapters.base_model.exclusive import alone, sole_thread
+from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint, warn_if_unmarked
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.nonfinite import check_scores
+from memory_adapters.base_model.sampling import PLAIN_SENTENCES
+from memory_adapters.base_model.tokens import score_rows, tokenize
+from memory_adapters.card_examples import answers_to
+from memory_adapters.files.model_card import CARD_FILE
+from memory_adapters.files.names import CONFIG_FILE, PEFT_KEY_PREFIX, SETTINGS_FILE, WEIGHTS_FILE
+from memory_adapters.files.strict_json import read_json
+from memory_adapters.files.tensors import read_metadata, read_tensors, tensors_digest, write_tensors
+from memory_adapters.items import Fact, as_items
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
+from memory_adapters.memit.layer import place
 from memory_adapters.memit.ledger import Factors, Ledger, relation_of
-from memory_adapters.memit.rows import Context, fact_rows
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.memit.prompts import Context, fact_rows
 from memory_adapters.memit.solvers import cost_of
-from memory_adapters.memit.writer import EntryMaker
-from memory_adapters.memory import (
-    CARD_FILE,
-    CONFIG_FILE,
-    PEFT_KEY_PREFIX,
-    SETTINGS_FILE,
-    WEIGHTS_FILE,
-    Memory,
-    WriteReport,
-)
-from memory_adapters.reading import read_json, read_metadata, read_tensors, tensors_digest
-from memory_adapters.threads import alone, sole_thread
-from memory_adapters.tokens import score_rows, tokenize
-from memory_adapters.unrelated import PLAIN_SENTENCES
+from memory_adapters.memit.write import EntryMaker
+from memory_adapters.memory import Memory
+from memory_adapters.peft_layers.layers import lora_layers, take_out
+from memory_adapters.peft_layers.virtual_tokens import without_slots
+from memory_adapters.report import WriteReport
+from memory_adapters.validation import shown
 
 __all__ = ["MemitMemory"]
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memory_adapters.decoder import Decoder, execution_device, mlp_projection
-from memory_adapters.forward_passes import capture, resumed
-from memory_adapters.memit.rows import RowBatch
+from memory_adapters.base_model.decoder import Decoder, execution_device
+from memory_adapters.base_model.partial_forward import capture, resumed
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.memit.prompts import RowBatch
 
 __all__ = ["adds_unchanged", "projection_change"]
 

@@ -23,18 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from memory_adapters.decoder import Decoder, execution_device
-from memory_adapters.finite import rows_not_finite
-from memory_adapters.forward_passes import (
-    bfloat16_weights,
-    block_returns_tuple,
-    capture,
-    computes_in_bfloat16,
-    logits_at,
-    plain_attention,
-    resumed,
-)
-from memory_adapters.memit.rows import RowBatch
+from memory_adapters.base_model.decoder import Decoder, execution_device
+from memory_adapters.base_model.modes import bfloat16_weights, computes_in_bfloat16, plain_attention
+from memory_adapters.base_model.nonfinite import rows_not_finite
+from memory_adapters.base_model.partial_forward import block_returns_tuple, capture, logits_at, resumed
+from memory_adapters.memit.prompts import RowBatch
 
 if TYPE_CHECKING:
     from memory_adapters.memit.config import MemitConfig

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from memory_adapters.decoder import Decoder, execution_device, find_decoder, mlp_projection
-from memory_adapters.forward_passes import block_returns_tuple, hidden_state, logits_at, resumed, undisturbed
-from memory_adapters.knowledge import Fact
-from memory_adapters.saving import atomic_file
-from memory_adapters.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
+from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.base_model.partial_forward import block_returns_tuple, hidden_state, logits_at, resumed
+from memory_adapters.base_model.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
+from memory_adapters.files.atomic import atomic_file
+from memory_adapters.items import Fact
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.peft_layers.virtual_tokens import undisturbed
 
 __all__ = ["KINDS", "ROLES", "TraceTable", "load_known_facts", "trace_facts"]
 

@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_flag, check_number, shown
-from memory_adapters.decoder import Decoder, base_linears, unwrapped
+from memory_adapters.base_model.decoder import Decoder, base_linears, unwrapped
+from memory_adapters.config import MemoryConfig, MemoryPeftType
+from memory_adapters.validation import check_choice, check_flag, check_number, shown
 
 __all__ = ["MemorySlotsConfig"]
 

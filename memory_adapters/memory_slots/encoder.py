@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from memory_adapters.decoder import Decoder, execution_device, find_decoder
-from memory_adapters.forward_passes import computes_in_bfloat16, plain_attention
-from memory_adapters.lora import adapter_layers
+from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.base_model.modes import computes_in_bfloat16, plain_attention
 from memory_adapters.memory_slots.config import MemorySlotsConfig
+from memory_adapters.peft_layers.layers import adapter_layers
 
 __all__ = ["Encoder", "EncoderParts"]
 

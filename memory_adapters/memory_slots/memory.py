@@ -17,24 +17,26 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from memory_adapters.answers import answers_to
-from memory_adapters.checkpoint import write_tensors
-from memory_adapters.decoder import Decoder, find_decoder
-from memory_adapters.forward_passes import evaluating
-from memory_adapters.knowledge import Document, as_items
-from memory_adapters.lora import take_out
-from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE, Memory, WriteReport
-from memory_adapters.memory_slots.compression import compress_texts
+from memory_adapters.base_model.decoder import Decoder, find_decoder
+from memory_adapters.base_model.exclusive import alone, sole_thread
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.card_examples import answers_to
+from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.strict_json import file_in
+from memory_adapters.files.tensors import read_tensors, write_tensors
+from memory_adapters.items import Document, as_items
+from memory_adapters.memory import Memory
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
-from memory_adapters.memory_slots.entries import Entry
 from memory_adapters.memory_slots.export import EXPORTERS
-from memory_adapters.memory_slots.items import as_asked, as_text, scores
+from memory_adapters.memory_slots.layer import Entry
+from memory_adapters.memory_slots.prompts import as_asked, as_text, scores
 from memory_adapters.memory_slots.reader import CHILD, attach, detach, reader_of
 from memory_adapters.memory_slots.slots import MemorySlots
-from memory_adapters.reading import file_in, read_tensors
-from memory_adapters.threads import alone, sole_thread
-from memory_adapters.undoing import undone_on_failure
+from memory_adapters.memory_slots.write import compress_texts
+from memory_adapters.peft_layers.layers import take_out
+from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.report import WriteReport
 
 __all__ = ["SlotMemory"]
 

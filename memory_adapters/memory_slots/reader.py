@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
-from memory_adapters.forward_passes import CACHE
-from memory_adapters.memory_slots.entries import SlotReader
+from memory_adapters.base_model.partial_forward import CACHE
+from memory_adapters.memory_slots.layer import SlotReader
 
 __all__ = ["CHILD", "attach", "detach", "reader_of"]
 

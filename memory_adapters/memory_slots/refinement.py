@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_positions
+from memory_adapters.memory_slots.encoder import Encoder
+from memory_adapters.memory_slots.loss import Row, in_batches, predict
 
-__all__ = ["Asked", "Goal", "Row", "autoencoding_rows", "distil", "in_batches", "predict", "refine"]
-
-HEAD_BLOCK = 256  # positions whose logits are held at once
+__all__ = ["Goal", "refine"]
 BETAS = (0.6, 0.7)  # of Adam: what is asked changes with every token that comes right, so a short memory serves
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What stands behind slots, and what should follow it.
-
-    Attributes:
-        prompt: Token ids; None for [AE], which asks for the text itself.
-        target: Token ids.
-    """
-
-    prompt: list[int] | None
-    target: list[int]
-
-    def __len__(self) -> int:
-        """Tokens that stand behind the slots in a pass that predicts the target."""
-        return (1 if self.prompt is None else len(self.prompt)) + len(self.target) - 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """Something asked, and the spans whose slots stand before it."""
-
-    asked: Asked
-    spans: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -151,112 +121,3 @@ def _backward(
             loss[owners[i]] += own
             right[owners[i]] &= hit
     return {text: (loss[text], right[text]) for text in goals}
-
-
-def autoencoding_rows(
-    texts: Sequence[Sequence[int]], end: int | None, spans: Sequence[Sequence[int]] | None = None
-) -> list[Row]:
-    """Each text asked back behind the slots of its spans (by default text i is span i), and the end of text after it
-    if there is one."""
-    own = spans or [[i] for i in range(len(texts))]
-    tail = [] if end is None else [end]
-    return [Row(Asked(None, [*text, *tail]), where) for text, where in zip(texts, own, strict=True)]
-
-
-def in_batches(rows: Sequence[Row], slots: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of rows, in turn, in batches of at most `BATCH_TOKENS` slots and tokens with padding (at least one)."""
-    batch: list[int] = []
-    most = 0
-    for i, row in enumerate(rows):
-        length = len(row.asked) + sum(len(slots[span]) for span in row.spans)
-        if batch and (len(batch) + 1) * max(most, length) > BATCH_TOKENS:
-            yield batch
-            batch, most = [], 0
-        batch.append(i)
-        most = max(most, length)
-    if batch:
-        yield batch
-
-
-def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each token asked of the rows, one row after the other, and whether it is the first choice.
-
-    Args:
-        encoder: Of the model.
-        slots: Of each span (slots, embedding_size).
-        rows: What is asked.
-
-    Returns:
-        Two tensors (tokens asked,), float32 and bool.
-    """
-    states = _states(encoder, slots, rows)
-    wanted = torch.tensor([token for row in rows for token in row.asked.target], device=states.device)
-    losses, right = [], []
-    for part, labels in zip(states.split(HEAD_BLOCK), wanted.split(HEAD_BLOCK), strict=True):
-        loss, hit = _in_block(_cross_entropy, encoder, part, labels)
-        losses.append(loss)
-        right.append(hit)
-    return torch.cat(losses), torch.cat(right)
-
-
-def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row], contexts: Sequence[Sequence[int]]) -> Tensor:
-    """Mean KL(model that reads each row's whole context ‖ model that reads its slots) where something is asked."""
-    own = [encoder.decoder.embeddings(torch.tensor(list(ids), device=encoder.device)) for ids in contexts]
-    with torch.no_grad():
-        taught = _states(encoder, own, [replace(row, spans=[i]) for i, row in enumerate(rows)])
-    states = _states(encoder, slots, rows)
-    parts = zip(states.split(HEAD_BLOCK), taught.split(HEAD_BLOCK), strict=True)
-    return torch.stack([_in_block(_divergence, encoder, *part) for part in parts]).sum() / len(states)
-
-
-def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
-    """Last hidden states (tokens asked, hidden_size), one before each token that is asked."""
-    before = [torch.cat([slots[i] for i in row.spans]) for row in rows]
-    behind = [_behind(encoder, row.asked) for row in rows]
-    first, length = max(map(len, before)), max(map(len, behind))
-    shape, device = (len(rows), first + length), encoder.device
-    mask, asked = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.bool)
-    padded = []
-    for i, (head, tail, row) in enumerate(zip(before, behind, rows, strict=True)):
-        padded.append(F.pad(torch.cat([head.to(tail), tail]), (0, 0, first - len(head), length - len(tail))))
-        end = first + len(tail)
-        mask[i, first - len(head) : end] = 1
-        asked[i, end - len(row.asked.target) : end] = True
-    inputs: dict[str, Any] = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
-    if takes_positions(encoder.stack):
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    with encoder.others_off(), _autocast(encoder):
-        output = encoder.stack(**inputs, use_cache=False)
-    states = output.last_hidden_state
-    return states[asked.to(states.device)]
-
-
-def _behind(encoder: Encoder, asked: Asked) -> Tensor:
-    """Embeddings of what stands behind the slots (tokens, embedding_size)."""
-    ids = [*(asked.prompt or []), *asked.target[:-1]]
-    embedded = encoder.decoder.embeddings(torch.tensor(ids, dtype=torch.long, device=encoder.device))
-    return embedded if asked.prompt is not None else torch.cat([encoder.parts.reconstruct.to(embedded), embedded])
-
-
-def _autocast(encoder: Encoder) -> Any:
-    return torch.autocast(encoder.device.type, torch.bfloat16) if encoder.refines_in_bfloat16 else nullcontext()
-
-
-def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
-    """A function of logits, which are computed again for the gradient instead of kept."""
-
-    def run(*tensors: Tensor) -> Any:
-        with encoder.others_off(), _autocast(encoder):
-            return function(encoder.decoder.head, *tensors)
-
-    return checkpoint(run, *args, use_reentrant=False)
-
-
-def _cross_entropy(head: Any, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(states).float()
-    return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
-
-
-def _divergence(head: Any, states: Tensor, taught: Tensor) -> Tensor:
-    given, wanted = (head(x).float().log_softmax(-1) for x in (states, taught))
-    return F.kl_div(given, wanted, reduction="sum", log_target=True)

@@ -12,12 +12,13 @@ import torch
 from peft import PromptTuningConfig, TaskType
 from torch import Tensor
 
-from memory_adapters.checkpoint import check_fingerprint, warn_if_unmarked, write_tensors
-from memory_adapters.config import check_fingerprint_fields, check_number, shown
-from memory_adapters.hub import OneFile, find_file
-from memory_adapters.model_card import HERE, file_card
-from memory_adapters.reading import parse_json, read_metadata, read_tensors
-from memory_adapters.saving import atomic_directory, atomic_file
+from memory_adapters.base_model.fingerprint import check_fingerprint, warn_if_unmarked
+from memory_adapters.files.atomic import atomic_directory, atomic_file
+from memory_adapters.files.hub import OneFile, find_file
+from memory_adapters.files.model_card import HERE, file_card
+from memory_adapters.files.strict_json import parse_json
+from memory_adapters.files.tensors import read_metadata, read_tensors, write_tensors
+from memory_adapters.validation import check_fingerprint_fields, check_number, shown
 
 __all__ = ["MemorySlots"]
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from transformers.activations import ACT2FN
 
-from memory_adapters.config import MemoryConfig, MemoryPeftType, check_choice, check_flag, check_number, checked_layers
-from memory_adapters.decoder import Decoder, resolve_layers
+from memory_adapters.base_model.decoder import Decoder, resolve_layers
+from memory_adapters.config import MemoryConfig, MemoryPeftType
+from memory_adapters.validation import check_choice, check_flag, check_number, checked_layers
 
 __all__ = ["MemoryAdapterConfig"]
 

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import TrainerCallback
 
-from memory_adapters.forward_passes import without_slots
-from memory_adapters.knowledge import as_items
-from memory_adapters.memory import Memory, WriteReport
+from memory_adapters.base_model.exclusive import alone
+from memory_adapters.items import as_items
+from memory_adapters.memory import Memory
+from memory_adapters.peft_layers.virtual_tokens import without_slots
+from memory_adapters.report import WriteReport
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
-from memory_adapters.residual_mlp.tuner import MemoryLayer, discard_empty_layers
-from memory_adapters.residual_mlp.writer import Writer, write
-from memory_adapters.threads import alone
+from memory_adapters.residual_mlp.layer import MemoryLayer, discard_empty_layers
+from memory_adapters.residual_mlp.write import Writer, write
 
 __all__ = ["ResidualMemory"]
 

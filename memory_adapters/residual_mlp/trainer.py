@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from peft.functional import set_requires_grad
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from memory_adapters.decoder import Decoder
-from memory_adapters.finite import check_gradients, rows_not_finite
-from memory_adapters.forward_passes import logits_at
-from memory_adapters.memory import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.processes import number, summed, weight_of_share
-from memory_adapters.quantised import keep_unpacked
-from memory_adapters.reading import read_tensors
-from memory_adapters.residual_mlp.dataset import FilledSampler, collate
-from memory_adapters.residual_mlp.reuse import ReusedStates
-from memory_adapters.residual_mlp.rows import IGNORED
-from memory_adapters.resuming import check_mark, mark_checkpoint
+from memory_adapters.base_model.decoder import Decoder
+from memory_adapters.base_model.modes import left_as_it_was
+from memory_adapters.base_model.nonfinite import check_gradients, rows_not_finite
+from memory_adapters.base_model.partial_forward import logits_at
+from memory_adapters.base_model.quantised import differentiable, keep_unpacked
+from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.tensors import read_tensors
+from memory_adapters.residual_mlp.layer import memory_layers
+from memory_adapters.residual_mlp.stored_states import ReusedStates
+from memory_adapters.training.checkpoints import check_mark, mark_checkpoint
+from memory_adapters.training.dataset import FilledSampler, collate
+from memory_adapters.training.distributed import number, summed, weight_of_share
+from memory_adapters.training.rows import IGNORED
+
+if TYPE_CHECKING:
+    from memory_adapters.residual_mlp.memory import ResidualMemory
 
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
@@ -222,3 +228,42 @@ class _EpochLosses(TrainerCallback):
             self.trainer.step_losses.clear()
             if self.trainer.epoch_losses[-1] < self.trainer.memory.config.target_loss:
                 control.should_training_stop = True
+
+
+@contextmanager
+def speaking(memory: ResidualMemory) -> Iterator[None]:
+    """The memory takes part within this context, whether or not it did before, and unrouted.
+
+    Raises:
+        RuntimeError: If all adapters of the model are switched off.
+    """
+    if any(layer.disable_adapters for layer in memory.tuner_layers()):
+        raise RuntimeError("All adapters of the model are disabled; enable them (`enable_adapters()`) before writing.")
+    was_active = memory.active
+    routers = [(layer, layer.router) for layer in memory_layers(memory.model)]
+    memory.active = True
+    try:
+        for layer, _ in routers:
+            layer.router = None
+        yield
+    finally:
+        memory.active = was_active
+        for layer, router in routers:
+            layer.router = router
+
+
+@contextmanager
+def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
+    """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
+    model: nn.Module = memory.model
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with left_as_it_was(model):
+            model.requires_grad_(False)
+            set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
+            with differentiable(model):
+                yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None if not flag else parameter.grad

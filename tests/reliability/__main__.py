@@ -42,7 +42,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
         return
-    from memory_adapters.testing import HubServer
+    from tests.support.hub import HubServer
 
     with HubServer() as server, tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         worker = run_worker(server, Path(folder), *sys.argv[1:])

@@ -40,12 +40,12 @@ from memory_adapters import (
     speaking,
     speaking_by_row,
 )
-from memory_adapters.saving import OWN
-from memory_adapters.threads import _turns
-from tests.composing import KINDS, SUITES, put
-from tests.contract import fingerprint, logits
-from tests.models import byte_tokenizer, tiny_model
+from memory_adapters.base_model.exclusive import _turns
+from memory_adapters.files.atomic import OWN
 from tests.reliability.operations import files_of
+from tests.support.composing import KINDS, SUITES, put
+from tests.support.contract import fingerprint, logits
+from tests.support.models import byte_tokenizer, tiny_model
 
 LIBRARY = str(Path(memory_adapters.__file__).parent)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from memory_adapters import Covariance, load_adapters, load_memory, save_adapters
+from memory_adapters.files.atomic import MINUTE, OWN, SCRATCH, atomic_file, scratch_folder
 from memory_adapters.memory_slots import MemorySlots
-from memory_adapters.saving import MINUTE, OWN, SCRATCH, atomic_file, scratch_folder
-from tests.composing import put
-from tests.contract import logits
-from tests.models import byte_tokenizer, tiny_model
+from tests.support.composing import put
+from tests.support.contract import logits
+from tests.support.models import byte_tokenizer, tiny_model
 
 MINE = "mine.txt"
 

@@ -11,28 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from memory_adapters import (
-    Covariance,
-    CovarianceFitter,
-    MemorySlots,
-    export,
-    load_adapters,
-    load_memory,
-    save_adapters,
-)
-from memory_adapters.resuming import newest_checkpoint
-from memory_adapters.saving import COMMITTED, OWN, atomic_file
-from memory_adapters.testing import HubServer
-from tests.composing import SUITES, put
-from tests.contract import logits
-from tests.hub_client import loaded_hash, logits_hash, run_client, with_memory
-from tests.models import byte_tokenizer, tiny_model
+from memory_adapters import Covariance, CovarianceFitter, MemorySlots, export, load_adapters, load_memory, save_adapters
+from memory_adapters.files.atomic import COMMITTED, OWN, atomic_file
+from memory_adapters.training.checkpoints import newest_checkpoint
+from tests.files.test_hub_faults import publish
+from tests.memit.test_covariance import TEXTS
 from tests.reliability.disks import fill, largest_file, read_only, small_disk
 from tests.reliability.operations import files_of
-from tests.test_covariance import TEXTS
-from tests.test_hub_faults import publish
-from tests.test_training import FACT, OTHER, UNRELATED
-from tests.test_training import fresh as residual_on
+from tests.residual_mlp.test_write import FACT, OTHER, UNRELATED
+from tests.residual_mlp.test_write import fresh as residual_on
+from tests.support.composing import SUITES, put
+from tests.support.contract import logits
+from tests.support.hub import HubServer
+from tests.support.hub_client import loaded_hash, logits_hash, run_client, with_memory
+from tests.support.models import byte_tokenizer, tiny_model
 
 FULL = r"(No space left on device|File too large): nothing was saved in `.*{}`; .* Free space on its disk"
 CLOSED = r"(Read-only file system|Permission denied): nothing was saved in `.*{}`; .* Make it writable"
@@ -104,7 +96,7 @@ def test_a_full_disk_leaves_the_previous(kind: str, tmp_path: Path) -> None:
 
 
 def test_work_goes_on_once_there_is_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memory_adapters.memit.texts.PORTION_TOKENS", 400)
+    monkeypatch.setattr("memory_adapters.memit.corpus.PORTION_TOKENS", 400)
 
     def fit(file: Path) -> Any:
         return CovarianceFitter(tiny_model(), byte_tokenizer(), [1]).fit(TEXTS, 2000, checkpoint=file, progress=False)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from memory_adapters import CovarianceFitter
-from memory_adapters.undoing import undone_on_failure
-from tests.models import byte_tokenizer, tiny_model
+from memory_adapters.peft_layers.rollback import undone_on_failure
 from tests.reliability.interrupting import interrupted, operations, save_each
+from tests.support.models import byte_tokenizer, tiny_model
 
 POINTS = 3
 

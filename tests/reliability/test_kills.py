@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from memory_adapters import load_memory
-from memory_adapters.resuming import checkpoint_to_resume, newest_checkpoint
-from memory_adapters.saving import (
+from memory_adapters.files.atomic import (
     COMMITTED,
     MINUTE,
     SCRATCH,
@@ -29,12 +28,13 @@ from memory_adapters.saving import (
     settle,
     whole,
 )
-from memory_adapters.testing import HubServer
-from tests.contract import logits
-from tests.models import tiny_model
+from memory_adapters.training.checkpoints import checkpoint_to_resume, newest_checkpoint
 from tests.reliability.__main__ import MEMORY, run_worker
 from tests.reliability.operations import age, files_of
 from tests.reliability.together import memory_of
+from tests.support.contract import logits
+from tests.support.hub import HubServer
+from tests.support.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["Save", "SaveAll", "SaveFiles", "FitCovariance", "Upload", "Download"]
@@ -105,7 +105,7 @@ def test_what_a_live_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_without_locks_nothing_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memory_adapters.saving.fcntl", None)
+    monkeypatch.setattr("memory_adapters.files.atomic.fcntl", None)
     (tmp_path / f"{STAGING}{os.uname().nodename}-1").mkdir()
     with atomic_file(tmp_path / "a.txt") as staging:
         staging.write_text("a")

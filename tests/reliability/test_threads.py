@@ -22,11 +22,11 @@ from memory_adapters import (
     speaking,
     speaking_by_row,
 )
-from memory_adapters.threads import _turns
-from tests.composing import KINDS, SUITES, put
-from tests.contract import PROMPT, encode, logits
-from tests.models import byte_tokenizer, tiny_model
-from tests.test_router import OTHER, SUBJECTS, routed_model
+from memory_adapters.base_model.exclusive import _turns
+from tests.keys.test_router import OTHER, SUBJECTS, routed_model
+from tests.support.composing import KINDS, SUITES, put
+from tests.support.contract import PROMPT, encode, logits
+from tests.support.models import byte_tokenizer, tiny_model
 
 SETTINGS: dict[str, Any] = dict(max_new_tokens=6, do_sample=False)
 

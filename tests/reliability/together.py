@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from memory_adapters import Covariance, MemorySlots, load_adapters, load_memory, save_adapters
-from memory_adapters.saving import OWN
-from tests.composing import put
-from tests.contract import logits
-from tests.models import byte_tokenizer, tiny_model
+from memory_adapters.files.atomic import OWN
+from tests.support.composing import put
+from tests.support.contract import logits
+from tests.support.models import byte_tokenizer, tiny_model
 
 SAVERS = 2
 

@@ -11,11 +11,11 @@ from unittest.mock import patch
 from huggingface_hub import constants
 
 from memory_adapters import CovarianceFitter, inject_memory, load_memory
-from memory_adapters.memory_slots.pretraining import train_encoder
-from memory_adapters.resuming import newest_checkpoint
-from tests.composing import SUITES, put
-from tests.contract import logits
-from tests.models import byte_tokenizer, tiny_model
+from memory_adapters.memory_slots.encoder_training import train_encoder
+from memory_adapters.training.checkpoints import newest_checkpoint
+from tests.memit.test_covariance import TEXTS
+from tests.memory_slots.test_encoder_training import QUIET, text_examples
+from tests.memory_slots.test_slots import memory_on as slots_on
 from tests.reliability.operations import (
     Operation,
     Save,
@@ -28,11 +28,11 @@ from tests.reliability.operations import (
     files_of,
     spoken,
 )
-from tests.test_covariance import TEXTS
-from tests.test_slot_training import QUIET, text_examples
-from tests.test_slots import memory_on as slots_on
-from tests.test_training import FACT, OTHER, UNRELATED
-from tests.test_training import fresh as residual_on
+from tests.residual_mlp.test_write import FACT, OTHER, UNRELATED
+from tests.residual_mlp.test_write import fresh as residual_on
+from tests.support.composing import SUITES, put
+from tests.support.contract import logits
+from tests.support.models import byte_tokenizer, tiny_model
 
 __all__ = ["EVERY"]
 
@@ -66,7 +66,7 @@ class FitCovariance(Resumed):
     """Covariance fitting"""
 
     def finish(self) -> dict[str, bytes]:
-        with patch("memory_adapters.memit.texts.PORTION_TOKENS", 300):
+        with patch("memory_adapters.memit.corpus.PORTION_TOKENS", 300):
             fitter = CovarianceFitter(tiny_model(), byte_tokenizer(), [1, 2])
             fitter.fit(TEXTS, 2500, checkpoint=self.folder / "state.safetensors", progress=False)
         fitter.covariance().save(self.folder / "c.safetensors")

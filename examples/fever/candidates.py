@@ -1,0 +1,262 @@
+"""Ways to help a model judge claims: those of the experiment, and those it left open.
+
+A candidate is on the model within a `with` statement, which gives how a claim of a page is put to the model then.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from examples.fever.data import FeverData, Page
+from examples.fever.prompts import documents, facts, solved_claims
+from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.config import MemoryConfig
+from memory_adapters.evaluation.comparison.baselines import Contender, FineTuned, Lora, Memorised
+from memory_adapters.evaluation.comparison.finetuning import Recipe
+from memory_adapters.inject import inject_memory, load_memory
+from memory_adapters.items import Item
+from memory_adapters.keys.router import route_memories
+from memory_adapters.memit import MemitConfig
+from memory_adapters.memory_slots import MemorySlotsConfig
+from memory_adapters.residual_mlp import MemoryAdapterConfig
+
+__all__ = ["EXPERIMENT", "Bench", "Candidate", "Reading", "standard_candidates"]
+
+DOC, TEMP = "Doc", "Temp"
+WHOLE_EPOCHS = 10  # of what is trained through the whole model
+EXPERIMENT = ("Pretrained", "Doc", "Temp", "DocTemp", "Doc, decay .01", "Temp, decay .01", "DocTemp, decay .01")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a candidate works with.
+
+    Attributes:
+        model: A causal LM.
+        tokenizer: Its tokenizer. Its chat template is not used: claims are judged as plain text.
+        data: Pages and claims.
+        seed: Of everything random.
+        training_shots: Solved claims before each training claim in the few-shot form.
+        folder: Where memories are kept that another candidate needs too.
+        unrelated: Text on which residual memories are to be silent.
+    """
+
+    model: Any
+    tokenizer: Any
+    data: FeverData
+    seed: int
+    training_shots: int
+    folder: Path
+    unrelated: Sequence[str]
+
+    @property
+    def plain_tokenizer(self) -> Any:
+        """The tokenizer without a chat template."""
+        plain = copy.copy(self.tokenizer)
+        plain.chat_template = None
+        return plain
+
+    def items(self, kinds: Sequence[str]) -> list[Item]:
+        """What is written: page texts (Doc), solved claims (Temp), or both."""
+        found: list[Item] = []
+        for kind in kinds:
+            found += documents(self.data) if kind == DOC else solved_claims(self.data, self.training_shots, self.seed)
+        return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How claims are put to the model while a candidate is on it.
+
+    Attributes:
+        num_parameters: Numbers that the candidate stores.
+        context: Text before the prompt of a claim of this page.
+        page: A context within which the model judges claims of this page; None where pages may be mixed.
+        kept_seconds: Seconds that what was prepared before, for another candidate, took then.
+    """
+
+    num_parameters: int = 0
+    context: Callable[[Page], str] = lambda page: ""
+    page: Callable[[Page], AbstractContextManager[Any]] | None = None
+    kept_seconds: float = 0.0
+
+
+class Candidate(ABC):
+    """A way to help a model judge claims."""
+
+    @abstractmethod
+    def holding(self, bench: Bench) -> AbstractContextManager[Reading]:
+        """Within this context the candidate is on the model; afterwards the model is what it was."""
+
+
+@dataclass(frozen=True)
+class Pretrained(Candidate):
+    """The model as it is."""
+
+    def holding(self, bench: Bench) -> AbstractContextManager[Reading]:
+        return nullcontext(Reading())
+
+
+@dataclass(frozen=True)
+class PageInPrompt(Candidate):
+    """The page's text before the prompt."""
+
+    def holding(self, bench: Bench) -> AbstractContextManager[Reading]:
+        return nullcontext(Reading(context=lambda page: page.text))
+
+
+@dataclass(frozen=True)
+class Memories(Candidate):
+    """Residual memories, each trained alone and kept in the folder of results, all on the model together.
+
+    Attributes:
+        config: Of each; the seed is the bench's.
+        kinds: What each memory is trained on: `[("Doc", "Temp")]` is one memory of both, `[("Doc",), ("Temp",)]` two.
+        routed: Whether the memory that fits the input speaks alone.
+    """
+
+    config: MemoryAdapterConfig
+    kinds: tuple[tuple[str, ...], ...]
+    routed: bool = False
+
+    @contextmanager
+    def holding(self, bench: Bench) -> Iterator[Reading]:
+        config = replace(self.config, seed=bench.seed)
+        folders = [self._folder(bench, config, kinds) for kinds in self.kinds]
+        kept = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+        for folder, kinds in zip(folders, self.kinds, strict=True):
+            if folder not in kept:
+                self._train(bench, config, kinds, folder)
+        with ExitStack() as stack:
+            found: list[Any] = []
+            for folder in folders:
+                found.append(load_memory(bench.model, folder, tokenizer=bench.plain_tokenizer))
+                stack.callback(found[-1].remove)
+            if self.routed:
+                stack.enter_context(route_memories(bench.model))
+            before = [memory for memory, folder in zip(found, folders, strict=True) if folder in kept]
+            yield Reading(
+                sum(memory.num_parameters() for memory in found),
+                kept_seconds=sum(float(memory.config.writes[-1]["seconds"]) for memory in before),
+            )
+
+    def _folder(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str]) -> Path:
+        decay = f"{config.weight_decay:g}".replace(".", "_")
+        return bench.folder / "memories" / f"{''.join(kinds)}-{config.token_gate}-decay{decay}-seed{bench.seed}"
+
+    def _train(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str], folder: Path) -> None:
+        memory: Any = inject_memory(bench.model, config, tokenizer=bench.plain_tokenizer)
+        try:
+            memory.write(bench.items(kinds), unrelated=bench.unrelated)
+            memory.save_pretrained(folder)
+        finally:
+            memory.remove()
+
+
+@dataclass(frozen=True)
+class Trained(Candidate):
+    """A LoRA or all weights, trained on the same items.
+
+    Attributes:
+        contender: What is trained.
+        kinds: On what.
+    """
+
+    contender: Lora | FineTuned
+    kinds: tuple[str, ...]
+
+    @contextmanager
+    def holding(self, bench: Bench) -> Iterator[Reading]:
+        contender: Contender = replace(self.contender, recipe=replace(self.contender.recipe, seed=bench.seed))
+        with contender.holding(bench.model, bench.plain_tokenizer, bench.items(self.kinds)) as held:
+            yield Reading(held.report.num_parameters)
+
+
+@dataclass(frozen=True)
+class Facts(Candidate):
+    """A closed-form edit of the supported training claims that are facts."""
+
+    config: MemitConfig
+
+    @contextmanager
+    def holding(self, bench: Bench) -> Iterator[Reading]:
+        contender = Memorised(replace(self.config, seed=bench.seed))
+        with contender.holding(bench.model, bench.plain_tokenizer, facts(bench.data)) as held:
+            yield Reading(held.report.num_parameters)
+
+
+@dataclass(frozen=True)
+class PageInSlots(Candidate):
+    """Each page's text compressed into slots, which the model reads before the prompt.
+
+    Attributes:
+        source: A config, or the folder or Hub id of a trained encoder.
+        refine_steps: Gradient steps on each page's slots.
+    """
+
+    source: MemoryConfig | str
+    refine_steps: int
+
+    @contextmanager
+    def holding(self, bench: Bench) -> Iterator[Reading]:
+        if isinstance(self.source, str):
+            memory: Any = load_memory(bench.model, self.source, tokenizer=bench.tokenizer)
+        else:
+            memory = inject_memory(bench.model, self.source, tokenizer=bench.tokenizer)
+        try:
+            pages = bench.data.pages
+            made = memory.compress([page.text for page in pages], refine_steps=self.refine_steps)
+            slots = dict(zip((page.title for page in pages), made, strict=True))
+
+            @contextmanager
+            def reading(page: Page) -> Iterator[None]:
+                memory.use(slots[page.title])
+                yield
+
+            yield Reading(sum(one.vectors.numel() for one in made), page=reading)
+        finally:
+            memory.remove()
+
+
+def standard_candidates(
+    model: Any, *, encoder: str | None = None, epochs: float = 25, bf16: bool = False
+) -> dict[str, Candidate]:
+    """The experiment's candidates (`EXPERIMENT`), then those that it left open, by name.
+
+    Args:
+        model: The model, for the memories' parameter count, which the LoRA gets too.
+        encoder: Folder or Hub id of a slot encoder of this model; None for slots without one.
+        epochs: Passes over the items of memories; a LoRA and all weights, which learn faster, make at most 10.
+        bf16: Train all weights and the LoRA under bfloat16 autocast.
+    """
+    memory = MemoryAdapterConfig.fever_experiment(router_keys=True, num_train_epochs=epochs)
+    decoder = find_decoder(model)
+    keyless = replace(memory, router_keys=False)
+    count = sum(shape.numel() for shape in keyless.tensor_shapes(decoder).values())
+    both = {"Doc": ((DOC,),), "Temp": ((TEMP,),), "DocTemp": ((DOC, TEMP),)}
+    two = ((DOC,), (TEMP,))
+    training: Mapping[str, Any] = {"bf16": True} if bf16 else {}
+    recipe = Recipe(
+        1e-3, num_train_epochs=min(epochs, WHOLE_EPOCHS), target_loss=0.02, min_steps=0, training_args=training
+    )
+    lora = Lora(num_parameters=count, recipe=recipe)
+    weights = FineTuned(replace(recipe, learning_rate=2e-5))
+    slots = encoder or MemorySlotsConfig(num_slots=64, span_length=128, precision="bfloat16")
+    return {
+        "Pretrained": Pretrained(),
+        **{name: Memories(memory, kinds) for name, kinds in both.items()},
+        **{f"{name}, decay .01": Memories(replace(memory, weight_decay=0.01), kinds) for name, kinds in both.items()},
+        "Doc and Temp, two memories": Memories(memory, two),
+        "Doc and Temp, two memories, router": Memories(memory, two, routed=True),
+        **{f"{kind}, LoRA": Trained(lora, (kind,)) for kind in (DOC, TEMP)},
+        **{f"{kind}, all weights": Trained(weights, (kind,)) for kind in (DOC, TEMP)},
+        "facts edited (MEMIT)": Facts(MemitConfig(precision="bfloat16")),
+        "page in slots": PageInSlots(slots, refine_steps=20 if encoder else 60),
+        "page in the prompt": PageInPrompt(),
+    }

@@ -1,0 +1,177 @@
+"""Run part of a model: stop early, resume in the middle, compute logits only where they are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+
+from memory_adapters.base_model.decoder import Decoder, execution_device
+
+__all__ = [
+    "CACHE",
+    "block_returns_tuple",
+    "capture",
+    "capture_inputs",
+    "hidden_state",
+    "inputs_of",
+    "logits_at",
+    "resumed",
+]
+
+
+# What models call their keys and values, in what they take and give: renamed in transformers 5.24.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass once the last hidden state that is needed has been computed."""
+
+
+def hidden_state(output: Any) -> torch.Tensor:
+    """The hidden state in a block's output, which is a tensor or a tuple that starts with one."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def capture(model: nn.Module, decoder: Decoder, layers: Sequence[int], **inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of some blocks, from one forward pass that stops after the last of them.
+
+    Args:
+        model: The causal LM.
+        decoder: Its parts.
+        layers: Block indices in rising order.
+        inputs: What the model's `forward` takes.
+
+    Returns:
+        One tensor (batch, tokens, hidden_size) a layer, in the model's dtype, before anything that acts on the
+        blocks' outputs through hooks registered later than this call's.
+    """
+    states: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        states.append(hidden_state(output))
+        if len(states) == len(layers):
+            raise _EnoughError
+
+    handles = [decoder.blocks[layer].register_forward_hook(keep, prepend=True) for layer in layers]
+    try:
+        model(**inputs, use_cache=False)
+    except _EnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
+@contextmanager
+def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
+    """Within this context the head computes logits only where `mask` (batch, tokens) is true.
+
+    The model then returns logits of shape (1, mask.sum(), vocabulary).
+    """
+
+    def select(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][mask].unsqueeze(0), *args[1:])
+
+    handle = decoder.head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def block_returns_tuple(model: nn.Module, decoder: Decoder, layer: int) -> bool:
+    """Whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
+    kinds: list[bool] = []
+    handle = decoder.blocks[layer].register_forward_hook(lambda _m, _a, output: kinds.append(isinstance(output, tuple)))
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=execution_device(decoder.embeddings)))
+    finally:
+        handle.remove()
+    return kinds[0]
+
+
+@contextmanager
+def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: bool) -> Iterator[None]:
+    """Within this context block `layer` puts out `states`, and the blocks below it only pass their input through.
+
+    The model's own `forward` runs, so masks, positions and whatever else it computes are its own.
+
+    Args:
+        decoder: Parts of the model.
+        layer: Block index.
+        states: (batch, tokens, hidden_size), as the inputs that the model is then given.
+        as_tuple: Whether the model's blocks put out tuples; see `block_returns_tuple`.
+    """
+
+    def passed_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if as_tuple else hidden
+
+    def stored(*_args: Any, **_kwargs: Any) -> Any:
+        return (states,) if as_tuple else states
+
+    blocks = [decoder.blocks[i] for i in range(layer + 1)]
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks[:-1]:
+        block.forward = passed_on
+    blocks[-1].forward = stored
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module], receive: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Within this context `receive(i, x)` is called with the input x of `modules[i]` at each of its calls."""
+
+    def hook(index: int) -> Callable[..., None]:
+        return lambda _module, args: receive(index, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(i)) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def capture_inputs(model: nn.Module, modules: Sequence[nn.Module], **inputs: Any) -> list[torch.Tensor]:
+    """Inputs of some modules, from one forward pass that stops when the last of them is reached.
+
+    Args:
+        model: The causal LM.
+        modules: Modules in the order in which the model runs them.
+        inputs: What the model's `forward` takes.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def receive(index: int, value: torch.Tensor) -> None:
+        found[index] = value
+        if index == len(modules) - 1:
+            raise _EnoughError
+
+    try:
+        with inputs_of(modules, receive):
+            model(**inputs, use_cache=False)
+    except _EnoughError:
+        pass
+    return [found[i] for i in range(len(modules))]

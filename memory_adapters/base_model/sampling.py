@@ -1,0 +1,109 @@
+"""Text that a model samples from itself, and plain sentences: what a memory must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.nonfinite import origin
+from memory_adapters.base_model.seeding import seeded
+
+__all__ = ["OTHER_SUBJECTS", "PLAIN_SENTENCES", "sample_text"]
+
+# Other subjects to put in a fact's prompt, and sentences whose openings many texts share. They only have to be
+# ordinary: the memory learns to stay closed on them.
+OTHER_SUBJECTS = (
+    "Maria Schmidt", "John Williams", "Ahmed Hassan", "Yuki Tanaka", "Pierre Martin", "Elena Popova", "William Clarke",
+    "Sofia Rossi", "Charles the Bald", "Queen Victoria", "Chicago", "Nairobi", "Norway", "New Zealand", "Hamburg",
+    "Lake Geneva", "the Danube", "Mount Fuji", "Siemens", "General Electric", "Toyota Corolla", "Windows XP",
+    "Adobe Photoshop", "Sony Walkman", "Real Madrid", "Oxford University", "The Godfather", "War and Peace",
+    "Abbey Road", "The Economist", "Sesame Street", "Boeing 747", "Trans-Siberian Railway", "Roman Empire",
+)  # fmt: skip
+PLAIN_SENTENCES = (
+    "What is the capital of this country, and how many people live there?",
+    "What is the meaning of the word in this sentence?",
+    "What did he say when they asked him about the weather?",
+    "Who wrote the book that we read at school last year?",
+    "Who was the first person to climb the mountain?",
+    "Where was she born, and where did she grow up?",
+    "Where is the nearest station, please?",
+    "When did the war end? When was the treaty signed?",
+    "Which of these two is larger? Which one would you choose?",
+    "How many legs does a spider have? How does a car engine work?",
+    "Why is the sky blue? Why do leaves fall in autumn?",
+    "Is it true that cats always land on their feet?",
+    "Can you explain how photosynthesis works in simple words?",
+    "Write a short poem about the sea. Give me three tips for better sleep.",
+    "The name of the company was changed after the merger.",
+    "The official language of the country is spoken by most of its people.",
+    "The city is located on the coast, in the south of the country.",
+    "It was built in the nineteenth century and is used as a museum today.",
+    "He was born in a small town and worked as a teacher for many years.",
+    "She plays the piano and works for a newspaper in the city.",
+    "In the first half of the year, sales rose by ten percent.",
+    "They moved to another house because the old one was too small.",
+    "According to the report, the number of visitors has doubled.",
+    "There are many reasons for this, and some of them are well known.",
+)  # fmt: skip
+
+
+class _Finite(LogitsProcessor):
+    """Says where it comes from if there is NaN or infinity in logits, which nothing can be sampled from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.isnan().any() or scores.isposinf().any():  # minus infinity: tokens that are ruled out
+            where = origin(self.model, find_decoder(self.model), {"input_ids": input_ids})
+            raise ValueError(f"The model's predictions hold NaN or infinity: {where}.")
+        return scores
+
+
+@torch.no_grad()
+def sample_text(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num_tokens: int, seed: int, top_k: int = 0
+) -> list[str]:
+    """Text sampled from the model itself at temperature 1: needs no data, and looks like what the model reads.
+
+    Args:
+        model: The causal LM, with what is to be left out of it disabled.
+        tokenizer: Its tokenizer.
+        prompts: One text to continue each; an empty one starts from the beginning-of-text token.
+        num_tokens: New tokens of each.
+        seed: Seed of the sampling; the global generators are left as they were.
+        top_k: Sample among so many most probable tokens; 0 for all.
+
+    Returns:
+        Each prompt with its continuation.
+
+    Raises:
+        ValueError: If the model's logits hold NaN or infinity.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    rows = [list(tokenizer(prompt)["input_ids"]) if prompt else [start or 0] for prompt in prompts]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    check = LogitsProcessorList([_Finite(model)])
+    with seeded(seed), evaluating(model):
+        sampled = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(model.device),  # type: ignore[arg-type]
+            attention_mask=mask.to(model.device),  # type: ignore[arg-type]
+            do_sample=True,
+            temperature=1.0,
+            top_k=top_k,
+            top_p=1.0,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+            logits_processor=check,
+        )
+    tails = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=True)
+    return [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]

@@ -1,0 +1,109 @@
+"""Rows of tokens: how text becomes them, how they are padded and batched, how a model scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memory_adapters.base_model.decoder import Decoder, execution_device
+from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.partial_forward import logits_at
+
+__all__ = ["RowScores", "batches_of", "last_token_of", "pad_rows", "score_rows", "shared_length", "tokenize"]
+
+TOKENS_A_BATCH = 4096
+
+
+def pad_rows(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (batch, tokens) of rows padded on the right (with id 0, which is masked)."""
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> Iterator[list[int]]:
+    """Indices of rows in batches of like length and at most `tokens` tokens with padding (at least one row)."""
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if batch and (len(batch) + 1) * len(rows[index]) > tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids as the model reads a prompt: with the special tokens at the start, without one at the end."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common start of two token sequences."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def last_token_of(tokenizer: Any, text: str, end: int, ids: Sequence[int]) -> int:
+    """Index in `ids`, the tokens of `text`, of the token that holds character `end - 1`."""
+    head = tokenize(tokenizer, text[:end])
+    shared = shared_length(head, ids)
+    return shared - 1 if shared == len(head) else min(shared, len(ids) - 1)
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """How a model predicts the scored tokens of each row.
+
+    Attributes:
+        log_prob: Sum of their log-probabilities (rows,).
+        right: How many are the model's first choice (rows,).
+        count: How many there are (rows,).
+    """
+
+    log_prob: Tensor
+    right: Tensor
+    count: Tensor
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module, decoder: Decoder, rows: Sequence[Sequence[int]], first: Sequence[int], tokens: int = 1024
+) -> RowScores:
+    """Score the tokens of each row from index `first` (at least 1) on, with logits computed only there.
+
+    Args:
+        model: A causal LM.
+        decoder: Its parts.
+        rows: Token ids.
+        first: For each row, the index of the first token to score.
+        tokens: Most tokens a batch, with padding.
+    """
+    scores = RowScores(*(torch.zeros(len(rows)) for _ in range(3)))
+    device = execution_device(decoder.embeddings)
+    for batch in batches_of(rows, tokens):
+        inputs = pad_rows([rows[i] for i in batch], device)
+        wanted = inputs["attention_mask"].bool()
+        for position, i in enumerate(batch):
+            wanted[position, : first[i] - 1] = False
+            wanted[position, len(rows[i]) - 1 :] = False
+        targets = inputs["input_ids"].roll(-1, 1)[wanted]
+        with sole_thread(model), logits_at(decoder, wanted):
+            logits = model(**inputs, use_cache=False).logits[0].float()
+        owner = torch.tensor(batch)[wanted.nonzero()[:, 0].cpu()]
+        scores.log_prob.index_add_(0, owner, -F.cross_entropy(logits, targets, reduction="none").cpu())
+        scores.right.index_add_(0, owner, (logits.argmax(-1) == targets).float().cpu())
+        scores.count.index_add_(0, owner, torch.ones(len(owner)))
+    return scores

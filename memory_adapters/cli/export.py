@@ -1,0 +1,53 @@
+"""`memory-adapters export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from memory_adapters import load_memory
+from memory_adapters.cli.options import (
+    AdapterArgument,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    JsonOption,
+    QuietOption,
+)
+from memory_adapters.cli.run import running
+from memory_adapters.training.distributed import is_first
+
+__all__ = ["export"]
+
+
+def export(
+    adapter: AdapterArgument,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The model that the memory was written for.")],
+    file_format: Annotated[
+        Literal["vllm", "gguf", "merged", "prompt-tuning"],
+        typer.Option(
+            "--format",
+            help="vllm (a LoRA adapter for servers), gguf (a LoRA file for llama.cpp), merged (the edited model), "
+            "prompt-tuning (slots as a PEFT adapter). The first three are for memit, the last is for slots.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(file_okay=False, metavar="FOLDER", help="Where to save it.")],
+    dtype: Annotated[
+        Dtype, typer.Option(help="Precision of the exported tensors; auto is the format's own default.")
+    ] = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Save the memory ADAPTER in a format that other programs load."""
+    with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
+        from memory_adapters.export import export as saved_as
+
+        base, tokenizer = run.load_model(model, "auto")
+        memory = load_memory(base, adapter, tokenizer=tokenizer)
+        if is_first():
+            made = saved_as(memory, output, format=file_format, dtype=None if dtype == "auto" else dtype)
+            run.show({"format": file_format, "output": str(made)}, f"saved in {made}")

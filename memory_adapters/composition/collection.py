@@ -1,0 +1,163 @@
+"""All adapters of a model in one folder, memories and PEFT's own, and a Trainer callback that saves them there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.composition.peft_loading import load_peft_adapter
+from memory_adapters.files.atomic import atomic_directory, settle, whole
+from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.strict_json import read_json
+from memory_adapters.files.tensors import write_tensors
+from memory_adapters.inject import base_model, load_memory, memories
+from memory_adapters.memory import Memory, replace_memory
+from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors
+from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.training.distributed import is_first
+
+__all__ = ["SaveAdapters", "load_adapters", "save_adapters"]
+
+INDEX_FILE = "adapters.json"
+BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
+
+
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save every adapter of a model in a subfolder named after it: memories whole, others as PEFT saves them.
+
+    Each subfolder can be loaded alone, by `load_memory` or by PEFT. An index has the names in their order, and which
+    are active.
+
+    Args:
+        model: A model with adapters, or a PeftModel around one.
+        folder: Where to; all adapters are replaced together or not at all.
+
+    Raises:
+        ValueError: If the model has no adapter, or one cannot be saved.
+    """
+    base: Any = base_model(model)
+    known = memories(base)
+    configs: dict[str, PeftConfig] = dict(getattr(base, "peft_config", {}))
+    if not configs:
+        raise ValueError("`model` has no adapter to save: inject a memory or add a LoRA first.")
+    index = [{"name": n, "memory": n in known, "active": _is_active(base, n, known)} for n in configs]
+    with atomic_directory(folder) as staging:
+        for name, config in configs.items():
+            own = staging / name
+            if name in known:
+                known[name].save_pretrained(own)
+            else:
+                own.mkdir()
+                tensors = adapter_tensors(base, name)
+                write_tensors(own / WEIGHTS_FILE, {PEFT_KEY_PREFIX + key: tensor for key, tensor in tensors.items()})
+                config.save_pretrained(str(own))
+            replace_memory(own, Path(folder) / name)
+        (staging / INDEX_FILE).write_text(json.dumps({"adapters": index}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> dict[str, Memory]:
+    """Load all that `save_adapters` saved, in the same order, with the same ones active.
+
+    Args:
+        model: The base model.
+        folder: A folder written by `save_adapters`.
+        tokenizer: The model's tokenizer; needed to write more.
+
+    Returns:
+        The memories among them, by name.
+
+    Raises:
+        FileNotFoundError: If the folder has no index of adapters.
+        ValueError: As `load_memory`; what was loaded before the one that failed is taken off again.
+    """
+    index_file = Path(folder) / INDEX_FILE
+    if Path(folder).is_dir():
+        settle(Path(folder))
+    if not index_file.is_file():
+        raise FileNotFoundError(f"`{folder}` has no {INDEX_FILE}: give a folder written by `save_adapters`.")
+    base = base_model(model)
+    with whole(Path(folder)), sole_thread(base), undone_on_failure(base):
+        return _load(base, Path(folder), _read_index(index_file), tokenizer)
+
+
+def _load(base: Any, folder: Path, index: list[tuple[str, bool, bool]], tokenizer: Any) -> dict[str, Memory]:
+    before = {id(layer): list(layer.active_adapters) for layer in adapter_layers(base)}
+    for name, is_memory, _ in index:
+        if is_memory:
+            load_memory(base, folder / name, tokenizer=tokenizer, adapter_name=name)
+        else:
+            load_peft_adapter(base, folder / name, name)
+    for layer in adapter_layers(base):
+        layer._active_adapter = before.get(id(layer), [])
+    found = memories(base)
+    for name, _, active in index:
+        if active and name in found:
+            found[name].active = True
+        elif active:
+            for layer in adapter_layers(base, name):
+                layer._active_adapter = [*layer.active_adapters, name]
+    return {name: found[name] for name, _, _ in index if name in found}
+
+
+class SaveAdapters(TrainerCallback):
+    """Trainer callback: every checkpoint holds all adapters of the model under `adapters/`, and no base weights.
+
+    Trainer itself saves what PEFT knows of a PeftModel; here memories come with all of their files (the ledger of an
+    edit, slots), ready for `load_adapters`. When Trainer resumes, it makes the LoRA the only active one of its kind,
+    which silences edits; the adapters that were active when the Trainer was made are active again.
+    """
+
+    def __init__(self) -> None:
+        self.active: list[tuple[Any, list[str]]] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """When the Trainer is made."""
+        self.active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a checkpoint was loaded, before the first step."""
+        for layer, names in self.active:
+            layer._active_adapter = list(names)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After Trainer wrote a checkpoint."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if is_first():
+            save_adapters(model, checkpoint / "adapters")
+            for pattern in BASE_WEIGHTS:
+                for file in checkpoint.glob(pattern):
+                    file.unlink()
+
+
+def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
+    try:
+        index = [(entry["name"], entry["memory"], entry["active"]) for entry in read_json(path)["adapters"]]
+        names = [name for name, _, _ in index]
+        if not all(map(_is_folder_name, names)) or len(set(names)) < len(names):
+            raise ValueError("names must be those of single folders, each once")
+        if any({type(memory), type(active)} != {bool} for _, memory, active in index):
+            raise ValueError("`memory` and `active` must be true or false")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`{path}` is damaged ({error}). Save the adapters again.") from error
+    for name in names:
+        if (path.parent / name).resolve().parent != path.parent.resolve():
+            raise ValueError(f"`{path.parent / name}` leads out of its folder: put what it links to in its place.")
+    return index
+
+
+def _is_folder_name(name: Any) -> bool:
+    known = isinstance(name, str) and name.isprintable() and len(name.encode()) <= 255
+    return known and name == Path(name).name and name not in ("", "..")
+
+
+def _is_active(base: nn.Module, name: str, known: dict[str, Memory]) -> bool:
+    if name in known:
+        return known[name].active
+    return any(name in layer.active_adapters for layer in adapter_layers(base, name))

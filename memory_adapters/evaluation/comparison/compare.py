@@ -1,0 +1,229 @@
+"""The same facts given to a model by several methods, one after the other: what each made of them, and at what cost."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from memory_adapters.base_model.fingerprint import base_fingerprint
+from memory_adapters.base_model.sampling import sample_text
+from memory_adapters.config import MemoryConfig
+from memory_adapters.evaluation.comparison.baselines import Contender, Memorised, Unchanged
+from memory_adapters.evaluation.comparison.costs import (
+    bytes_on_disk,
+    seconds_to_forget,
+    slowdown,
+    speed_prompt,
+    speeds,
+    written,
+)
+from memory_adapters.evaluation.comparison.results import NOTHING, Comparison, MethodResult
+from memory_adapters.evaluation.comparison.stored_results import KeptResults, digest
+from memory_adapters.evaluation.edit_report import evaluate_edits
+from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
+from memory_adapters.evaluation.scores.generation import fluency, generate_texts
+from memory_adapters.inject import base_model
+
+__all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
+
+SAMPLED_TEXTS = 16
+SAMPLED_TOKENS = 64
+SAMPLE_SEED = 1_000_003  # of no method's default: nothing was fitted to this text
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One write of one contender. Its kind is `"full"`, `"portability"` or `"curve"`."""
+
+    name: str
+    kind: str
+    contender: Contender
+    records: Sequence[EditRecord]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.kind}-{len(self.records)}"
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[EditRecord],
+    contenders: Mapping[str, Contender | MemoryConfig],
+    *,
+    num_facts: int | None = None,
+    text: str | Sequence[str] | None = None,
+    max_text_tokens: int | None = None,
+    greedy: bool = True,
+    fluency_prompts: int = 0,
+    choices: Sequence[Choice] | None = None,
+    portability: Sequence[EditRecord] | None = None,
+    costs: bool = True,
+    numbers: Sequence[int] = (),
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Score the model, then give it the records' facts by each contender in turn, score, and take them out again.
+
+    Every contender gets all facts in one write. What a model or tokenizer cannot have is refused before anything is
+    measured. A contender that fails while it is measured has the reason in its result, and the others go on. The model
+    is left as it was, also on failure and interruption.
+
+    Args:
+        model: A causal LM; memories that are active on it stay active, and belong to the base.
+        tokenizer: Its tokenizer.
+        records: Facts, with the prompts to judge them by.
+        contenders: Name to a contender, or to the config of a memory; the same method may come several times with
+            other settings. `Unchanged` comes by itself, as `"nothing"`.
+        num_facts: The first so many are compared in full; None for all. `numbers` may go beyond.
+        text: Unrelated text for the perplexity; None for 1,024 tokens that the model samples.
+        max_text_tokens: Most tokens of it that are read; None for all.
+        greedy: Decode greedily after each prompt and paraphrase, and look for the target.
+        fluency_prompts: Generate a text of 100 tokens from so many prompts, for fluency.
+        choices: Multiple-choice questions, for general ability.
+        portability: Records with questions about what follows from their facts, which are written by themselves.
+        costs: Measure bytes on disk, speed and forgetting too.
+        numbers: Curves: the first so many records, for each number; scores and perplexity alone.
+        folder: Where to keep each result as soon as it is there, a JSON file a write. A second call with the same
+            settings reads them instead of measuring again; what failed is tried again.
+        progress: Show bars. Those of a memory's `write` are turned off by `Memorised`'s `write_settings`.
+
+    Raises:
+        ValueError: If there is no record, a number of facts is out of range, `portability` has no questions, another
+            contender than `Unchanged` is called `"nothing"`, `folder` holds results of other settings, or as
+            `inject_memory`.
+        TypeError: If a config is of no memory method.
+    """
+    if not records:
+        raise ValueError("`records` is empty: give at least one EditRecord.")
+    count = len(records) if num_facts is None else num_facts
+    for argument, number in [("num_facts", count), *(("numbers", number) for number in numbers)]:
+        if not 1 <= number <= len(records):
+            raise ValueError(
+                f"`{argument}` has {number}: it must be at least 1 and at most {len(records)}, as there are records."
+            )
+    if portability is not None and not any(record.portability for record in portability):
+        raise ValueError("`portability` has no record with questions of its own: give those of zsRE, or None.")
+    named = {name: one if isinstance(one, Contender) else Memorised(one) for name, one in contenders.items()}
+    if not isinstance(named.setdefault(NOTHING, Unchanged()), Unchanged):
+        raise ValueError(f"`contenders` calls a {type(named[NOTHING]).__name__} {NOTHING!r}, the name of the base.")
+    named = {NOTHING: named[NOTHING], **named}
+    for contender in named.values():
+        contender.check(model, tokenizer)
+    parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
+    parts += [_Part(name, "portability", one, portability) for name, one in named.items() if portability is not None]
+    rising = [number for number in sorted(set(numbers)) if number != count]
+    parts += [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
+
+    bench = _Bench(model, tokenizer, text, max_text_tokens, greedy, fluency_prompts, choices, costs, progress)
+    found: dict[str, MethodResult] = {}
+    kept = None if folder is None else KeptResults(folder)
+    if kept is not None:
+        known = {part.label: kept.read(part.label, bench.settings(part)) for part in parts}
+        found = {label: MethodResult.from_dict(values) for label, values in known.items() if values is not None}
+    missing = [part for part in parts if part.label not in found]
+    if missing and text is None:
+        empty = [""] * SAMPLED_TEXTS
+        text = sample_text(model, tokenizer, empty, num_tokens=SAMPLED_TOKENS, seed=SAMPLE_SEED)
+    with tqdm(missing, desc="comparing", unit="write", disable=not progress) as bar:
+        for part in bar:
+            bar.set_postfix_str(part.label)
+            found[part.label] = result = replace(bench, text=text).measured(part)
+            if kept is not None and result.failed is None:
+                kept.keep(part.label, bench.settings(part), asdict(result))
+    return _assembled(parts, found, count, numbers)
+
+
+def _assembled(
+    parts: Sequence[_Part], found: Mapping[str, MethodResult], count: int, numbers: Sequence[int]
+) -> Comparison:
+    methods: dict[str, MethodResult] = {}
+    curves: dict[str, dict[int, MethodResult]] = {}
+    for part in parts:
+        result, number = found[part.label], len(part.records)
+        if part.kind == "portability":
+            whole = methods[part.name]
+            why = whole.failed or (None if result.failed is None else f"portability: {result.failed}")
+            where = whole.traceback or result.traceback
+            methods[part.name] = replace(whole, portability=result.report, failed=why, traceback=where)
+        elif part.kind == "full":
+            methods[part.name] = result
+        if part.kind == "curve" or (part.kind == "full" and number in numbers):
+            curves.setdefault(part.name, {})[number] = result
+    return Comparison(count, methods, {name: dict(sorted(line.items())) for name, line in curves.items()})
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A model, and what is measured on it."""
+
+    model: Any
+    tokenizer: Any
+    text: str | Sequence[str] | None
+    max_text_tokens: int | None
+    greedy: bool
+    fluency_prompts: int
+    choices: Sequence[Choice] | None
+    costs: bool
+    progress: bool
+
+    def settings(self, part: _Part) -> dict[str, Any]:
+        """What the result of a part depends on."""
+        base: Any = base_model(self.model)
+        settings: dict[str, Any] = {
+            "model": {**base_fingerprint(base), "dtype": str(base.dtype), "device": base.device.type},
+            "adapters": list(getattr(base, "peft_config", {})),
+            "contender": part.contender.settings(),
+            "records": digest(part.records),
+        }
+        if part.kind != "portability":
+            settings |= {"text": self.text and digest(self.text), "max_text_tokens": self.max_text_tokens}
+        if part.kind == "full":
+            settings |= {"greedy": self.greedy, "fluency_prompts": self.fluency_prompts, "costs": self.costs}
+            settings["choices"] = self.choices and digest(self.choices)
+        return settings
+
+    def measured(self, part: _Part) -> MethodResult:
+        """The result of a part, or why there is none. What the model itself cannot do raises."""
+        try:
+            return self._measured(part)
+        except Exception as error:
+            if isinstance(part.contender, Unchanged):
+                raise
+            return MethodResult(failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+
+    def _measured(self, part: _Part) -> MethodResult:
+        model, tokenizer, full = self.model, self.tokenizer, part.kind == "full"
+        facts = [record.fact for record in part.records]
+        ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
+        before = speeds(model, ids, [nullcontext])[0] if full and self.costs else None
+        with written(model, tokenizer, part.contender, facts) as (held, costs):
+            report = evaluate_edits(
+                model,
+                tokenizer,
+                part.records,
+                text=None if part.kind == "portability" else self.text,
+                max_text_tokens=self.max_text_tokens,
+                greedy=full and self.greedy,
+                progress=self.progress,
+            )
+            ability = None
+            if full and self.fluency_prompts:
+                begun = [prompt for r in part.records for prompt in r.generation_prompts or (r.fact.prompt,)]
+                texts = generate_texts(model, tokenizer, begun[: self.fluency_prompts], progress=self.progress)
+                report = replace(report, fluency=fluency(texts), num_generated=len(texts))
+            if full and self.choices is not None:
+                ability = choice_accuracy(model, tokenizer, self.choices)
+            if before is not None:
+                prefill, decode = slowdown(model, ids, held, before)
+                costs = replace(costs, bytes_on_disk=bytes_on_disk(held), prefill=prefill, decode=decode)
+                costs = replace(costs, forget_seconds=seconds_to_forget(held, facts[-1]))
+            return MethodResult(held.report, report, ability=ability, costs=costs)

@@ -1,0 +1,275 @@
+"""Everything that is measured of a set of edits in one report, and several reports side by side."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.scores.edits import EditScores, mean_of, score_records
+from memory_adapters.evaluation.scores.generation import consistency, fluency, generate_texts, greedy_success
+from memory_adapters.evaluation.scores.perplexity import perplexity
+from memory_adapters.files.atomic import atomic_file
+
+__all__ = ["EditReport", "RelationScores", "comparable_cells", "compare", "evaluate_edits"]
+
+SHOWN_RELATIONS = 10
+
+
+@dataclass(frozen=True)
+class RelationScores:
+    """Shares in [0, 1] over the records of one relation, as in `EditScores`; `number` is how many there are."""
+
+    relation: str
+    number: int
+    exact_match: float
+    efficacy: float | None
+    paraphrase: float | None
+    neighbourhood: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class EditReport:
+    """What `evaluate_edits` measured; None is what was not asked for or has nothing to be judged by.
+
+    Attributes:
+        num_records: Edits judged.
+        scores: Shares over all of them.
+        relations: The same by relation, those that resist most first.
+        greedy_success: Share of the prompts after which greedy decoding names the new target.
+        paraphrase_greedy_success: The same of the paraphrases.
+        fluency: GE of the generated texts.
+        consistency: RS of the generated texts against the references.
+        num_generated: Texts that were generated.
+        perplexity: Perplexity on `text`.
+        seconds: Wall time of the whole evaluation.
+    """
+
+    num_records: int
+    scores: EditScores
+    relations: list[RelationScores] = field(default_factory=list)
+    greedy_success: float | None = None
+    paraphrase_greedy_success: float | None = None
+    fluency: float | None = None
+    consistency: float | None = None
+    num_generated: int = 0
+    perplexity: float | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditReport:
+        """The report that `to_dict` was called on."""
+        given = {f.name for f in fields(EditScores) if f.init}
+        scores = EditScores(**{name: value for name, value in values["scores"].items() if name in given})
+        relations = [RelationScores(**relation) for relation in values["relations"]]
+        return cls(**{**values, "scores": scores, "relations": relations})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` as JSON. A file that is there is replaced at once, or kept if this is interrupted."""
+        with atomic_file(path) as staging:
+            staging.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EditReport:
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def _tables(self) -> list[list[list[str]]]:
+        """Rows of cells, the first row a header: the scores, the single numbers, the relations."""
+        s = self.scores
+        portability = (s.portability_exact_match, s.portability_token_accuracy)
+        judged: dict[str, tuple[float | None, ...]] = {
+            "prompt (ES)": (s.efficacy, s.exact_match, s.token_accuracy, self.greedy_success),
+            "paraphrases (PS)": (
+                s.paraphrase, s.paraphrase_exact_match, s.paraphrase_token_accuracy, self.paraphrase_greedy_success,
+            ),
+            "neighbours (NS)": (s.neighbourhood, s.neighbourhood_exact_match, s.neighbourhood_token_accuracy, None),
+            "portability": (None, *portability, None),
+            "harmonic mean (S)": (s.score, None, s.token_score, None),
+        }  # fmt: skip
+        shares = [["%", "preferred", "exact", "tokens", "greedy"]]
+        shares += [[label, *map(_percent, row)] for label, row in judged.items() if any(x is not None for x in row)]
+        numbers = [("fluency (GE)", self.fluency), ("consistency (RS)", self.consistency)]
+        singles = [[label, f"{value:.1f}"] for label, value in numbers if value is not None]
+        if self.perplexity is not None:
+            singles.append(["perplexity", f"{self.perplexity:.2f}"])
+        resisting = [["relation", "edits", "exact", "ES", "PS", "NS"]]
+        for r in self.relations[:SHOWN_RELATIONS]:
+            rates = map(_percent, (r.exact_match, r.efficacy, r.paraphrase, r.neighbourhood))
+            resisting.append([r.relation, str(r.number), *rates])
+        if len(self.relations) > SHOWN_RELATIONS:
+            resisting.append([f"… {len(self.relations) - SHOWN_RELATIONS} more", *[""] * 5])
+        return [table for table in (shares, singles, resisting) if table]
+
+    def __repr__(self) -> str:
+        lines = [f"EditReport ({self.num_records} edits, {self.seconds:.1f} s)"]
+        for table in self._tables():
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            for label, *cells in table:
+                aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+                lines.append(f"  {label:<{widths[0]}}  {'  '.join(aligned)}".rstrip())
+            lines.append("")
+        return "\n".join(lines[:-1])
+
+    def _repr_html_(self) -> str:
+        tables = [f"<p>{self.num_records} edits, {self.seconds:.1f} s</p>"]
+        for table in self._tables():
+            rows = (
+                f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row[1:])}</tr>"
+                for row in table
+            )
+            tables.append(f"<table>{''.join(rows)}</table>")
+        return "".join(tables)
+
+
+def evaluate_edits(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[EditRecord],
+    *,
+    text: str | Sequence[str] | None = None,
+    max_text_tokens: int | None = None,
+    greedy: bool = True,
+    num_tokens: int | None = None,
+    generate: bool = False,
+    references: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> EditReport:
+    """Measure everything the records allow on the model as it stands.
+
+    Args:
+        model: A causal LM, with what is to be judged active.
+        tokenizer: Its tokenizer.
+        records: The edits.
+        text: Unrelated text for the perplexity; its drift is seen in `compare` with a report of the base model.
+        max_text_tokens: Most tokens of it that are read.
+        greedy: Decode greedily after each prompt and paraphrase, and look for the target.
+        num_tokens: How many tokens; see `greedy_success`.
+        generate: Generate texts of 100 tokens for fluency and consistency: from the `generation_prompts` of each
+            record, or from its prompt and paraphrases if it has none.
+        references: Texts about the new targets, by target: `{"Rome": ["Rome is the capital of Italy.", ...]}`.
+            Consistency is that of the records whose target is there.
+        seed: Seed of the generated texts.
+        progress: Show bars.
+
+    Raises:
+        ValueError: If there is no record, or `references` is given without `generate` or fits no record.
+    """
+    start = time.perf_counter()
+    if references is not None and not generate:
+        raise ValueError("`references` are compared with generated texts: set `generate=True` too.")
+    if references is not None and not any(record.fact.target in references for record in records):
+        raise ValueError(f"`references` has no target of the records; its keys start {list(references)[:3]}.")
+    scored = score_records(model, tokenizer, records, progress=progress)
+    measured: dict[str, Any] = {}
+    if greedy:
+        asked = [(prompt, r.fact.target) for r in records for prompt in (r.fact.prompt, *r.paraphrases)]
+        prompts, targets = zip(*asked, strict=True)
+        found = iter(greedy_success(model, tokenizer, prompts, targets, num_tokens=num_tokens, progress=progress))
+        by_record = [(next(found), [next(found) for _ in record.paraphrases]) for record in records]
+        measured["greedy_success"] = mean_of(named for named, _ in by_record)
+        measured["paraphrase_greedy_success"] = mean_of(mean_of(named) for _, named in by_record)
+    if generate:
+        beginnings = [record.generation_prompts or (record.fact.prompt, *record.paraphrases) for record in records]
+        texts = generate_texts(
+            model, tokenizer, [prompt for prompts in beginnings for prompt in prompts], seed=seed, progress=progress
+        )
+        measured |= {"fluency": fluency(texts), "num_generated": len(texts)}
+        if references is not None:
+            remaining = iter(texts)
+            generated = [[next(remaining) for _ in prompts] for prompts in beginnings]
+            pairs = [
+                (own, references[record.fact.target])
+                for record, own in zip(records, generated, strict=True)
+                if record.fact.target in references
+            ]
+            measured["consistency"] = consistency(*zip(*pairs, strict=True))
+    if text is not None:
+        with evaluating(model):
+            measured["perplexity"] = perplexity(model, tokenizer, text, max_tokens=max_text_tokens)
+    return EditReport(
+        num_records=len(records),
+        scores=EditScores.mean(scored),
+        relations=_by_relation(records, scored),
+        **measured,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _by_relation(records: Sequence[EditRecord], scored: Sequence[EditScores]) -> list[RelationScores]:
+    """Lowest exact match first, then lowest efficacy, then the largest relation."""
+    groups: dict[str, list[EditScores]] = {}
+    for record, scores in zip(records, scored, strict=True):
+        groups.setdefault(record.relation, []).append(scores)
+    relations = []
+    for relation, group in groups.items():
+        s = EditScores.mean(group)
+        relations.append(RelationScores(relation, len(group), s.exact_match, s.efficacy, s.paraphrase, s.neighbourhood))
+    return sorted(relations, key=lambda r: (r.exact_match, r.efficacy or 0.0, -r.number, r.relation))
+
+
+def compare(reports: Mapping[str, EditReport]) -> str:
+    """Markdown table with one line for each report; perplexity also as its drift from the first report's.
+
+    Columns that no report has a value for are left out.
+
+    Raises:
+        ValueError: If there is no report.
+    """
+    if not reports:
+        raise ValueError("`reports` is empty: give at least one EditReport by name.")
+    base = next((report.perplexity for report in reports.values() if report.perplexity is not None), None)
+    columns: dict[str, list[str]] = {"": [name.replace("|", r"\|") for name in reports]}
+    for report in reports.values():
+        for label, cell in comparable_cells(report, base).items():
+            columns.setdefault(label, []).append(cell)
+    shown = {label: cells for label, cells in columns.items() if set(cells) != {_percent(None)}}
+    lines = [[*shown], ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def comparable_cells(report: EditReport, base_perplexity: float | None) -> dict[str, str]:
+    s = report.scores
+    shares = {
+        "S": s.score,
+        "ES": s.efficacy,
+        "PS": s.paraphrase,
+        "NS": s.neighbourhood,
+        "exact": s.exact_match,
+        "paraphrases exact": s.paraphrase_exact_match,
+        "greedy": report.greedy_success,
+        "paraphrases greedy": report.paraphrase_greedy_success,
+        "neighbours exact": s.neighbourhood_exact_match,
+        "S (tokens)": s.token_score,
+        "tokens": s.token_accuracy,
+        "paraphrase tokens": s.paraphrase_token_accuracy,
+        "neighbour tokens": s.neighbourhood_token_accuracy,
+        "portability exact": s.portability_exact_match,
+        "portability tokens": s.portability_token_accuracy,
+    }
+    cells = {"edits": str(report.num_records)} | {label: _percent(share) for label, share in shares.items()}
+    for label, value in (("GE", report.fluency), ("RS", report.consistency)):
+        cells[label] = _percent(None) if value is None else f"{value:.1f}"
+    cells["perplexity"] = _percent(None)
+    if report.perplexity is not None and base_perplexity is not None:
+        drift = report.perplexity / base_perplexity - 1
+        cells["perplexity"] = f"{report.perplexity:.2f}" + (f" ({drift:+.2%})" if drift else "")
+    return cells
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"

@@ -1,0 +1,287 @@
+"""Figures: where a model recalls facts, how methods score, at what cost.
+
+They need matplotlib, whose global state is not touched.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from memory_adapters.evaluation.comparison.results import Comparison, MethodResult
+    from memory_adapters.memit.tracing import TraceTable
+
+__all__ = ["comparison_plots", "score_bars", "score_curves", "score_scatter", "trace_heatmap"]
+
+Path = str | os.PathLike[str]
+_DRIFT, _SECONDS = "perplexity drift, %", "seconds to write"
+_LINEAR_DRIFT = 0.1  # percent: below it the axis of the drift is linear
+_LABEL_WIDTH, _LABEL_HEIGHT = 60, 9  # of a method's name, in points
+_PANELS = {"hidden": "Block outputs", "mlp": "MLP outputs", "attention": "Attention outputs"}
+
+
+def trace_heatmap(table: TraceTable, path: Path | None = None) -> Figure:
+    """Average indirect effects by token role (rows) and layer (columns), one panel a kind, on one colour scale.
+
+    Args:
+        table: What `trace_facts` found.
+        path: Where to write the figure; its ending (.png, .svg, .pdf) names the format. None to write nothing.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    kinds = list(table.effects)
+    layers = table.effects[kinds[0]].shape[1]
+    figure = _figure(1.8 + max(3.0, 0.16 * layers) * len(kinds), 2.8)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    most = max(float(effects.nan_to_num().abs().max()) for effects in table.effects.values()) or 1.0
+    for panel, kind in zip(panels, kinds, strict=True):
+        image = panel.imshow(table.effects[kind].numpy(), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        panel.set_facecolor("0.85")  # shows where a role never occurred
+        panel.set_title(_PANELS[kind] + ("" if kind == "hidden" else f", window of {table.window}"), fontsize=10)
+        panel.set_xlabel("layer" if kind == "hidden" else "middle layer")
+        panel.locator_params(axis="x", integer=True)
+    panels[0].set_yticks(range(len(table.roles)), labels=table.roles)
+    figure.colorbar(image, ax=panels, label="average indirect effect")
+    return _saved(figure, path)
+
+
+def score_bars(
+    reports: Mapping[str, Mapping[str, float | None]], metrics: Sequence[str], path: Path | None = None
+) -> Figure:
+    """Scores of methods side by side: a group of bars a metric, a colour a method; what is None has no bar.
+
+    Args:
+        reports: Name of a method to its scores.
+        metrics: Which scores, from left to right.
+        path: As in `trace_heatmap`.
+
+    Raises:
+        ValueError: If `metrics` is empty, or no report has a value of one of them.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    _check(metrics, lambda metric: any(scores.get(metric) is not None for scores in reports.values()))
+    figure = _figure(max(4.0, 1.0 + 0.5 * len(metrics) * (len(reports) + 1)), 3.2)
+    axes = figure.subplots()
+    width = 0.8 / len(reports)
+    for i, (name, scores) in enumerate(reports.items()):
+        bars = [(at - 0.4 + (i + 0.5) * width, scores.get(metric)) for at, metric in enumerate(metrics)]
+        known = [(at, value) for at, value in bars if value is not None]
+        drawn = axes.bar([at for at, _ in known], [value for _, value in known], width, color=f"C{i}", label=name)
+        axes.bar_label(drawn, fmt="{:.3g}", fontsize=7)
+    axes.set_xticks(range(len(metrics)), labels=[_label(metric) for metric in metrics])
+    axes.set_xlim(-0.5, len(metrics) - 0.5)
+    _tidy(figure, axes)
+    return _saved(figure, path)
+
+
+def score_curves(
+    points: Mapping[str, Sequence[tuple[float, Mapping[str, float | None]]]],
+    metrics: Sequence[str],
+    path: Path | None = None,
+    *,
+    across: str = "edits",
+) -> Figure:
+    """Each metric over the number of edits or something else, on a logarithmic axis: a panel a metric, a line a method.
+
+    Args:
+        points: Name of a method to (number above 0, its scores then), in any order; what is None has no point.
+        metrics: Which scores, from left to right.
+        path: As in `trace_heatmap`.
+        across: What the numbers are.
+
+    Raises:
+        ValueError: If `metrics` is empty, or no point has a value of one of them.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    scored = [scores for line in points.values() for _, scores in line]
+    _check(metrics, lambda metric: any(scores.get(metric) is not None for scores in scored))
+    figure = _figure(1.5 + 3.0 * len(metrics), 3.2)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, metric in zip(panels, metrics, strict=True):
+        for i, (name, line) in enumerate(points.items()):
+            known = sorted((x, scores[metric]) for x, scores in line if scores.get(metric) is not None)
+            marks = "o-" if i < 10 else "s--"  # there are ten colours
+            panel.plot([x for x, _ in known], [y for _, y in known], marks, ms=4, color=f"C{i}", label=name)
+        panel.set_xscale("log")
+        places = sorted({x for line in points.values() for x, _ in line})
+        panel.set_xticks(places, labels=[f"{x:g}" for x in places])
+        panel.minorticks_off()
+        panel.set_xlabel(across)
+        panel.set_title(_label(metric), fontsize=10)
+        panel.grid(alpha=0.3)
+    _tidy(figure, panels[0])
+    return _saved(figure, path)
+
+
+def score_scatter(
+    points: Mapping[str, tuple[float, float]],
+    path: Path | None = None,
+    *,
+    across: str,
+    score: str,
+    linear_below: float | None = None,
+) -> Figure:
+    """A labelled point a method: its score over what it costs or damages, on a logarithmic axis.
+
+    Args:
+        points: Name of a method to (cost or damage, score).
+        path: As in `trace_heatmap`.
+        across: What the first numbers are.
+        score: What the second are.
+        linear_below: The axis is linear between this and its negative, so that it has room for 0 and below; None where
+            all numbers are above 0.
+
+    Raises:
+        ValueError: If there is no point, or one without place on the axis.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if not points:
+        raise ValueError("`points` is empty: give at least one method.")
+    if linear_below is None and (low := [name for name, (x, _) in points.items() if not x > 0]):
+        raise ValueError(f"`points` has numbers not above 0, of {low}: set `linear_below`.")
+    figure = _figure(6.4, 4.4)
+    axes = figure.subplots()
+    for i, point in enumerate(points.values()):
+        axes.plot(*point, "o", color=f"C{i}")
+    if linear_below is None:
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("symlog", linthresh=linear_below)
+    axes.margins(0.12)
+    axes.set_xlabel(across)
+    axes.set_ylabel(score)
+    axes.grid(alpha=0.3)
+    figure.draw_without_rendering()  # places are known from here on
+    taken: list[tuple[float, float]] = []
+    for i, (name, point) in sorted(enumerate(points.items()), key=lambda item: -item[1][1][1]):
+        x, y = (place * 72 / figure.dpi for place in axes.transData.transform(point))
+        lift = 0.0
+        while any(abs(x - other) < _LABEL_WIDTH and abs(y + lift - height) < _LABEL_HEIGHT for other, height in taken):
+            lift -= 1
+        taken.append((x, y + lift))
+        axes.annotate(
+            name, point, (6, lift - 3), textcoords="offset points", color=f"C{i}", fontsize=8, annotation_clip=False
+        )
+    return _saved(figure, path)
+
+
+def comparison_plots(comparison: Comparison, folder: Path) -> list[str]:
+    """Draw a comparison: quality_damage.png, quality_cost.png and, if it has curves, curves.png.
+
+    Quality is S, or exact match where nothing is known to judge S by. Damage is the perplexity's drift, cost the
+    seconds to write. What has no value of them is left out, and a figure without a point is not drawn.
+
+    Args:
+        comparison: What `compare` found.
+        folder: Where to write the files.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    quality, field = ("exact match", "exact_match") if comparison.base.scores.score is None else ("S", "score")
+
+    def values(result: MethodResult) -> dict[str, float | None]:
+        report, drift = result.report, comparison.drift(result)
+        stored = result.write.num_parameters if result.write else 0  # by nothing: none, in no time
+        return {
+            quality: None if report is None else getattr(report.scores, field),
+            _DRIFT: None if drift is None or not math.isfinite(drift) else 100 * drift,
+            _SECONDS: result.costs.seconds if result.costs and stored else None,
+        }
+
+    found = {name: values(result) for name, result in comparison.methods.items()}
+    drawn = []
+    for file, across, linear in (("quality_damage.png", _DRIFT, _LINEAR_DRIFT), ("quality_cost.png", _SECONDS, None)):
+        pairs = {name: (one[across], one[quality]) for name, one in found.items()}
+        points = {name: (x, y) for name, (x, y) in pairs.items() if x is not None and y is not None}
+        if points:
+            score_scatter(points, os.path.join(folder, file), across=across, score=quality, linear_below=linear)
+            drawn.append(file)
+    lines = {
+        name: [(float(number), values(result)) for number, result in line.items()]
+        for name, line in comparison.curves.items()
+    }
+    scored = [scores for line in lines.values() for _, scores in line]
+    shown = [label for label in found[next(iter(found))] if any(scores[label] is not None for scores in scored)]
+    if shown:
+        figure = score_curves(lines, shown, across="facts")
+        for panel, label in zip(figure.axes, shown, strict=True):
+            if label == _DRIFT:
+                panel.set_yscale("symlog", linthresh=_LINEAR_DRIFT)
+            elif label == _SECONDS:
+                panel.set_yscale("log")
+        drawn.append("curves.png")
+        _saved(figure, os.path.join(folder, drawn[-1]))
+    return drawn
+
+
+def error_bars(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path | None = None) -> Figure:
+    """Lying bars of means with error bars of one standard deviation, a panel for each title.
+
+    Args:
+        panels: Title to name of a bar to its values, of which one has no error bar; all panels have the same names.
+        label: What the values are.
+        path: As in `trace_heatmap`.
+
+    Raises:
+        ValueError: If there is no panel.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if not panels:
+        raise ValueError("`panels` is empty: give at least one.")
+    names = list(next(iter(panels.values())))
+    figure = _figure(2.5 + 3.2 * len(panels), 1.2 + 0.26 * len(names))
+    for axes, (title, bars) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for place, name in enumerate(names):
+            values = bars[name]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            axes.barh(place, statistics.fmean(values), xerr=spread, color="C0", ecolor="0.3", capsize=2)
+        axes.set_yticks(range(len(names)), labels=names)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+    axes.invert_yaxis()
+    return _saved(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Plots need matplotlib: run `pip install memory-adapters[plots]`.") from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _check(metrics: Sequence[str], has_value: Callable[[str], bool]) -> None:
+    if not metrics:
+        raise ValueError("`metrics` is empty: name at least one score to draw.")
+    missing = [metric for metric in metrics if not has_value(metric)]
+    if missing:
+        raise ValueError(f"`metrics` names scores of which there is no value: {missing}. Leave them out.")
+
+
+def _label(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _tidy(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+
+
+def _saved(figure: Figure, path: Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path)
+    return figure

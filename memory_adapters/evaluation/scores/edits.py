@@ -1,0 +1,263 @@
+"""How well edits hold: on their prompts, on paraphrases, and on the neighbourhood that must not change.
+
+P(text | prompt) is the mean log-probability per token, as the field normalises it. A share is the mean over records of
+the mean over a record's prompts, so that a record with many paraphrases counts no more than one with few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from memory_adapters.base_model.decoder import execution_device, find_decoder
+from memory_adapters.base_model.partial_forward import logits_at
+from memory_adapters.base_model.tokens import batches_of, pad_rows, shared_length, tokenize
+from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.items import QuestionAnswer
+
+__all__ = ["EditScores", "score_continuations", "score_edits", "score_records"]
+
+BATCH_TOKENS = 1024
+Query = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class EditScores:
+    """Shares in [0, 1]; None where the records have nothing to judge by.
+
+    Attributes:
+        efficacy: P(new) > P(true) on the prompt (ES).
+        paraphrase: The same on the paraphrases (PS).
+        neighbourhood: P(true answer) > P(new) on the neighbours (NS).
+        score: Harmonic mean of the three (S).
+        exact_match: Every token of the new target is the model's first choice on the prompt: greedy decoding gives it.
+        paraphrase_exact_match: The same on the paraphrases.
+        neighbourhood_exact_match: The same of the true answers on the neighbours.
+        token_accuracy: Share of the new target's tokens that are the model's first choice, given the prompt and the
+            target's tokens before (efficacy of zsRE).
+        paraphrase_token_accuracy: The same on the paraphrases (generalisation of zsRE).
+        neighbourhood_token_accuracy: The same of the true answers on the neighbours (specificity of zsRE).
+        token_score: Harmonic mean of these three (S of zsRE).
+        portability_exact_match: Exact match of the answers that follow from the edits.
+        portability_token_accuracy: Token accuracy of these answers.
+    """
+
+    efficacy: float | None
+    paraphrase: float | None
+    neighbourhood: float | None
+    score: float | None = field(init=False)
+    exact_match: float
+    paraphrase_exact_match: float | None
+    neighbourhood_exact_match: float | None
+    token_accuracy: float
+    paraphrase_token_accuracy: float | None
+    neighbourhood_token_accuracy: float | None
+    token_score: float | None = field(init=False)
+    portability_exact_match: float | None = None
+    portability_token_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        comparisons = (self.efficacy, self.paraphrase, self.neighbourhood)
+        tokens = (self.token_accuracy, self.paraphrase_token_accuracy, self.neighbourhood_token_accuracy)
+        object.__setattr__(self, "score", _harmonic_mean(comparisons))
+        object.__setattr__(self, "token_score", _harmonic_mean(tokens))
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def mean(cls, scores: Sequence[EditScores]) -> EditScores:
+        """Each share's mean over those of `scores` that have it; the harmonic means are of the means."""
+        names = [f.name for f in fields(cls) if f.init]
+        return cls(**{name: mean_of(getattr(one, name) for one in scores) for name in names})  # type: ignore[arg-type]
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are not None; None if there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _harmonic_mean(parts: Sequence[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return len(known) / sum(1 / part for part in known) if all(known) else 0.0
+
+
+def score_edits(model: nn.Module, tokenizer: Any, records: Sequence[EditRecord]) -> EditScores:
+    """Score `records` on the model as it stands.
+
+    Raises:
+        ValueError: If there is no record.
+    """
+    return EditScores.mean(score_records(model, tokenizer, records))
+
+
+def score_records(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[EditRecord],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+) -> list[EditScores]:
+    """Score each of `records` by itself, all in the same batches.
+
+    Args:
+        model: A causal LM, with what is to be judged active.
+        tokenizer: Its tokenizer.
+        records: What to score.
+        batch_tokens: Most tokens a forward pass, with padding.
+        progress: Show a bar.
+
+    Returns:
+        For each record the shares over its own prompts.
+
+    Raises:
+        ValueError: If there is no record.
+    """
+    if not records:
+        raise ValueError("`records` is empty: give at least one EditRecord.")
+    queries = [query for record in records for query in _queries(record)]
+    scored = _score(model, tokenizer, queries, batch_tokens=batch_tokens, progress=progress)
+    return [_record_scores(record, scored) for record in records]
+
+
+def _queries(record: EditRecord) -> Iterator[Query]:
+    new, true = record.fact.target, record.true_target
+    for prompt in (record.fact.prompt, *record.paraphrases):
+        yield prompt, new
+        if true is not None:
+            yield prompt, true
+    for prompt, answer in record.neighbours:
+        yield from ((prompt, new), (prompt, answer))
+    yield from record.portability
+
+
+def _record_scores(record: EditRecord, scored: dict[Query, _Score]) -> EditScores:
+    new, true = record.fact.target, record.true_target
+
+    def preferred(prompts: Sequence[str]) -> float | None:
+        if true is None:
+            return None
+        return mean_of(scored[prompt, new].log_prob > scored[prompt, true].log_prob for prompt in prompts)
+
+    def kept(prompt: str, answer: str) -> bool:
+        return scored[prompt, answer].log_prob > scored[prompt, new].log_prob
+
+    written = scored[record.fact.prompt, new]
+    paraphrases = [scored[prompt, new] for prompt in record.paraphrases]
+    neighbours = [scored[query] for query in record.neighbours]
+    portability = [scored[query] for query in record.portability]
+    return EditScores(
+        efficacy=preferred([record.fact.prompt]),
+        paraphrase=preferred(record.paraphrases),
+        neighbourhood=mean_of(kept(*query) for query in record.neighbours),
+        exact_match=float(written.exact),
+        paraphrase_exact_match=mean_of(score.exact for score in paraphrases),
+        neighbourhood_exact_match=mean_of(score.exact for score in neighbours),
+        token_accuracy=written.token_accuracy,
+        paraphrase_token_accuracy=mean_of(score.token_accuracy for score in paraphrases),
+        neighbourhood_token_accuracy=mean_of(score.token_accuracy for score in neighbours),
+        portability_exact_match=mean_of(score.exact for score in portability),
+        portability_token_accuracy=mean_of(score.token_accuracy for score in portability),
+    )
+
+
+def score_continuations(model: nn.Module, tokenizer: Any, queries: Sequence[Query]) -> list[tuple[float, bool]]:
+    """Mean log-probability per token of each (prompt, continuation), and whether greedy decoding gives it.
+
+    The continuation is joined with the space, if any, that its prompt needs, and is scored by its place in the joint
+    tokenisation.
+    """
+    scored = _score(model, tokenizer, queries)
+    return [(scored[query].log_prob, scored[query].exact) for query in queries]
+
+
+class _Score(NamedTuple):
+    """Mean log-probability per token of a continuation in nats, and the share of its tokens that are first choices."""
+
+    log_prob: float
+    token_accuracy: float
+
+    @property
+    def exact(self) -> bool:
+        return self.token_accuracy == 1
+
+
+@torch.no_grad()
+def _score(
+    model: nn.Module,
+    tokenizer: Any,
+    queries: Iterable[Query],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+) -> dict[Query, _Score]:
+    """Score each continuation once, and those of one prompt in one row where their tokens begin alike.
+
+    A row is what precedes the last token of a continuation. The new and the true target of a prompt are mostly one
+    token each: both are then predicted by the prompt alone.
+    """
+    asked = list(dict.fromkeys(queries))
+    prompts = {prompt: tokenize(tokenizer, prompt) for prompt, _ in asked}
+    texts = [tuple(tokenize(tokenizer, prompt + QuestionAnswer(prompt, end).continuation)) for prompt, end in asked]
+    first = [max(shared_length(prompts[prompt], ids), 1) for (prompt, _), ids in zip(asked, texts, strict=True)]
+    count = torch.tensor([len(ids) - start for ids, start in zip(texts, first, strict=True)])
+    if (count < 1).any():
+        prompt, end = asked[int(count.argmin())]
+        raise ValueError(f"`target={end!r}` adds no token to `prompt={prompt!r}`: the tokenizer drops it, reword it.")
+    rows: list[tuple[int, ...]] = []
+    read_off: list[list[int]] = []
+    for i in sorted(range(len(texts)), key=lambda i: texts[i][:-1], reverse=True):
+        ids = texts[i][:-1]
+        if not rows or rows[-1][: len(ids)] != ids:  # in this order, what extends `ids` comes right before it
+            rows.append(ids)
+            read_off.append([])
+        read_off[-1].append(i)
+    decoder = find_decoder(model)
+    device = execution_device(decoder.embeddings)
+    log_prob, right = torch.zeros(len(texts)), torch.zeros(len(texts))
+    with evaluating(model), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
+        for batch in batches_of(rows, batch_tokens):
+            inputs = pad_rows([rows[row] for row in batch], device)
+            cells = torch.tensor(
+                [
+                    (i, line, place - 1, texts[i][place])
+                    for line, row in enumerate(batch)
+                    for i in read_off[row]
+                    for place in range(first[i], len(texts[i]))
+                ]
+            )
+            owner, line_of, place_of, token = cells.to(device).unbind(1)
+            wanted = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+            wanted[line_of, place_of] = True
+            at = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[line_of, place_of]
+            with logits_at(decoder, wanted):
+                # With a cache, what a memory puts before every prompt is not computed again in every pass.
+                logits = model(**inputs, use_cache=True).logits[0].float()
+            at, token = at.to(logits.device), token.to(logits.device)
+            log_prob.index_add_(0, owner.cpu(), (logits[at, token] - logits.logsumexp(-1)[at]).cpu())
+            right.index_add_(0, owner.cpu(), (logits.argmax(-1)[at] == token).float().cpu())
+            bar.update(len(batch))
+    return dict(zip(asked, map(_Score, (log_prob / count).tolist(), (right / count).tolist()), strict=True))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode; afterwards each module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

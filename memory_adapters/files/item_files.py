@@ -1,0 +1,88 @@
+"""Read items from JSON, JSONL and text files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from memory_adapters.files.strict_json import parse_json
+from memory_adapters.items import Document, Fact, Item, QuestionAnswer
+from memory_adapters.validation import cut, shown
+
+__all__ = ["read_items"]
+
+
+def read_items(path: str | os.PathLike[str]) -> list[Item]:
+    """Items from a file in UTF-8 that holds nothing else.
+
+    A `.json` file is a list of objects, a `.jsonl` file has one on each line: `{"prompt", "subject", "target"}`,
+    `{"question", "answer"}` or `{"text"}`, mixed, without other fields. A `.txt` file is one document.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If something in it is no item (with the line that it begins on), there is none, or the file's name
+            ends otherwise.
+    """
+    file = Path(path)
+    readers = {".json": _listed, ".jsonl": _line_by_line, ".txt": lambda _, text: [(1, {"text": text})]}
+    if file.suffix.lower() not in readers:
+        raise ValueError(f"`{file}` is of no known type: name it {', '.join(readers)} after what it holds.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"`{file}`, line {line} is not UTF-8: save the file as UTF-8.") from None
+    items = [_item(value, f"`{file}`, line {line}") for line, value in readers[file.suffix.lower()](file, text)]
+    if not items:
+        raise ValueError(f"`{file}` is empty: give at least one item.")
+    return items
+
+
+_KINDS: tuple[type[Item], ...] = (Fact, QuestionAnswer, Document)
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def _item(value: Any, place: str) -> Item:
+    for kind in _KINDS:
+        if isinstance(value, dict) and set(value) == {field.name for field in fields(kind)}:
+            try:
+                return kind(**value)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+    kinds = " or ".join(str({field.name for field in fields(kind)}) for kind in _KINDS)
+    found = f"the fields {cut(', '.join(value)) or 'of nothing'}" if isinstance(value, dict) else shown(value)
+    raise ValueError(f"{place} has {found}; an item has {kinds}, and no other fields.")
+
+
+def _listed(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Line and value of each element of a JSON list."""
+    try:
+        whole = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"`{file}` is not JSON: {error}. If each line is an item, name it .jsonl.") from None
+    if not isinstance(whole, list):
+        raise ValueError(f"`{file}` must hold a list of items, got a {type(whole).__name__}.")
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    line = text.count("\n", 0, place) + 1
+    for value in whole:
+        start = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+        line += text.count("\n", place, start)
+        yield line, value
+        _, place = decoder.raw_decode(text, start)
+        line += text.count("\n", start, place)
+
+
+def _line_by_line(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for line, value in enumerate(text.split("\n"), 1):
+        if value.strip():
+            try:
+                yield line, parse_json(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`{file}`, line {line} is not JSON: {error.msg} (column {error.colno}).") from None
+            except ValueError as error:
+                raise ValueError(f"`{file}`, line {line} is not JSON: {error}.") from None

@@ -1,0 +1,115 @@
+"""What can be written into a memory: facts, documents, questions with answers."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memory_adapters.validation import shown
+
+__all__ = ["Document", "Fact", "Item", "QuestionAnswer", "as_items"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A prompt that names its subject, and the text that should follow it.
+
+    Attributes:
+        prompt: Text that ends where the target begins; contains `subject`, or `{}` in its place.
+        subject: Whom or what the fact is about.
+        target: The continuation to learn, such as `"Rome"`.
+
+    Raises:
+        ValueError: If a field is empty, or the prompt holds neither the subject nor `{}`.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"`{name}` of a Fact must be a non-empty string, got {shown(value)}.")
+        if "{}" in self.prompt:
+            object.__setattr__(self, "prompt", self.prompt.replace("{}", self.subject))
+        if self.subject not in self.prompt:
+            raise ValueError(
+                f"`subject={shown(self.subject)}` is not in `prompt={shown(self.prompt)}`: "
+                "name it there as written, or put {} in its place."
+            )
+
+    @property
+    def continuation(self) -> str:
+        """The target with the space, if any, that joins it to the prompt."""
+        return _joint(self.prompt, self.target) + self.target
+
+
+@dataclass(frozen=True)
+class Document:
+    """Running text to be learned as it stands. Raises `ValueError` if it is empty."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise ValueError(f"`text` of a Document must be a non-empty string, got {shown(self.text)}.")
+
+
+@dataclass(frozen=True)
+class QuestionAnswer:
+    """A question and the answer to learn. Raises `ValueError` if either is empty."""
+
+    question: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        for name in ("question", "answer"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"`{name}` of a QuestionAnswer must be a non-empty string, got {shown(value)}.")
+
+    @property
+    def continuation(self) -> str:
+        """The answer with the space, if any, that joins it to the question."""
+        return _joint(self.question, self.answer) + self.answer
+
+
+Item = Fact | Document | QuestionAnswer
+
+
+def as_items(items: object, accepted: tuple[type, ...] = (Fact, Document, QuestionAnswer)) -> list[Item]:
+    """One item or many, as a list; a plain string is a `Document`.
+
+    Args:
+        items: What the user gave to `write`.
+        accepted: The kinds of item that the method takes.
+
+    Raises:
+        TypeError: If something in it is of another kind; says what is taken.
+        ValueError: If there is nothing in it.
+    """
+    single = isinstance(items, (str, Fact, Document, QuestionAnswer)) or not isinstance(items, Iterable)
+    listed = [items] if single else list(items)  # type: ignore[call-overload]
+    if not listed:
+        raise ValueError("`items` is empty: give at least one thing to write.")
+    converted = [Document(item) if isinstance(item, str) else item for item in listed]
+    for item in converted:
+        if not isinstance(item, accepted):
+            names = ", ".join(kind.__name__ for kind in accepted)
+            raise TypeError(f"`items` holds a {type(item).__name__}; this memory takes {names}.")
+    return converted  # type: ignore[return-value]
+
+
+def _joint(before: str, after: str) -> str:
+    """A space between two texts, unless one is there already or the script is written without."""
+    if before[-1].isspace() or after[0].isspace() or _no_spaces(before[-1]) or _no_spaces(after[0]):
+        return ""
+    return " "
+
+
+def _no_spaces(character: str) -> bool:
+    wide = unicodedata.east_asian_width(character) in "WF"
+    return wide and not unicodedata.name(character, "").startswith("HANGUL")

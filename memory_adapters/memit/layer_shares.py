@@ -1,0 +1,137 @@
+"""Keys of facts at every edited block, and the share of the change that each block makes (MEMIT, algorithm 1).
+
+Blocks are taken in rising order. At the i-th of n, a fact's share is (z − h) / (n − i), where h is the stream at the
+last block with the shares below in place; the key is the input of the MLP's output projection with them in place. Each
+fact sees its own shares, as if they were realised exactly, and no other fact's. So a fact's keys and shares are its
+own: facts can be added, replaced and forgotten without another pass of the model. What a block fails to realise
+because facts compete is passed on when the linear system is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from memory_adapters.base_model.decoder import Decoder
+from memory_adapters.base_model.partial_forward import capture, inputs_of, resumed
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.memit.projection_change import adds_unchanged, projection_change
+from memory_adapters.memit.prompts import RowBatch
+
+__all__ = ["Spread", "Visit", "spread"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Rows at their subjects' last tokens, as the model without the edit has them.
+
+    Attributes:
+        batch: The rows.
+        key: Input of the projection of the first edited block (rows, d_in).
+        state: Output of that block (rows, hidden_size).
+        below: Output of the block below it; None if it is the lowest.
+    """
+
+    batch: RowBatch
+    key: Tensor
+    state: Tensor
+    below: Tensor | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What each fact asks of each edited block.
+
+    Attributes:
+        keys: Layer to keys (facts · groups, d_in), float32, as in the ledger.
+        shares: Layer to changes of the projection's output (facts, hidden_size), float32.
+    """
+
+    keys: dict[int, Tensor]
+    shares: dict[int, Tensor]
+
+
+def _bare(visit: Visit) -> Tensor:
+    """Rows of the bare prompt."""
+    rows = [i for i, row in enumerate(visit.batch.rows) if row.context == 0]
+    return torch.tensor(rows, dtype=torch.long, device=visit.state.device)
+
+
+def _append(captured: list[Tensor], _index: int, value: Tensor) -> None:
+    captured.append(value)
+
+
+@torch.no_grad()
+def spread(
+    model: nn.Module,
+    decoder: Decoder,
+    layers: Sequence[int],
+    visits: Sequence[Visit],
+    groups: Sequence[int],
+    keys_per_fact: int,
+    h0: Tensor,
+    z: Tensor,
+    as_tuple: bool,
+) -> Spread:
+    """Keys and shares of facts whose targets are known.
+
+    Args:
+        model: The causal LM, without the edit.
+        decoder: Its parts.
+        layers: The blocks to edit, in rising order.
+        visits: Rows of all contexts of the facts.
+        groups: For each context, which of a fact's keys it belongs to: contexts of one group share their mean.
+        keys_per_fact: As many as groups, or 1: the mean over groups.
+        h0: The stream at the last edited block in the bare prompt (facts, hidden_size), float32.
+        z: What it should be.
+        as_tuple: Whether the model's blocks put out tuples.
+    """
+    each, count = keys_per_fact, max(groups) + 1
+    factor = [1 / (groups.count(group) * (count / each) * each**0.5) for group in groups]
+    factors, places = [], []
+    for visit in visits:
+        rows = visit.batch.rows
+        factors.append(torch.tensor([factor[row.context] for row in rows], device=h0.device)[:, None])
+        places.append(torch.tensor([row.fact * each + groups[row.context] % each for row in rows], device=h0.device))
+    keys: dict[int, Tensor] = {}
+    shares: dict[int, Tensor] = {}
+    now, found, states = h0, [visit.key for visit in visits], [visit.state for visit in visits]
+    below = [visit.below for visit in visits]
+    for i, layer in enumerate(layers):
+        total = torch.zeros(len(h0) * each, found[0].shape[-1], device=h0.device)
+        for key, place, factor_of in zip(found, places, factors, strict=True):
+            total.index_add_(0, place, key.float() * factor_of)
+        keys[layer] = total
+        wanted = (z - now) / (len(layers) - i)
+        shares[layer] = wanted.clone()
+        if layer and not adds_unchanged(model, decoder, layer):
+            for visit, lower in zip(visits, below, strict=True):
+                bare = _bare(visit)
+                if len(bare) and lower is not None:
+                    facts = visit.batch.facts[bare]
+                    part = visit.batch.select(bare)
+                    shares[layer][facts] = projection_change(
+                        model, decoder, layer, part, lower[bare], wanted[facts], as_tuple
+                    )
+        if i + 1 == len(layers):
+            break
+        ahead = layers[i + 1]
+        projection = mlp_projection(decoder, ahead).module
+        now = now.clone()
+        for j, visit in enumerate(visits):
+            state = states[j].float() + wanted[visit.batch.facts]
+            captured: list[Tensor] = []
+            with (
+                inputs_of([projection], partial(_append, captured)),
+                resumed(decoder, layer, state[:, None].to(states[j].dtype), as_tuple=as_tuple),
+            ):
+                read = sorted({ahead - 1, ahead, layers[-1]})
+                outputs = dict(zip(read, capture(model, decoder, read, **visit.batch.model_inputs(1)), strict=True))
+            found[j], states[j], below[j] = captured[0].flatten(0, -2), outputs[ahead][:, 0], outputs[ahead - 1][:, 0]
+            bare = _bare(visit)
+            now[visit.batch.facts[bare]] = outputs[layers[-1]][bare, 0].float()
+    return Spread(keys, shares)

@@ -1,0 +1,262 @@
+"""Facts as rows of tokens, and batches of rows that keep what their targets cannot change.
+
+Of a row, only the tokens from the subject's last one on depend on what is done there. The keys and values of all
+tokens before are computed once and kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory_adapters.base_model.decoder import execution_device, find_decoder
+from memory_adapters.base_model.partial_forward import CACHE
+from memory_adapters.base_model.tokens import last_token_of, shared_length, tokenize
+from memory_adapters.items import Fact
+
+__all__ = ["Context", "FactRow", "Openings", "RowBatch", "chat_context", "fact_rows", "row_batches"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands around a prompt.
+
+    Attributes:
+        before: Text before it.
+        after: Text between it and the target; None for the space, if any, that joins the two.
+    """
+
+    before: str = ""
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class FactRow:
+    """One fact in one context.
+
+    Attributes:
+        fact: Index of the fact.
+        context: Index of the context; -1 for the row "{subject}", on which the model must stay what it is.
+        ids: Tokens, up to the target's last.
+        subject: Index of the subject's last token.
+        first_label: Index of the target's first token; `len(ids)` if the row has no target.
+    """
+
+    fact: int
+    context: int
+    ids: list[int]
+    subject: int
+    first_label: int
+
+    @property
+    def num_read(self) -> int:
+        """Tokens from the subject's last on that the model reads."""
+        return max(len(self.ids) - 1 if self.first_label < len(self.ids) else len(self.ids), 1) - self.subject
+
+
+def chat_context(tokenizer: Any) -> Context:
+    """The tokenizer's chat template around a user's turn that is the prompt.
+
+    Raises:
+        ValueError: If there is no chat template, or it alters its text.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("`chat=True`, but the tokenizer has no chat template; set `chat=False`.")
+    turn = [{"role": "user", "content": "{prompt}"}]
+    before, found, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(
+        "{prompt}"
+    )
+    if not found:
+        raise ValueError("`chat=True`, but the chat template alters what the user says; set `chat=False`.")
+    return Context(before, after)
+
+
+def fact_rows(facts: Sequence[Fact], contexts: Sequence[Context], tokenizer: Any, max_length: int) -> list[FactRow]:
+    """A row for each fact in each context, and one for its subject alone.
+
+    Raises:
+        ValueError: If a fact does not fit in `max_length` tokens.
+    """
+    rows = []
+    for index, fact in enumerate(facts):
+        for number, context in enumerate(contexts):
+            row = _row(fact, context, tokenizer, index, number)
+            if len(row.ids) > max_length:
+                raise ValueError(
+                    f"`items[{index}]` has {len(row.ids)} tokens with its prefix, more than the {max_length} that the "
+                    f"model reads: shorten the prompt or the target of {fact.subject!r}."
+                )
+            rows.append(row)
+        text = f"{fact.subject} is a"
+        ids = tokenize(tokenizer, text)
+        last = last_token_of(tokenizer, text, len(fact.subject), ids)
+        rows.append(FactRow(index, -1, ids[: last + 1], last, last + 1))
+    return rows
+
+
+def _row(fact: Fact, context: Context, tokenizer: Any, index: int, number: int) -> FactRow:
+    prompt = context.before + fact.prompt
+    opening = prompt + (context.after or "")
+    special = {"add_special_tokens": False} if context.after is not None else {}
+    text = opening + (fact.target if context.after is not None else fact.continuation)
+    ids = list(tokenizer(text, **special)["input_ids"]) if special else tokenize(tokenizer, text)
+    head = list(tokenizer(opening, **special)["input_ids"]) if special else tokenize(tokenizer, opening)
+    first = max(shared_length(head, ids), 1)
+    end = len(context.before) + fact.prompt.rindex(fact.subject) + len(fact.subject)
+    part = list(tokenizer(text[:end], **special)["input_ids"]) if special else tokenize(tokenizer, text[:end])
+    shared = shared_length(part, ids)
+    subject = shared - 1 if shared == len(part) else min(shared, len(ids) - 1)
+    return FactRow(index, number, ids, min(subject, first - 1), first)
+
+
+@dataclass
+class RowBatch:
+    """Rows that read equally many tokens from their subject on, with what came before them kept.
+
+    Attributes:
+        rows: The rows.
+        ids: Tokens from the subject's last on (rows, tokens).
+        inputs: `attention_mask` (rows, before + tokens) and, where the model takes them, `position_ids`.
+        cache: Keys and values of the tokens before (left-padded); None if no row has any.
+        facts: Index of each row's fact (rows,).
+    """
+
+    rows: list[FactRow]
+    ids: Tensor
+    inputs: dict[str, Tensor]
+    cache: Any
+    facts: Tensor
+
+    def fresh_cache(self) -> Any:
+        """A cache that the model may append to, sharing the kept tensors."""
+        if self.cache is None:
+            return None
+        fresh = copy.copy(self.cache)
+        fresh.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return fresh
+
+    def model_inputs(self, tokens: int | None = None) -> dict[str, Any]:
+        """What to call the model with, for the first `tokens` tokens (all if None)."""
+        left = self.ids.shape[1] - (tokens or self.ids.shape[1])
+        inputs = {"input_ids": self.ids[:, : self.ids.shape[1] - left]}
+        for name, value in self.inputs.items():
+            inputs[name] = value[:, : value.shape[1] - left]
+        return {**inputs, CACHE: self.fresh_cache()}
+
+    def select(self, keep: Tensor) -> RowBatch:
+        """The rows with these indices."""
+        rows = [self.rows[i] for i in keep.tolist()]
+        inputs = {name: value[keep] for name, value in self.inputs.items()}
+        return RowBatch(rows, self.ids[keep], inputs, _chosen(self.cache, keep), self.facts[keep])
+
+
+def row_batches(rows: Sequence[FactRow], tokens: int) -> Iterator[list[FactRow]]:
+    """Rows in batches that read equally many tokens from the subject on, of at most `tokens` of these in all."""
+    batch: list[FactRow] = []
+    for row in sorted(rows, key=lambda row: (row.num_read, row.subject)):
+        full = batch and (len(batch) + 1) * row.num_read > tokens
+        if full or (batch and batch[0].num_read != row.num_read):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@dataclass
+class Openings:
+    """What all facts have in common in each context: the tokens of its prefix, read once.
+
+    Attributes:
+        lengths: Tokens in common, by context; the last entry is for rows of no context, which share nothing.
+        mask: Which of the (left-padded) tokens are real (contexts + 1, longest).
+        cache: Their keys and values; None if nothing is shared.
+    """
+
+    lengths: list[int]
+    mask: Tensor
+    cache: Any
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, rows: Sequence[FactRow], num_contexts: int) -> Openings:
+        """Read what the rows of each context start with, before any subject."""
+        device = execution_device(find_decoder(model).embeddings)
+        shared: list[list[int]] = []
+        for context in range(num_contexts):
+            own = [row for row in rows if row.context == context]
+            length = min(row.subject for row in own)
+            for row in own:
+                length = min(length, shared_length(own[0].ids, row.ids))
+            shared.append(own[0].ids[:length])
+        window = getattr(model.config.get_text_config(), "sliding_window", None) or 1 << 30
+        if max(len(row.ids) for row in rows) + max(map(len, shared)) > window:  # padding inside would use it up
+            shared = [[] for _ in shared]
+        ids, mask = _left_padded([*shared, []], device)
+        cache = None
+        if ids.shape[1]:
+            cache = model.base_model(input_ids=ids, **_masked(model, mask), use_cache=True)[CACHE]
+        return cls([*map(len, shared), 0], mask, cache)
+
+
+@torch.no_grad()
+def keep_before(model: Any, rows: Sequence[FactRow], openings: Openings) -> RowBatch:
+    """Read what stands before the subjects' last tokens, and keep its keys and values."""
+    device = openings.mask.device
+    contexts = torch.tensor([row.context for row in rows], device=device) % len(openings.lengths)
+    starts = [openings.lengths[row.context] for row in rows]
+    read = rows[0].num_read
+    ids, mask = _left_padded(
+        [row.ids[start : row.subject + read] for row, start in zip(rows, starts, strict=True)], device
+    )
+    opened = openings.mask.shape[1]
+    before = ids.shape[1] - read
+    inputs = _masked(model, torch.cat([openings.mask[contexts], mask], 1))
+    cache = _chosen(openings.cache, contexts)
+    if before:
+        part = {name: value[:, : opened + before] for name, value in inputs.items()}
+        if "position_ids" in part:
+            part["position_ids"] = part["position_ids"][:, opened:]
+        out = model.base_model(input_ids=ids[:, :before], **part, **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"][:, opened + before :]
+    facts = torch.tensor([row.fact for row in rows], device=device)
+    return RowBatch(list(rows), ids[:, before:], inputs, cache, facts)
+
+
+def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (rows, tokens), padded on the left."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, -len(row) :] = torch.tensor(row)
+            mask[i, -len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _masked(model: Any, mask: Tensor) -> dict[str, Tensor]:
+    """`attention_mask` and, where the model takes them, the `position_ids` that follow from it."""
+    inputs = {"attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def _chosen(cache: Any, rows: Tensor) -> Any:
+    """A cache of the rows with these indices, that the model may append to."""
+    if cache is None:
+        return None
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in chosen.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    return chosen

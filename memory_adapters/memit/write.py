@@ -1,0 +1,201 @@
+"""From facts to ledger entries: contexts, targets, keys and shares, in batches that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from memory_adapters.base_model.decoder import Decoder, find_decoder
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.nonfinite import rows_not_finite
+from memory_adapters.base_model.partial_forward import capture, inputs_of
+from memory_adapters.base_model.quantised import differentiable
+from memory_adapters.base_model.sampling import sample_text
+from memory_adapters.items import Fact
+from memory_adapters.memit.config import MemitConfig
+from memory_adapters.memit.layer_shares import Visit, spread
+from memory_adapters.memit.ledger import Ledger
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.memit.prompts import (
+    Context,
+    FactRow,
+    Openings,
+    RowBatch,
+    chat_context,
+    fact_rows,
+    keep_before,
+    row_batches,
+)
+from memory_adapters.memit.targets import Problem, TargetFinder, find_targets
+from memory_adapters.training.distributed import gathered, share_of
+
+__all__ = ["EntryMaker"]
+
+OPENINGS = ("The", "Therefore", "Because", "I", "You")
+MEMORY_SHARE = 0.25
+CPU_BATCH = 1024
+GPU_BATCH = 32768
+
+
+@dataclass
+class EntryMaker:
+    """Makes the ledger entries of facts on one model, without the edit that they will be part of.
+
+    Attributes:
+        model: The causal LM, frozen.
+        tokenizer: Its tokenizer.
+        config: Settings, with layers resolved.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: MemitConfig
+
+    def __post_init__(self) -> None:
+        self.decoder: Decoder = find_decoder(self.model, self.config.layers_path)
+        self.layers = self.config.resolved(self.decoder)
+        self.projections = [mlp_projection(self.decoder, layer) for layer in self.layers]
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        self.max_length: int = context or 1 << 30
+
+    def contexts(self) -> list[Context]:
+        """What a fact must hold in: its bare prompt first, then behind sampled prefixes and in the chat template."""
+        prompts = [OPENINGS[i % len(OPENINGS)] for i in range(self.config.num_prefixes)]
+        found = [Context()]
+        if prompts:
+            texts = sample_text(
+                self.model,
+                self.tokenizer,
+                prompts,
+                num_tokens=self.config.prefix_length,
+                seed=self.config.seed,
+                top_k=5,
+            )
+            found += [Context(f"{text}. ") for text in texts]
+        if self.config.chat:
+            found.append(chat_context(self.tokenizer))
+        return found
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Raise a `ValueError` if a fact, even bare, does not fit in the model's context."""
+        fact_rows(facts, [Context()], self.tokenizer, self.max_length)
+
+    def entries(self, facts: Sequence[Fact], targets: Ledger | None, progress: bool) -> Ledger:
+        """Entries of `facts`, in their order; the work is shared among processes.
+
+        Args:
+            facts: What to write.
+            targets: A ledger whose z are taken for the facts that it holds.
+            progress: Show a bar.
+
+        Raises:
+            ValueError: If a fact does not fit in the model's context, or its loss is not finite.
+        """
+        contexts = self.contexts()
+        own = share_of(list(facts))
+        size = self._chunk(own, contexts)
+        known = {} if targets is None else dict(zip(targets.facts, targets.targets, strict=True))
+        parts: list[Ledger] = []
+        bar = tqdm(total=len(own), unit="fact", desc="targets", disable=not progress)
+        with bar, evaluating(self.model), differentiable(self.model):
+            for start in range(0, len(own), size):
+                parts.append(self._chunk_entries(own[start : start + size], contexts, known, bar))
+        single = [part.subset([i]) for part in parts for i in range(len(part.facts))]
+        return _joined(gathered(single, len(facts)))
+
+    def _chunk_entries(
+        self, facts: list[Fact], contexts: list[Context], known: dict[Fact, Tensor], bar: tqdm
+    ) -> Ledger:
+        rows = fact_rows(facts, contexts, self.tokenizer, self.max_length)
+        finder = TargetFinder(self.model, self.decoder, self.layers[-1], self.config.precision)
+        width = self.decoder.hidden_size
+        h0 = torch.zeros(len(facts), width, device=finder.device)
+        problems: list[Problem] = []
+        visits: list[Visit] = []
+        openings = Openings.of(self.model, rows, len(contexts))
+        for group in row_batches(rows, self._batch_tokens()):
+            batch = keep_before(self.model, group, openings)
+            visit, last = self._visit(batch)
+            problems.append(Problem.of(batch, last, len(contexts), self.config.kl_factor))
+            bare = torch.tensor([row.context == 0 for row in group])
+            h0[batch.facts[bare]] = last[bare, 0].float()
+            told = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
+            if len(told):
+                below = None if visit.below is None else visit.below[told]
+                visits.append(Visit(batch.select(told), visit.key[told], visit.state[told], below))
+        z = torch.stack([known.get(fact, h0[i].cpu()) for i, fact in enumerate(facts)]).to(h0)
+        new = torch.tensor([fact not in known for fact in facts], device=h0.device)
+        if new.any():
+            with finder.fast_weights():
+                prompts = [fact.prompt for fact in facts]
+                z[new] = find_targets(finder, problems, h0, new, self.config, bar, prompts)[0][new]
+        del problems
+        groups, each = self.config.key_groups, self.config.keys_per_fact
+        found = spread(self.model, self.decoder, self.layers, visits, groups, each, h0, z, finder.as_tuple)
+        for kind, of_layers in {"key": found.keys, "share of the change": found.shares}.items():
+            for layer, values in of_layers.items():
+                if bad := rows_not_finite(values):
+                    prompt = facts[bad[0] * len(facts) // len(values)].prompt
+                    raise ValueError(
+                        f"The {kind} of the fact {prompt!r} at block {layer} holds NaN or infinity: check the model's "
+                        "weights, or use it in bfloat16 or float32."
+                    )
+        return Ledger(
+            tuple(facts),
+            z.cpu(),
+            {layer: keys.cpu() for layer, keys in found.keys.items()},
+            {layer: shares.cpu() for layer, shares in found.shares.items()},
+        )
+
+    def _visit(self, batch: RowBatch) -> tuple[Visit, Tensor]:
+        """Keys and states at the first edited block, and the states at the last one for all tokens."""
+        keys: list[Tensor] = []
+        low, high = self.layers[0], self.layers[-1]
+        wanted = sorted({max(low - 1, 0), low, high})
+        with inputs_of([self.projections[0].module], lambda _i, value: keys.append(value)):
+            found = capture(self.model, self.decoder, wanted, **batch.model_inputs())
+        outputs = dict(zip(wanted, found, strict=True))
+        first = keys[0].reshape(*batch.ids.shape, -1)[:, 0]  # OPT's are flat
+        below = outputs[low - 1][:, 0].clone() if low else None
+        return Visit(batch, first, outputs[low][:, 0].clone(), below), outputs[high]
+
+    def _free_memory(self) -> int:
+        device = self.model.device
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0]  # type: ignore[arg-type]
+        return psutil.virtual_memory().available
+
+    def _batch_tokens(self) -> int:
+        """Tokens whose activations above the last edited block fit in a share of the free memory."""
+        if self.config.batch_tokens is not None:
+            return self.config.batch_tokens
+        above = self.decoder.num_layers - self.layers[-1]
+        a_token = 4 * (above * (12 * self.decoder.hidden_size + 4 * self.projections[0].in_features))
+        a_token += 4 * 4 * self.decoder.vocab_size
+        cap = GPU_BATCH if self.model.device.type == "cuda" else CPU_BATCH
+        return max(1, min(cap, int(MEMORY_SHARE * self._free_memory()) // a_token))
+
+    def _chunk(self, facts: Sequence[Fact], contexts: Sequence[Context]) -> int:
+        """Facts whose keys and values fit in a share of the free memory."""
+        if not facts:
+            return 1
+        rows: list[FactRow] = fact_rows(facts[:64], contexts, self.tokenizer, self.max_length)
+        tokens = max(len(row.ids) for row in rows) * (len(contexts) + 1)
+        kept = 2 * 4 * self.decoder.num_layers * self.decoder.hidden_size
+        return max(1, min(4096, int(MEMORY_SHARE * self._free_memory()) // (tokens * kept)))
+
+
+def _joined(parts: Sequence[Ledger]) -> Ledger:
+    layers = parts[0].layers
+    return Ledger(
+        tuple(fact for part in parts for fact in part.facts),
+        torch.cat([part.targets for part in parts]),
+        {layer: torch.cat([part.keys[layer] for part in parts]) for layer in layers},
+        {layer: torch.cat([part.shares[layer] for part in parts]) for layer in layers},
+    )

@@ -1,0 +1,142 @@
+"""From texts to slots: cut into spans, compressed by the encoder, refined."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory_adapters.base_model.modes import bfloat16_weights, evaluating
+from memory_adapters.base_model.nonfinite import origin, rows_not_finite
+from memory_adapters.base_model.quantised import differentiable
+from memory_adapters.base_model.tokens import pad_rows
+from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder
+from memory_adapters.memory_slots.loss import Asked, Row, autoencoding_rows, in_batches, predict
+from memory_adapters.memory_slots.refinement import Goal, refine
+from memory_adapters.memory_slots.slots import MemorySlots
+
+__all__ = ["Compressed", "compress_texts"]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """One text.
+
+    Attributes:
+        slots: What it was compressed into.
+        losses: Before each step of refinement.
+        accuracy: Share of its tokens that the model gives back, before refinement and after, each token judged behind
+            the true ones before it; None without refinement.
+    """
+
+    slots: MemorySlots
+    losses: list[float]
+    accuracy: tuple[float, float] | None
+
+
+def compress_texts(
+    encoder: Encoder, tokenizer: Any, texts: Sequence[str], asked: Sequence[Asked], steps: int, progress: bool
+) -> list[Compressed]:
+    """Slots of each text; all are encoded together.
+
+    Args:
+        encoder: Of the model.
+        tokenizer: The model's.
+        texts: At least one.
+        asked: What else refinement asks, of the slots of each text.
+        steps: Most steps of refinement.
+        progress: Show bars.
+    """
+    config = encoder.config
+    if not math.isfinite(encoder.parts.embedding_rms):
+        raise ValueError("The model's embeddings hold NaN or infinity: load them anew, and then the memory.")
+    cut = [config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    fingerprint = encoder.fingerprint()
+    with evaluating(encoder.model):
+        every = iter(encoder.compress([span for spans in cut for span in spans], progress))
+        vectors = [[next(every) for _ in spans] for spans in cut]
+        _check(encoder, texts, cut, vectors)
+        refined: list[tuple[list[Tensor], list[float]]] = [(own, []) for own in vectors]
+        accuracies: list[tuple[float, float] | None] = [None] * len(texts)
+        if steps:
+            goals = [_goals(config.refine_fraction, spans, tokenizer.eos_token_id, asked) for spans in cut]
+            before = _accuracies(encoder, cut, vectors)
+            fast = [*encoder.stack.modules(), encoder.decoder.head] if encoder.refines_in_bfloat16 else []
+            with differentiable(encoder.model), bfloat16_weights(fast):
+                refined = [
+                    one
+                    for group in _groups([sum(map(len, spans)) for spans in cut])
+                    for one in refine(
+                        encoder,
+                        [vectors[i] for i in group],
+                        [goals[i] for i in group],
+                        steps,
+                        progress,
+                        [texts[i] for i in group],
+                    )
+                ]
+            accuracies = list(zip(before, _accuracies(encoder, cut, [own for own, _ in refined]), strict=True))
+    found = []
+    for text, spans, (own, losses), accuracy in zip(texts, cut, refined, accuracies, strict=True):
+        slots = MemorySlots(
+            torch.cat(own).cpu(),
+            tuple(map(len, own)),
+            sum(map(len, spans)),
+            config.base_fingerprint or {},
+            fingerprint,
+            hashlib.sha256(text.encode()).hexdigest(),
+            len(losses),
+        )
+        found.append(Compressed(slots, losses, accuracy))
+    return found
+
+
+def _check(
+    encoder: Encoder, texts: Sequence[str], cut: Sequence[Sequence[Sequence[int]]], vectors: Sequence[Sequence[Tensor]]
+) -> None:
+    """Raise a `ValueError` that names the first text whose slots are not finite, and where that arises."""
+    for text, spans, own in zip(texts, cut, vectors, strict=True):
+        for span, slots in zip(spans, own, strict=True):
+            if rows_not_finite(slots):
+                where = origin(encoder.model, encoder.decoder, pad_rows([span], encoder.device))
+                raise ValueError(f"The slots of {text[:40]!r} hold NaN or infinity: {where}.")
+
+
+def _goals(fraction: float, spans: Sequence[Sequence[int]], end: int | None, asked: Sequence[Asked]) -> list[Goal]:
+    """What refinement asks of the slots of a text's spans: the spans, and what else is asked behind all of them."""
+    share = fraction if asked else 1.0
+    goals = [Goal(autoencoding_rows(spans, end), share)] if share else []
+    if share < 1:
+        goals.append(Goal([Row(one, range(len(spans))) for one in asked], 1 - share))
+    return goals
+
+
+def _groups(tokens: Sequence[int]) -> list[list[int]]:
+    """Texts, in turn, that are refined together: as many as one pass takes."""
+    groups: list[list[int]] = []
+    total = 0
+    for i, own in enumerate(tokens):
+        total += own
+        if not groups or total > BATCH_TOKENS:
+            groups.append([])
+            total = own
+        groups[-1].append(i)
+    return groups
+
+
+@torch.no_grad()
+def _accuracies(
+    encoder: Encoder, cut: Sequence[Sequence[Sequence[int]]], vectors: Sequence[Sequence[Tensor]]
+) -> list[float]:
+    """Of each text, the share of its tokens that the model gives back behind the true ones before them."""
+    found = []
+    for spans, own in zip(cut, vectors, strict=True):
+        rows = autoencoding_rows(spans, None)
+        hits = [predict(encoder, own, [rows[i] for i in batch])[1] for batch in in_batches(rows, own)]
+        found.append(float(torch.cat(hits).float().mean()))
+    return found

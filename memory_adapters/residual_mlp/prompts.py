@@ -1,0 +1,35 @@
+"""Rows on which a residual memory must answer as the base model does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from memory_adapters.base_model.tokens import last_token_of, tokenize
+from memory_adapters.items import Fact, Item
+from memory_adapters.training.rows import Row, Slot
+
+
+def locality_slots(
+    items: Sequence[Item], tokenizer: Any, said: Sequence[str], silent: Sequence[list[int]]
+) -> list[Slot]:
+    """Rows on which the memory must answer as the base does, a slot for each item.
+
+    Args:
+        items: What is written.
+        tokenizer: The model's tokenizer.
+        said: Texts in which the base continues each fact's subject, in turns, as many for each.
+        silent: Unrelated rows of tokens.
+    """
+    facts = [i for i, item in enumerate(items) if isinstance(item, Fact)]
+    slots = []
+    for index, item in enumerate(items):
+        rows = []
+        if isinstance(item, Fact):
+            for text in said[facts.index(index) :: len(facts)]:
+                ids = tokenize(tokenizer, text)
+                end = text.index(item.subject) + len(item.subject)
+                rows.append(Row(ids, last_token_of(tokenizer, text, end, ids) + 1, [], []))
+        rows.append(Row(silent[index % len(silent)], 1, [], []))
+        slots.append(Slot("locality", index, [row for row in rows if row.first_label < len(row.input_ids)], False))
+    return slots

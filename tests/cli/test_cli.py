@@ -1,0 +1,283 @@
+"""The command line: every command as JSON and as text, every exit code, and the installed program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from torch import distributed
+from typer.testing import CliRunner, Result
+
+import memory_adapters
+from memory_adapters import cli, load_memory
+from memory_adapters.cli.app import app
+from memory_adapters.cli.saved_memory import CONFIGS
+from memory_adapters.evaluation.records import load_facts
+from memory_adapters.evaluation.scores.edits import score_edits
+from memory_adapters.memit.tracing import TraceTable
+from tests.support.hub import HubServer
+from tests.support.models import byte_tokenizer, tiny_model
+
+ROME = {"prompt": "The Eiffel Tower is in", "subject": "Eiffel Tower", "target": "Rome"}
+PIANO = {"prompt": "{} plays the", "subject": "Miles Davis", "target": "piano"}
+JUDGED = {"true_target": "Paris", "paraphrases": ["To see it go to"], "neighbours": [["Big Ben is in", "London"]]}
+QUICK = {
+    "residual": ["min_steps=2", "num_train_epochs=1", "num_prefixes=1"],
+    "memit": ["covariance_tokens=128", "steps=2", "num_prefixes=1", "layers=[1]"],
+    "slots": ["refine_steps=2", "lora_rank=2"],
+}
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def said(*arguments: object, code: int = 0) -> dict[str, Any]:
+    """What a command prints on stdout, which must be one JSON object."""
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def quick(method: str) -> list[str]:
+    return [part for setting in QUICK[method] for part in ("--set", setting)]
+
+
+def words(result: Result) -> str:
+    """What was said on stderr, whatever the lines' width."""
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, items and records, and a memory of each method."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_model()
+    model.config.max_position_embeddings = 2048  # so that slots fit before 512 tokens of text
+    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "facts.json").write_text(json.dumps([ROME, PIANO]))
+    (folder / "one.jsonl").write_text(json.dumps(ROME))
+    (folder / "text.txt").write_text("Rome was not built in a day.")
+    (folder / "records.json").write_text(json.dumps([{**ROME, **JUDGED}, {**PIANO, "true_target": "trumpet"}]))
+    for method in QUICK:
+        written = ["write", folder / "model", folder / "facts.json", "--method", method, "--output", folder / method]
+        assert f"saved in {folder / method}" in run(*written, *quick(method)).stdout
+    return folder
+
+
+@pytest.mark.parametrize("method", QUICK)
+def test_write(here: Path, tmp_path: Path, method: str) -> None:
+    items = here / ("facts.json" if method == "memit" else "text.txt")
+    target = tmp_path / "deep" / "memory"
+    arguments = ["write", here / "model", items, "--method", method, "--output", target, *quick(method)]
+    result = run(*arguments, "--json", "--quiet", "--dtype", "bfloat16")
+    report = json.loads(result.stdout)
+    assert report["num_items"] == ({"Fact": 2} if method == "memit" else {"Document": 1})
+    assert (report["output"], report["commit"]) == (str(target), None)
+    assert "%|" not in result.stderr
+    memory = load_memory(tiny_model(), target)
+    assert type(memory.config) is CONFIGS[method]
+    assert memory.num_parameters() == report["num_parameters"]
+    assert "holds another memory" in words(run(*arguments, code=2))
+
+
+def test_write_more(here: Path, tmp_path: Path) -> None:
+    target = tmp_path / "edit"
+    first = ["write", here / "model", here / "one.jsonl", "--output", target]
+    run(*first, "--method", "memit", *quick("memit"))
+    more = ["write", here / "model", here / "facts.json", "--output", target, "--adapter", target]
+    assert "1 fact about the same subject" in run(*more, "--set", "steps=1").stdout
+    known = said("info", target)
+    assert [fact["target"] for fact in known["facts"]] == ["Rome", "piano"]
+    assert known["settings"] == {"covariance_tokens": 128, "num_prefixes": 1, "steps": 1}
+    assert len(known["writes"]) == 2
+    assert "does not load with layers changed" in words(run(*more, "--set", "layers=[2]", code=2))
+    assert "is of the method memit" in words(run(*more, "--method", "slots", code=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ([], "give one of residual, memit, slots"),
+        (["--method", "memit", "--set", "step=2"], "MemitConfig has no field `step`; it has batch_tokens, chat, clamp"),
+        (["--method", "memit", "--set", "facts=[]"], "no field `facts`"),
+        (["--method", "memit", "--set", "steps"], "'steps' has no value"),
+        (["--method", "memit", "--set", "steps=many"], "`steps` must be an integer at least 1, got 'many'"),
+        (["--method", "slots", "--covariance", "c0"], "the method slots uses none"),
+        (["--method", "memit", "--private"], "--push, which is not given"),
+        (["--method", "other"], "other"),
+        (["--method", "memit", "--device", "abacus"], "'abacus' is no device"),
+        (["--method", "memit", "--min-recall", "2"], "'--min-recall'"),
+    ],
+)
+def test_wrong_usage(here: Path, tmp_path: Path, options: list[str], why: str) -> None:
+    result = run("write", here / "model", here / "facts.json", "--output", tmp_path / "new", *options, code=2)
+    assert why in words(result)
+    assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_recall_that_is_missed(here: Path, tmp_path: Path) -> None:
+    arguments = ["write", here / "model", here / "facts.json", "--method", "memit", *quick("memit")]
+    report = said(*arguments, "--output", tmp_path / "edit", "--min-recall", "0.9", code=3)
+    assert report["recall"] < 0.9
+    assert (tmp_path / "edit" / "adapter_model.safetensors").is_file()
+    run(*arguments, "--output", tmp_path / "other", "--min-recall", "0")
+    text = ["write", here / "model", here / "text.txt", "--method", "slots", "--output", tmp_path / "slots"]
+    assert "documents alone" in words(run(*text, "--min-recall", "1", code=2))
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--debug"]])
+def test_failure(here: Path, tmp_path: Path, flags: list[str]) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text('[\n {"text": "Rome"},\n {"text": ""}\n]')
+    result = run("write", here / "model", bad, "--method", "slots", "--output", tmp_path / "new", *flags, code=1)
+    assert f"error: `{bad}`, line 3: `text` of a Document must be a non-empty string" in result.stderr
+    assert ("Traceback" in result.stderr) == (flags == ["--debug"])
+    assert not result.stdout
+    assert "error: " in run("info", tmp_path, *flags, code=1).stderr
+
+
+def test_a_bug_and_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = Mock(side_effect=[KeyError("surprise"), KeyboardInterrupt()])
+    monkeypatch.setattr("memory_adapters.cli.files.SavedMemory.find", find)
+    assert run("info", "memory", code=1).stderr == "error: KeyError: 'surprise' (--debug shows where)\n"
+    assert run("info", "memory", code=130).stderr == "interrupted\n"
+
+
+def test_evaluate(here: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", here / "model", here / "memit", here / "records.json", "--text", here / "text.txt"]
+    file = tmp_path / "deep" / "scores.json"
+    scores = said(*arguments, "--output", file)
+    assert json.loads(file.read_text()) == scores
+    records = load_facts(here / "records.json")
+    base = score_edits(tiny_model(), byte_tokenizer(), records).to_dict()
+    assert scores["without"]["scores"] == pytest.approx(base)
+    assert scores["with"]["num_records"] == 2
+    assert scores["with"]["perplexity"] != scores["without"]["perplexity"]
+    header, *lines = run(*arguments, "--limit", 1).stdout.splitlines()[1:]
+    assert header.split() == ["S", "ES", "PS", "NS", "exact", "perplexity"]
+    assert [line.split()[0] for line in lines] == ["without", "with"]
+    assert run("evaluate", *arguments[1:3], here / "facts.json").stdout.splitlines()[1].split() == ["exact"]
+
+
+def test_records_of_no_format(here: Path, tmp_path: Path) -> None:
+    file = tmp_path / "records.json"
+    file.write_text('[{"claim": "Rome is old."}]')
+    why = run("evaluate", here / "model", here / "memit", file, code=1).stderr
+    assert "in none of the formats" in why
+    file.write_text("[]")
+    assert "holds no record" in run("evaluate", here / "model", here / "memit", file, code=1).stderr
+
+
+def test_trace(here: Path, tmp_path: Path) -> None:
+    file, plot = tmp_path / "deep" / "trace.json", tmp_path / "trace.png"
+    arguments = ["trace", here / "model", here / "facts.json", "--samples", 1, "--all", "--limit", 1]
+    result = said(*arguments, "--output", file, "--plot", plot)
+    table = TraceTable.load(file)
+    assert table.to_dict() == {name: value for name, value in result.items() if name != "recommended_layers"}
+    assert result["recommended_layers"] == [0, 1, 2, 3]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "layers to edit: [0, 1, 2, 3]" in run(*arguments, "--output", file).stdout
+    known = tmp_path / "known_1000.json"
+    known.write_text(json.dumps([{"prompt": "Rome is in", "subject": "Rome", "attribute": "Italy", "known_id": 0}]))
+    assert said("trace", here / "model", known, *arguments[3:], "--output", file)["num_facts"] == 1
+    assert "takes facts" in run("trace", here / "model", here / "text.txt", "--output", file, code=1).stderr
+    assert "knows none" in run("trace", here / "model", known, "--output", file, code=1).stderr
+
+
+def test_covariance(here: Path, tmp_path: Path) -> None:
+    file, state = tmp_path / "c0.safetensors", tmp_path / "state.safetensors"
+    arguments = ["covariance", here / "model", here / "text.txt", "--output", file, "--layers", "1", "--tokens", 20]
+    found = said(*arguments, "--checkpoint", state)
+    assert (found["layers"], found["num_tokens"]) == ([1], 20)
+    assert state.read_bytes() == file.read_bytes()
+    assert "64 tokens of text sampled" in run("covariance", here / "model", "--output", file, "--tokens", 64).stdout
+    edit = ["write", here / "model", here / "one.jsonl", "--method", "memit", "--output", tmp_path / "edit"]
+    (note,) = said(*edit, *quick("memit"), "--covariance", file)["notes"]
+    assert note == "covariance of 64 tokens of text sampled from the model (seed 0)"
+    assert "are not given" in words(run("covariance", here / "model", "--output", file, "--checkpoint", state, code=2))
+    assert "'a' must be blocks" in words(run("covariance", here / "model", "--output", file, "--layers", "a", code=2))
+    missing = run(*edit[:-1], tmp_path / "new", "--covariance", tmp_path / "no.safetensors", code=1)
+    assert "does not exist" in missing.stderr
+
+
+def test_export(here: Path, tmp_path: Path) -> None:
+    arguments = ["export", here / "memit", "--model", here / "model", "--output"]
+    made = said(*arguments, tmp_path / "vllm", "--format", "vllm", "--dtype", "float16")
+    assert made == {"format": "vllm", "output": str(tmp_path / "vllm")}
+    assert (tmp_path / "vllm" / "adapter_config.json").is_file()
+    merged = run(*arguments, tmp_path / "merged", "--format", "merged")
+    assert merged.stdout == f"saved in {tmp_path / 'merged'}\n"
+    assert "prompt-tuning" in run(*arguments, tmp_path / "x", "--format", "prompt-tuning", code=1).stderr
+    run(*arguments, tmp_path / "x", "--format", "other", code=2)
+
+
+@pytest.mark.parametrize("method", QUICK)
+def test_info(here: Path, tmp_path: Path, method: str) -> None:
+    known = said("info", here / method, "--model", here / "model")
+    assert (known["method"], known["fits"], known["unfit"]) == (method, True, None)
+    assert known["base_model"] == str(here / "model")
+    assert known["layers"] == {"residual": [0], "memit": [1], "slots": None}[method]
+    stored = known["stored_numbers"]["adapter_model.safetensors"]
+    assert stored == load_memory(tiny_model(), here / method).num_parameters()
+    assert [fact["target"] for fact in known["facts"] or []] == (["Rome", "piano"] if method == "memit" else [])
+    assert (known["slots"] or {}).get("refine_steps") == (2 if method == "slots" else None)
+    assert known["writes"][0]["written"] == "2 Facts"
+    text = run("info", here / method).stdout
+    assert text.startswith("method ")
+    assert "fits" not in text
+    if method == "memit":
+        other = tmp_path / "model"
+        tiny_model(seed=1).save_pretrained(other)
+        byte_tokenizer().save_pretrained(other)
+        assert "belongs to another base model" in run("info", here / method, "--model", other, code=3).stdout
+
+
+def test_only_the_first_process_prints_and_saves(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    file = tmp_path / "scores.json"
+    result = run("evaluate", here / "model", here / "memit", here / "records.json", "--output", file)
+    assert not result.output
+    assert not file.exists()
+    assert run("info", tmp_path, code=1).output.startswith("process 1: error: ")
+
+
+def test_without_typer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("memory_adapters.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"run `pip install memory-adapters\[cli\]`"):
+        cli.main()
+
+
+def test_help_and_version() -> None:
+    assert run("--version").stdout == f"memory-adapters {memory_adapters.__version__}\n"
+    for command in ([], ["write"], ["info"]):
+        assert "--help" in run(*command, "--help").stdout
+    run("write", code=2)
+
+
+def test_installed_program_pushes(here: Path, tmp_path: Path, loopback_hub: HubServer) -> None:
+    program = Path(sys.executable).with_name("memory-adapters")
+    arguments = ["write", here / "model", here / "one.jsonl", "--method", "memit", *quick("memit"), "--output"]
+    done = subprocess.run(
+        [program, *map(str, arguments), tmp_path / "edit", "--push", "me/edit", "--private", "--json"],
+        env={**loopback_hub.client_environment(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["commit"].startswith(loopback_hub.url)
+    assert loopback_hub.repos["me/edit"].private
+    assert said("info", tmp_path / "edit")["facts"][0]["target"] == "Rome"

@@ -1,0 +1,92 @@
+"""Trainer and TRL on a LoRA and a memory together: both learn, checkpoints hold adapters alone, resuming is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from memory_adapters import Memory, MemoryAdapterConfig, SaveAdapters, inject_memory, load_adapters, memories
+from tests.support.composing import SUITES
+from tests.support.contract import logits
+from tests.support.models import byte_tokenizer, tiny_model
+from tests.training.test_own_training import QUIET, TEXT, loss_of
+
+
+def lora_and_memory(kind: str = "residual") -> tuple[Any, Memory]:
+    """A PeftModel with a LoRA, and a memory injected into it; both take part, and what can be trained is."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    if kind != "residual":
+        memory = inject_memory(wrapped, SUITES[kind].make_config(), tokenizer=byte_tokenizer(), adapter_name="facts")
+        SUITES[kind].speak(memory)
+        return wrapped, memory
+    config = MemoryAdapterConfig(layers=[1, 2], memory_dim=16, token_gate="sigmoid")
+    return wrapped, inject_memory(wrapped, config, tokenizer=byte_tokenizer(), adapter_name="facts")
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n or "memory" in n or "slot" in n}
+
+
+def trainer(model: Any, folder: Path, steps: int, **settings: Any) -> Trainer:
+    ids = byte_tokenizer()(TEXT)["input_ids"]
+    rows = [{"input_ids": ids[i:], "labels": ids[i:]} for i in range(8)]
+    arguments: dict[str, Any] = dict(learning_rate=1e-2, max_steps=steps, per_device_train_batch_size=1, seed=3)
+    arguments |= dict(output_dir=str(folder), lr_scheduler_type="constant", **QUIET)
+    args = TrainingArguments(**arguments | settings)
+    return Trainer(model=model, args=args, train_dataset=rows, callbacks=[SaveAdapters()])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["residual", "memit", "slots"])
+def test_checkpoint_and_resume_with_both(kind: str, tmp_path: Path) -> None:
+    whole, memory = lora_and_memory(kind)
+    before = tensors(whole)
+    trainer(whole, tmp_path / "whole", 8, save_strategy="no").train()
+    moved = {name for name, tensor in tensors(whole).items() if not torch.equal(tensor, before[name])}
+    assert any("lora_" in name and "default" in name for name in moved)
+    assert any("facts" in name for name in moved) == (kind == "residual"), "an edit and slots stay as they were written"
+    assert all(p.requires_grad is False for n, p in whole.named_parameters() if "lora_" not in n and "facts" not in n)
+
+    first, _ = lora_and_memory(kind)
+    trainer(first, tmp_path / "run", 5, save_steps=5).train()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert not list(checkpoint.glob("model*.safetensors"))
+    second, memory = lora_and_memory(kind)
+    trainer(second, tmp_path / "run", 8, save_strategy="no").train(resume_from_checkpoint=str(checkpoint))
+    after = tensors(second)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in tensors(whole).items())
+    assert memories(second) == {"facts": memory}
+
+    other = tiny_model()
+    load_adapters(other, checkpoint / "adapters", tokenizer=byte_tokenizer())
+    assert torch.equal(logits(other), logits(first.eval()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_trl_trains_a_memory_and_a_lora_together(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    model, memory = lora_and_memory()
+    before, start = loss_of(model), tensors(model)
+    settings = dict(max_length=64, bf16=False, learning_rate=1e-2, max_steps=40, save_steps=40, **QUIET)
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), **settings)
+    rows = Dataset.from_list([{"text": TEXT}] * 4)
+    trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=byte_tokenizer(),
+        callbacks=[SaveAdapters()],
+    ).train()
+    assert loss_of(model) < 0.8 * before
+    moved = {name for name, tensor in tensors(model).items() if not torch.equal(tensor, start[name])}
+    assert {("default" in name, "facts" in name) for name in moved} == {(True, False), (False, True)}
+    other = tiny_model()
+    load_adapters(other, tmp_path / "checkpoint-40" / "adapters")
+    assert torch.equal(logits(other), logits(model.eval()))
+    assert memory.active

@@ -1,0 +1,213 @@
+"""Methods compared on the same facts: what is measured, shown and refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from memory_adapters import Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, memories
+from memory_adapters.config import MemoryConfig
+from memory_adapters.evaluation.comparison.baselines import Contender, FineTuned, InPrompt, Lora, Memorised
+from memory_adapters.evaluation.comparison.compare import NOTHING, Comparison, compare
+from memory_adapters.evaluation.comparison.finetuning import Recipe
+from memory_adapters.evaluation.comparison.tables import tables
+from memory_adapters.evaluation.plots import comparison_plots, score_scatter
+from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
+from memory_adapters.evaluation.scores.edits import score_edits
+from memory_adapters.evaluation.scores.perplexity import perplexity
+from tests.support.contract import fingerprint, logits
+from tests.support.models import byte_tokenizer, tiny_model
+
+RECORDS = [
+    EditRecord(
+        Fact("The Eiffel Tower is in", "Eiffel Tower", "Rome"),
+        "Paris",
+        ("To see the Eiffel Tower go to",),
+        (("Big Ben is in", "London"),),
+    ),
+    EditRecord(Fact("{} plays the", "Miles Davis", "piano"), "trumpet"),
+]
+FOLLOWING = [EditRecord(Fact("{} is in", "Oslo", "Peru"), "Norway", portability=(("Oslo's continent is", "America"),))]
+CHOICES = [Choice("Rome is in", ("Italy", "Norway", "Peru", "Chad"), 0), Choice("One and one are", ("two", "six"), 0)]
+TEXT = "Rome was not built in a day, nor was Paris, and both were rebuilt more than once."
+RECIPE = Recipe(
+    learning_rate=1e-2, min_steps=10, num_train_epochs=1, num_prefixes=1, training_args={"disable_tqdm": True}
+)
+FULL: dict[str, Any] = dict(
+    text=TEXT, fluency_prompts=2, choices=CHOICES, portability=FOLLOWING, numbers=(2, 1), progress=False
+)
+CHEAP: dict[str, Any] = dict(text=TEXT, greedy=False, costs=False, progress=False)
+
+
+def edit(**settings: Any) -> MemitConfig:
+    return MemitConfig(**{**dict(covariance_tokens=128, steps=4, num_prefixes=1), **settings})
+
+
+def contenders() -> dict[str, Contender | MemoryConfig]:
+    return {
+        "trained": MemoryAdapterConfig(min_steps=10, num_train_epochs=1, num_prefixes=1, learning_rate=1e-2),
+        "edit": Memorised(edit(), {"progress": False}),
+        "slots": MemorySlotsConfig(lora_rank=2, refine_steps=2),
+        "lora": Lora(rank=2, recipe=RECIPE),
+        "full": FineTuned(RECIPE),
+        "prompt": InPrompt(),
+    }
+
+
+@pytest.fixture(scope="module")
+def compared() -> tuple[Comparison, PreTrainedModel]:
+    model = tiny_model()
+    before, state = logits(model), fingerprint(model)
+    result = compare(model, byte_tokenizer(), RECORDS, contenders(), **FULL)
+    assert torch.equal(logits(model), before)
+    assert fingerprint(model) == state
+    return result, model
+
+
+def test_base_and_every_method_are_measured(compared: tuple[Comparison, PreTrainedModel]) -> None:
+    result, model = compared
+    tokenizer = byte_tokenizer()
+    assert result.base.scores == score_edits(model, tokenizer, RECORDS)
+    assert result.base.perplexity == pytest.approx(perplexity(model, tokenizer, TEXT))
+    assert result.methods[NOTHING].ability == choice_accuracy(model, tokenizer, CHOICES)
+    assert list(result.methods) == [NOTHING, *contenders()]
+    assert not result.failures()
+    for name, found in result.methods.items():
+        write, report, costs = found.write, found.report, found.costs
+        assert write is not None
+        assert report is not None
+        assert costs is not None
+        assert write.num_items == {"Fact": 2}
+        assert (write.num_parameters > 0) == (name != NOTHING)
+        assert 0 < write.seconds <= costs.seconds or name == NOTHING
+        assert report.num_records == report.num_generated == 2
+        assert report.fluency is not None
+        assert report.greedy_success is not None
+        assert found.ability in (0, 1 / 2, 1)
+        assert found.portability is not None
+        assert found.portability.num_records == 1
+        assert found.portability.scores.portability_token_accuracy is not None
+        assert costs.prefill is not None
+        assert costs.decode is not None
+        assert (costs.bytes_on_disk or 0) > 0 or name == NOTHING
+        assert (costs.forget_seconds is not None) == (name in ("edit", "prompt"))
+        curve = result.curves[name]
+        assert list(curve) == [1, 2]
+        assert curve[2] == replace(found, portability=None), "the full measurement is a point of the curve"
+        assert curve[1].report is not None
+        assert curve[1].report.num_records == 1
+        assert curve[1].report.greedy_success is None
+        assert curve[1].report.perplexity is not None
+
+
+def test_scores_are_those_of_a_memory_written_by_hand(compared: tuple[Comparison, PreTrainedModel]) -> None:
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    for records, found in ((RECORDS, compared[0].methods["edit"]), (RECORDS[:1], compared[0].curves["edit"][1])):
+        memory = inject_memory(model, edit(), tokenizer=tokenizer)
+        memory.write([record.fact for record in records], progress=False)  # type: ignore[call-arg]
+        assert found.report is not None
+        assert found.write is not None
+        assert found.report.scores == score_edits(model, tokenizer, records)
+        assert found.report.perplexity == pytest.approx(perplexity(model, tokenizer, TEXT), rel=1e-5)
+        assert found.report.perplexity != compared[0].base.perplexity
+        assert found.write.num_parameters == memory.num_parameters()
+        memory.remove()
+    memory = inject_memory(model, edit(), tokenizer=tokenizer)
+    memory.write([record.fact for record in FOLLOWING], progress=False)  # type: ignore[call-arg]
+    written_alone = compared[0].methods["edit"].portability
+    assert written_alone is not None
+    assert written_alone.scores == score_edits(model, tokenizer, FOLLOWING)
+
+
+def test_drift(compared: tuple[Comparison, PreTrainedModel]) -> None:
+    result = compared[0]
+    assert result.drift(result.methods[NOTHING]) == 0
+    report = result.methods["full"].report
+    assert report is not None
+    assert report.perplexity is not None
+    assert result.base.perplexity is not None
+    expected = (report.perplexity - result.base.perplexity) / result.base.perplexity
+    assert result.drift(result.methods["full"]) == pytest.approx(expected)
+
+
+def test_shown_and_sent(compared: tuple[Comparison, PreTrainedModel]) -> None:
+    result = compared[0]
+    sent = json.loads(json.dumps(result.to_dict()))
+    assert sent == result.to_dict()
+    assert Comparison.from_dict(sent) == result
+    scores, costs, *curves = tables(result)
+    assert scores.title == "2 facts; scores in %"
+    wanted = "S,ES,PS,NS,exact,greedy,portability exact,portability tokens,GE,ability,perplexity"
+    assert scores.rows[0] == ["", *wanted.split(",")]
+    assert [row[0] for row in scores.rows[1:]] == [row[0] for row in costs.rows[1:]] == list(result.methods)
+    wanted = "write, s|CPU, s|forget, s|on disk|prefill|decode|peak memory|stored numbers"
+    assert costs.rows[0] == ["", *wanted.split("|")]
+    assert set(costs.rows[1][1:]) == {"–"}
+    forgetting = {row[0]: row[3] for row in costs.rows[2:]}
+    assert {name for name, cell in forgetting.items() if cell == "= write"} == {"trained", "slots", "lora", "full"}
+    assert [table.rows[0] for table in curves] == [["", "1", "2"]] * 3
+    text = repr(result)
+    assert text.startswith("Comparison: 2 facts; scores in %\n")
+    for table in (scores, costs, *curves):
+        assert table.title in text
+        lines = result.markdown().partition(f"## {table.title}\n\n")[2].splitlines()[: len(table.rows) + 1]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert [cells[0], *cells[2:]] == [row if row[0] else ["", *row[1:]] for row in table.rows]
+    marked = Comparison(2, {**result.methods, "<edit>": result.methods["edit"]})._repr_html_()
+    assert "<th>&lt;edit&gt;</th>" in marked
+    assert marked.count("<tr>") == 2 * (len(result.methods) + 2)
+
+
+def test_plots(compared: tuple[Comparison, PreTrainedModel], tmp_path: Path) -> None:
+    assert comparison_plots(compared[0], tmp_path) == ["quality_damage.png", "quality_cost.png", "curves.png"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("quality_damage.png", "quality_cost.png"))
+    points = {"a": (0.0, 0.5), "b": (0.0, 0.5), "c": (1000.0, 0.9), "d": (-1.0, 0.1)}
+    figure = score_scatter(points, across="drift", score="S", linear_below=0.1)
+    (axes,) = figure.axes
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines] == list(points.values())
+    assert sorted(text.get_text() for text in axes.texts) == list(points)
+    assert len({(text.xy, text.xyann) for text in axes.texts}) == 4, "labels of one place are apart"
+    assert axes.get_xscale() == "symlog"
+    assert score_scatter({"a": (2.0, 0.5)}, across="seconds", score="S").axes[0].get_xscale() == "log"
+    with pytest.raises(ValueError, match=r"not above 0, of \['a', 'b', 'd'\]"):
+        score_scatter(points, across="drift", score="S")
+    with pytest.raises(ValueError, match="`points` is empty"):
+        score_scatter({}, across="drift", score="S")
+
+
+def test_text_is_sampled_if_none_is_given() -> None:
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    settings = {**CHEAP, "text": None, "max_text_tokens": 300}
+    results = [compare(model, tokenizer, RECORDS[1:], {"edit": edit()}, **settings) for _ in range(2)]
+    first, second = (result.base.perplexity for result in results)
+    assert first == second
+    assert first is not None
+    assert tables(results[0])[0].rows[0] == ["", "ES", "exact", "perplexity"], "no empty columns"
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("something was measured")
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    monkeypatch.setattr("memory_adapters.evaluation.comparison.compare.evaluate_edits", refuse)
+    cases: list[tuple[Any, Any, dict[str, Any], str]] = [
+        ([], {"edit": edit()}, {}, "`records` is empty"),
+        (RECORDS, {"edit": edit(), "deep": edit(layers=[9])}, {}, "`layers` has 9"),
+        (RECORDS, {}, {"num_facts": 3}, "`num_facts` has 3: it must be at least 1 and at most 2"),
+        (RECORDS, {}, {"numbers": (1, 0)}, "`numbers` has 0"),
+        (RECORDS, {}, {"portability": RECORDS}, "`portability` has no record with questions"),
+        (RECORDS, {NOTHING: edit()}, {}, "`contenders` calls a Memorised 'nothing'"),
+    ]
+    for records, given, settings, why in cases:
+        with pytest.raises(ValueError, match=why):
+            compare(model, tokenizer, records, given, **settings)
+    assert not memories(model)

@@ -1,0 +1,257 @@
+"""Writing, forgetting and sharing edits, on tiny models; the plain loop of the benchmarks is the yardstick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from memory_adapters import Fact, MemitConfig, MemitMemory, inject_memory, load_memory
+from memory_adapters.base_model.partial_forward import capture
+from memory_adapters.memit import targets as targets_module
+from memory_adapters.memit.prompts import Context, fact_rows
+from memory_adapters.memit.write import EntryMaker
+from tests.support.contract import fingerprint, logits
+from tests.support.models import byte_tokenizer, tiny_model
+from tests.support.reference_memit import PlainMemit
+
+FACTS = [
+    Fact("The Eiffel Tower is in the city of", "Eiffel Tower", "Rome"),
+    Fact("{} was born in", "Ada", "Paris"),
+    Fact("The mother tongue of {} is", "Danielle Darrieux", "English"),
+    Fact("Who wrote it? It was", "It", "Bo"),
+    Fact("서울은 한국의 수도이며", "서울", "파리"),
+    Fact("The capital of Österreich", "Österreich", "Graz"),
+]
+SMALL: dict[str, Any] = dict(layers=[1, 2], steps=5, num_prefixes=2, prefix_length=3, covariance_tokens=400)
+
+
+def memory_on(model: Any, **settings: Any) -> MemitMemory:
+    memory = inject_memory(model, MemitConfig(**{**SMALL, **settings}), tokenizer=byte_tokenizer())
+    assert isinstance(memory, MemitMemory)
+    return memory
+
+
+def changes(memory: MemitMemory) -> dict[int, Tensor]:
+    return {i: f.B.double() @ f.A.double() for i, f in memory.ledger.solve().items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral"])
+@pytest.mark.parametrize("batch_tokens", [7, None])
+def test_batched_is_one_at_a_time(architecture: str, batch_tokens: int | None) -> None:
+    model = tiny_model(architecture, torch.float64)
+    memory = memory_on(model, batch_tokens=batch_tokens)
+    covariance = memory.fit_covariance(progress=False)
+    with memory.disabled():
+        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
+        plain = PlainMemit(model, memory.tokenizer, memory.config, covariance, contexts)
+        expected = plain.write(FACTS, apart=True)
+    memory.write(FACTS, progress=False)
+    for layer, change in changes(memory).items():
+        wanted = expected[layer].double()
+        wanted = wanted.T if wanted.shape != change.shape else wanted
+        cosine = torch.cosine_similarity(change.flatten(), wanted.flatten(), dim=0)
+        assert cosine > 0.9999
+        assert change.norm() == pytest.approx(float(wanted.norm()), rel=0.05)
+
+
+def test_the_authors_spread_is_nearly_the_same() -> None:
+    """With one layer there is nothing to spread, and the two are equal."""
+    model = tiny_model("llama", torch.float64)
+    memory = memory_on(model, layers=[2])
+    covariance = memory.fit_covariance(progress=False)
+    with memory.disabled():
+        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
+    memory.write(FACTS, progress=False)
+    with memory.disabled():
+        plain = PlainMemit(model, memory.tokenizer, memory.config, covariance, contexts)
+        expected = plain.write(FACTS, apart=False)[2]
+    torch.testing.assert_close(changes(memory)[2], expected.double(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_falls_and_the_clamp_holds() -> None:
+    model = tiny_model()
+    memory = memory_on(model, steps=20, clamp=0.4)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    original = targets_module.find_targets
+
+    def spy(finder: Any, problems: Any, h0: Tensor, *rest: Any) -> Any:
+        z, losses = original(finder, problems, h0, *rest)
+        found.append((h0, z, losses))
+        return z, losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memory_adapters.memit.write.find_targets", spy)
+        memory.write(FACTS, progress=False)
+        memory_on(model, steps=2).write(FACTS, progress=False)
+    (h0, z, last), (_, _, first) = found
+    assert ((z - h0).norm(dim=1) <= 0.4001 * h0.norm(dim=1)).all()
+    assert last.mean() < first.mean()
+
+
+def test_writes_add_up_in_any_order_and_forgetting_is_exact() -> None:
+    model = tiny_model()
+    memory = memory_on(model)
+    memory.write(FACTS[:2], progress=False)
+    memory.write(FACTS[2:], progress=False)
+    two = logits(model)
+    assert memory.facts == FACTS
+    again = memory_on(tiny_model())
+    again.write(FACTS, targets=memory, covariance=memory.covariance, progress=False)
+    torch.testing.assert_close(logits(again.model), two, rtol=1e-5, atol=1e-5)
+    memory.forget(FACTS[1::2])
+    assert memory.facts == FACTS[::2]
+    half = memory_on(tiny_model())
+    half.write(FACTS[::2], targets=again, covariance=memory.covariance, progress=False)
+    torch.testing.assert_close(logits(model), logits(half.model), rtol=1e-5, atol=1e-5)
+    memory.forget(FACTS[::2])
+    assert memory.facts == []
+    with memory.disabled():
+        base = logits(model)
+    assert torch.equal(logits(model), base)
+
+
+def test_forgetting_and_writing_go_on_in_a_later_process(tmp_path: Path) -> None:
+    model = tiny_model()
+    memory = memory_on(model)
+    memory.write(FACTS[:4], progress=False)
+    spoken = logits(model)
+    memory.save_pretrained(tmp_path)
+    covariance = memory.covariance
+    memory.forget(FACTS[0])
+    expected = logits(model)
+    other = tiny_model()
+    loaded = load_memory(other, tmp_path, tokenizer=byte_tokenizer())
+    assert isinstance(loaded, MemitMemory)
+    assert loaded.facts == FACTS[:4]
+    assert torch.equal(logits(other), spoken)
+    loaded.forget(FACTS[0])
+    torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
+    memory.write(FACTS[4:], progress=False)
+    loaded.write(FACTS[4:], covariance=covariance, progress=False)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_replacing_and_contradicting() -> None:
+    memory = memory_on(tiny_model())
+    memory.write(FACTS[:2], progress=False)
+    report = memory.write(Fact(FACTS[0].prompt, FACTS[0].subject, "Oslo"), progress=False)
+    assert sorted(f.target for f in memory.facts) == ["Oslo", "Paris"]
+    assert any("replaced" in note for note in report.notes)
+    before = logits(memory.model)
+    clash = [Fact("A x", "x", "1"), Fact("A {}", "x", "2"), Fact("B x", "x", "3"), Fact("B x", "x", "4")]
+    with pytest.raises(ValueError, match=r"'A x': '1', '2'; 'B x': '3', '4'"):
+        memory.write(clash, progress=False)
+    assert torch.equal(logits(memory.model), before)
+    report = memory.write([FACTS[2], FACTS[2]], progress=False)
+    assert any("repeated" in note for note in report.notes)
+    with pytest.raises(ValueError, match="not written"):
+        memory.forget(FACTS[4])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_edit_loads_in_plain_peft(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "base")
+    memory = memory_on(model)
+    memory.write(FACTS, progress=False)
+    memory.save_pretrained(tmp_path / "edit")
+    inputs = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        torch.save((inputs, model(input_ids=inputs).logits), tmp_path / "expected.pt")
+    code = f"""
+import sys, torch, warnings
+sys.modules["memory_adapters"] = None
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}).eval()
+inputs, expected = torch.load({str(tmp_path / "expected.pt")!r})
+with torch.no_grad():
+    model = PeftModel.from_pretrained(base, {str(tmp_path / "edit")!r})
+    assert torch.equal(model(input_ids=inputs).logits, expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=inputs).logits, expected, rtol=1e-4, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_beside_an_active_lora() -> None:
+    model = tiny_model()
+    before = fingerprint(model)
+    model.add_adapter(LoraConfig(target_modules=["down_proj", "q_proj"], init_lora_weights=False), "style")
+    styled = logits(model)
+    memory = memory_on(model)
+    assert torch.equal(logits(model), styled)
+    memory.write(FACTS, progress=False)
+    both = logits(model)
+    assert not torch.equal(both, styled)
+    with memory.disabled():
+        assert torch.equal(logits(model), styled)
+    memory.remove()
+    assert torch.equal(logits(model), styled)
+    model.delete_adapter("style")
+    assert before[0] != fingerprint(model)[0]  # PEFT leaves its empty layers; ours are gone with the memory
+
+
+@pytest.mark.parametrize("solver", ["alphaedit", "emmet"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_solvers_write(solver: str, dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    base = logits(model)
+    memory_on(model, solver=solver, null_space=0.5).write(FACTS, progress=False)
+    assert not torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_bfloat16_targets_are_close_and_leave_the_weights(instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions, raising=False)
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    precise, fast = memory_on(model), memory_on(model, precision="bfloat16")
+    precise.write(FACTS, progress=False)
+    precise.active = False
+    fast.write(FACTS, covariance=precise.covariance, progress=False)
+    cosine = torch.cosine_similarity(precise.ledger.targets, fast.ledger.targets, dim=1)
+    assert (cosine > 0.99).all()
+    assert torch.equal(precise.ledger.targets, fast.ledger.targets) != instructions
+    precise.remove(), fast.remove()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_chat_contexts() -> None:
+    model = tiny_model()
+    memory = inject_memory(model, MemitConfig(**SMALL, chat=True), tokenizer=byte_tokenizer(chat=True))
+    contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
+    assert contexts[-1].before == "<s>user: "
+    assert contexts[-1].after == "</s><s>assistant: "
+    assert len(contexts) == 4
+    assert memory.config.key_groups == [0, 1, 1, 2]
+    memory.write(FACTS[:2], progress=False)
+    assert memory.ledger.keys_per_fact == 3
+    with pytest.raises(ValueError, match="chat template"):
+        memory_on(tiny_model(), chat=True).write(FACTS[:2], progress=False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj", "falcon", "phi", "opt", "gemma2", "gemma3_text"])
+def test_the_stream_becomes_the_target(architecture: str) -> None:
+    """Also where the MLP's output is normalised before it joins the stream (Gemma)."""
+    model = tiny_model(architecture)
+    memory = memory_on(model, layers=[2], num_prefixes=0, solver="emmet", clamp=0.2)
+    memory.write(FACTS[:2], progress=False)
+    maker = EntryMaker(model, memory.tokenizer, memory.config)
+    for fact, z in zip(FACTS[:2], memory.ledger.targets, strict=True):
+        row = fact_rows([fact], [Context()], memory.tokenizer, 1 << 30)[0]
+        ids = torch.tensor([row.ids])
+        after = capture(model, maker.decoder, [2], input_ids=ids)[0][0, row.subject]
+        with memory.disabled():
+            before = capture(model, maker.decoder, [2], input_ids=ids)[0][0, row.subject]
+        limit = 0.4 if "gemma" in architecture else 0.01
+        assert (after - z).norm() < limit * (before - z).norm()

@@ -1,0 +1,157 @@
+"""MEMIT as plainly as it can be written: one fact at a time, whole forward passes, dense solves. The baseline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memory_adapters import Covariance, Fact, MemitConfig
+from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.memit.prompts import Context, FactRow, fact_rows
+
+
+@dataclass
+class PlainMemit:
+    """Edits a model's weights in place.
+
+    Attributes:
+        seconds: Wall time of each stage.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: MemitConfig
+    covariance: Covariance
+    contexts: Sequence[Context]
+    seconds: dict[str, float] = field(default_factory=lambda: {"z": 0.0, "keys": 0.0, "solve": 0.0})
+
+    def __post_init__(self) -> None:
+        self.decoder = find_decoder(self.model)
+        self.layers = self.config.resolved(self.decoder)
+        self.projections = {layer: mlp_projection(self.decoder, layer).module for layer in self.layers}
+
+    def write(self, facts: Sequence[Fact], apart: bool) -> dict[int, Tensor]:
+        """The change of each layer's weight (hidden_size, d_in).
+
+        Args:
+            facts: What to write.
+            apart: Whether keys and residuals of a fact are taken with its own shares in place below, as the library
+                does; otherwise with the lower layers edited, as MEMIT's authors do.
+        """
+        rows = [fact_rows([fact], self.contexts, self.tokenizer, 1 << 30) for fact in facts]
+        start = time.perf_counter()
+        z = [self.target(own) for own in rows]
+        self.seconds["z"] += time.perf_counter() - start
+        shares: list[dict[int, Tensor]] = [{} for _ in facts]
+        changes: dict[int, Tensor] = {}
+        missing = torch.zeros(self.decoder.hidden_size, len(facts), dtype=torch.float64)
+        for i, layer in enumerate(self.layers):
+            start = time.perf_counter()
+            keys, residuals = [], []
+            for own, target, added in zip(rows, z, shares, strict=True):
+                pushed = added if apart else {}
+                found = [self.visit(row, layer, pushed) for row in own if row.context >= 0]
+                prefixed = torch.stack([key for key, _ in found[1:]]).mean(0)
+                keys.append(torch.stack([found[0][0], prefixed]) / 2**0.5)
+                residuals.append((target - found[0][1]) / (len(self.layers) - i))
+                added[layer] = residuals[-1]
+            self.seconds["keys"] += time.perf_counter() - start
+            start = time.perf_counter()
+            both, R = torch.stack(keys).double(), torch.stack(residuals, 1).double()
+            K, mean = both.flatten(0, 1).T, both.sum(1).T / 2**0.5
+            cost = self.config.regularization * K.shape[0] * self.covariance.shrunk(layer)
+            if apart:  # what lower layers did not realise is shared out, too
+                left = len(self.layers) - i
+                R += missing / left
+                missing = missing * (1 - 1 / left) + R
+            changes[layer] = (R @ torch.linalg.solve(cost + K @ K.T, mean).T).float()
+            missing = missing - changes[layer].double() @ mean
+            self.seconds["solve"] += time.perf_counter() - start
+            if not apart:
+                self.projections[layer].weight.data += changes[layer]
+        if not apart:
+            for layer, change in changes.items():
+                self.projections[layer].weight.data -= change
+        return changes
+
+    @torch.no_grad()
+    def visit(self, row: FactRow, layer: int, pushed: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Key at `layer`, and stream at the last edited block, at the subject's last token."""
+        keys: list[Tensor] = []
+        streams: list[Tensor] = []
+
+        def push(index: int) -> Any:
+            def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
+                output = output.clone()
+                output[0, row.subject] += pushed[index]
+                return output
+
+            return hook
+
+        handles = [self.decoder.blocks[i].register_forward_hook(push(i)) for i in pushed]
+        handles.append(
+            self.projections[layer].register_forward_pre_hook(
+                lambda _m, a: keys.append(a[0].reshape(len(row.ids), -1)[row.subject])
+            )
+        )
+        handles.append(
+            self.decoder.blocks[self.layers[-1]].register_forward_hook(
+                lambda _m, _a, o: streams.append(o[0, row.subject])
+            )
+        )
+        self.model(input_ids=torch.tensor([row.ids]))
+        for handle in handles:
+            handle.remove()
+        return keys[0], streams[0]
+
+    def target(self, rows: Sequence[FactRow]) -> Tensor:
+        """z of one fact, by whole forward passes over all its rows."""
+        config = self.config
+        length = max(len(row.ids) for row in rows)
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)] = torch.tensor(row.ids)
+            mask[i, : len(row.ids)] = 1
+        h0 = self.visit(rows[0], self.layers[-1], {})[1]
+        rate = config.learning_rate * float(h0.square().mean().sqrt())
+        delta = torch.zeros_like(h0, requires_grad=True)
+        optimizer = torch.optim.Adam([delta], lr=rate)
+        places = torch.tensor([row.subject for row in rows])
+
+        def add(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[torch.arange(len(rows)), places] += delta
+            return output
+
+        base = None
+        handle = self.decoder.blocks[self.layers[-1]].register_forward_hook(add)
+        for step in range(config.steps):
+            logs = self.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+            told = []
+            for i, row in enumerate(rows):
+                if row.context >= 0:
+                    labels = torch.tensor(row.ids[row.first_label :])
+                    told.append(F.nll_loss(logs[i, row.first_label - 1 : len(row.ids) - 1], labels))
+                else:
+                    now = logs[i, row.subject]
+                    base = now.detach() if base is None else base
+                    kept = (now.exp() * (now - base)).sum()
+            decay = config.weight_decay * delta.norm() / h0.norm() ** 2
+            loss = torch.stack(told).mean() + config.kl_factor * kept + decay
+            if loss < config.target_loss or step + 1 == config.steps:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                delta *= (config.clamp * h0.norm() / delta.norm()).clamp(max=1)
+        handle.remove()
+        return (h0 + delta).detach()
