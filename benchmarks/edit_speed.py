@@ -31,7 +31,7 @@ from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.records import load_counterfact
 from memory_adapters.evaluation.scores.perplexity import load_wikitext
 from memory_adapters.memit.prompts import fact_rows
-from memory_adapters.memit.write import EntryMaker
+from memory_adapters.memit.write import LedgerBuilder
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     covariance = memory.fit_covariance(texts, 20_000)
     few = facts[: arguments.plain_facts]
     with memory.disabled():
-        maker = EntryMaker(model, tokenizer, memory.config)
+        maker = LedgerBuilder(model, tokenizer, memory.config)
         contexts = maker.contexts()
         plain = PlainMemit(model, tokenizer, memory.config, covariance, contexts)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -99,7 +99,7 @@ def main() -> None:
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def operations(model: Any, maker: EntryMaker, rows: Any) -> float:
+def operations(model: Any, maker: LedgerBuilder, rows: Any) -> float:
     """Multiplications and additions that one evaluation of all facts with its gradient needs, above the last block."""
     blocks = maker.decoder.blocks[maker.layers[-1] + 1 :]
     weights = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)

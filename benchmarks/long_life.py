@@ -41,8 +41,7 @@ from memory_adapters import (
     load_memory,
     memories,
     route_memories,
-    speaking,
-    speaking_by_row,
+    use_adapters_by_row,
 )
 from memory_adapters.config import MemoryConfig
 from tests.support.models import byte_tokenizer, tiny_model
@@ -137,9 +136,9 @@ def passes(_folder: Path) -> tuple[PreTrainedModel, Step, int]:
     routed = [name for name in names if name.startswith("residual")]
     switches: list[Callable[[], AbstractContextManager[Any]]] = [
         nullcontext,
-        *(partial(speaking, model, [name]) for name in [*names, "lora"]),
-        partial(speaking, model, []),
-        partial(speaking, model, ["lora", *names]),
+        *(partial(use_adapters, model, [name]) for name in [*names, "lora"]),
+        partial(use_adapters, model, []),
+        partial(use_adapters, model, ["lora", *names]),
         *(memory.disabled for memory in kept),
         partial(route_memories, model, routed),
     ]
@@ -152,7 +151,7 @@ def passes(_folder: Path) -> tuple[PreTrainedModel, Step, int]:
             with switches[kind]():
                 return logits(model)
         if kind == len(switches):
-            with speaking_by_row(model, rows):
+            with use_adapters_by_row(model, rows):
                 return logits(model, *[EIFFEL.prompt] * len(rows))
         if kind == len(switches) + 1:
             memory = kept[turn // (len(switches) + 3) % len(kept)]

@@ -28,8 +28,8 @@ from memory_adapters import (
     MemorySlotsConfig,
     inject_memory,
     memories,
-    speaking,
-    speaking_by_row,
+    use_adapters,
+    use_adapters_by_row,
 )
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.config import MemoryConfig
@@ -104,7 +104,7 @@ def measure(bare: Any, few: Any, many: Any, tokens: int, rounds: int) -> dict[st
             model(inputs, use_cache=True)
 
     def switch(model: Any, names: list[str]) -> None:
-        with speaking(model, names):
+        with use_adapters(model, names):
             pass
 
     times = timed(
@@ -113,13 +113,13 @@ def measure(bare: Any, few: Any, many: Any, tokens: int, rounds: int) -> dict[st
             "prefill, all idle": lambda: run(many),
             "decode, no adapter": lambda: decode(bare, bare_cache),
             "decode, all idle": lambda: decode(many, cache),
-            "few, one for each row": lambda: run(few, speaking_by_row(few, every[:ROWS]), batch),
-            "prefill, one of few speaks": lambda: run(few, speaking(few, [every[0]])),
-            "prefill, one of many speaks": lambda: run(many, speaking(many, [every[0]])),
+            "few, one for each row": lambda: run(few, use_adapters_by_row(few, every[:ROWS]), batch),
+            "prefill, one of few speaks": lambda: run(few, use_adapters(few, [every[0]])),
+            "prefill, one of many speaks": lambda: run(many, use_adapters(many, [every[0]])),
             "switch among few": lambda: switch(few, [every[1]]),
             "switch among many": lambda: switch(many, [every[-1]]),
-            "batch, one for all rows": lambda: run(many, speaking(many, [every[0]]), batch),
-            "batch, one for each row": lambda: run(many, speaking_by_row(many, every[:ROWS]), batch),
+            "batch, one for all rows": lambda: run(many, use_adapters(many, [every[0]]), batch),
+            "batch, one for each row": lambda: run(many, use_adapters_by_row(many, every[:ROWS]), batch),
         },
         rounds,
     )

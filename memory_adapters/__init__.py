@@ -1,7 +1,7 @@
 """Knowledge for frozen language models: memories that are written, switched off, removed, saved and shared."""
 
-from memory_adapters.composition.activation import speaking, speaking_by_row
-from memory_adapters.composition.collection import SaveAdapters, load_adapters, save_adapters
+from memory_adapters.composition.activation import use_adapters, use_adapters_by_row
+from memory_adapters.composition.collection import SaveAdaptersCallback, load_adapters, save_adapters
 from memory_adapters.composition.merging import merge_lora
 from memory_adapters.export import export
 from memory_adapters.inject import inject_memory, load_memory, memories
@@ -28,7 +28,7 @@ __all__ = [
     "MemorySlotsConfig",
     "QuestionAnswer",
     "ResidualMemory",
-    "SaveAdapters",
+    "SaveAdaptersCallback",
     "SlotMemory",
     "WriteReport",
     "export",
@@ -39,6 +39,6 @@ __all__ = [
     "merge_lora",
     "route_memories",
     "save_adapters",
-    "speaking",
-    "speaking_by_row",
+    "use_adapters",
+    "use_adapters_by_row",
 ]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from memory_adapters.files.atomic import atomic_directory, whole
+from memory_adapters.files.atomic import atomic_directory, read_lock
 
 __all__ = ["embedded_model"]
 
@@ -26,7 +26,7 @@ def embedded_model() -> Path:
     cache = Path(os.environ.get("MEMORY_ADAPTERS_CACHE") or Path.home() / ".cache" / "memory-adapters")
     folder = cache / "smollm2-135m-instruct"
     if folder.is_dir():
-        with whole(folder):
+        with read_lock(folder):
             if (folder / "model.safetensors").is_file():
                 return folder
     _dequantise(folder)

@@ -14,8 +14,8 @@ from accelerate.utils import align_module_device
 from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
-from memory_adapters.base_model.decoder import check_whole, find_decoder, unwrapped
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.decoder import check_not_sharded, find_decoder, unwrapped
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import (
     base_fingerprint,
     check_fingerprint,
@@ -25,14 +25,14 @@ from memory_adapters.base_model.fingerprint import (
 )
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.config import MemoryConfig
-from memory_adapters.files.atomic import whole
+from memory_adapters.files.atomic import read_lock
 from memory_adapters.files.hub import find_files
 from memory_adapters.files.model_card import CARD_FILE
 from memory_adapters.files.names import CONFIG_FILE, CONFIG_FILES
 from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.memory import ATTACHED, Attached, Memory
 from memory_adapters.peft_layers.layers import adapter_layers
-from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.peft_layers.rollback import rollback_on_error
 from memory_adapters.registry import config_class, memory_class, memory_config_names
 from memory_adapters.validation import shown
 
@@ -64,7 +64,7 @@ def inject_memory(
     if memory_type is None:
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {', '.join(memory_config_names())}.")
     base = base_model(model)
-    with sole_thread(base), undone_on_failure(base):
+    with exclusive_use(base), rollback_on_error(base):
         return _inject(model, base, memory_type, config, tokenizer, adapter_name)
 
 
@@ -76,7 +76,7 @@ def _inject(
     tokenizer: Any,
     adapter_name: str | None,
 ) -> Memory:
-    check_whole(base)
+    check_not_sharded(base)
     config = copy.deepcopy(config)
     decoder = find_decoder(base, config.layers_path)
     fingerprint = base_fingerprint(base, config.layers_path)
@@ -145,7 +145,7 @@ def load_memory(
     """
     folder = find_files(path_or_repo_id, revision=revision, token=token)
     base = base_model(model)
-    with whole(folder):
+    with read_lock(folder):
         config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
         config = read_config(file_in(folder, config_file))
         memory_type = memory_class(config)
@@ -159,7 +159,7 @@ def load_memory(
             check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
         config.check_model(decoder)
         contents = memory_type._read_files(folder, config, decoder)
-    with sole_thread(base), undone_on_failure(base):
+    with exclusive_use(base), rollback_on_error(base):
         memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=adapter_name)
         memory._restore(contents)
         _warn_of_twins(base, memory.adapter_name)

@@ -15,8 +15,8 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from memory_adapters.base_model.decoder import Decoder, check_whole
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.decoder import Decoder, check_not_sharded
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.config import MemoryConfig
 from memory_adapters.files.atomic import atomic_directory, replacing
@@ -24,7 +24,7 @@ from memory_adapters.files.hub import OnHub
 from memory_adapters.files.model_card import CARD_FILE, model_card
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, set_adapter_tensors
-from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.peft_layers.rollback import rollback_on_error
 from memory_adapters.registry import saved_files
 from memory_adapters.report import WriteReport
 
@@ -129,9 +129,9 @@ class Memory(OnHub):
         """Belong to the model as it is now."""
         self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
 
-    def _undone_on_failure(self) -> AbstractContextManager[None]:
+    def _rollback_on_error(self) -> AbstractContextManager[None]:
         """If the block fails or is interrupted, the model and this memory are what they were before."""
-        return undone_on_failure(self.model, self, self._config, self._adapter_config, numbers=self._trained())
+        return rollback_on_error(self.model, self, self._config, self._adapter_config, tensors=self._trained())
 
     def _trained(self) -> Iterable[torch.Tensor]:
         """Tensors of the memory that a write changes in place."""
@@ -143,7 +143,7 @@ class Memory(OnHub):
 
     def _check_writable(self) -> None:
         self._check_attached()
-        check_whole(self.model)
+        check_not_sharded(self.model)
         if self.tokenizer is None:
             raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
         own = self._config.base_fingerprint or {}
@@ -169,7 +169,7 @@ class Memory(OnHub):
     @active.setter
     def active(self, value: bool) -> None:
         self._check_attached()
-        with sole_thread(self.model):
+        with exclusive_use(self.model):
             layers = self.tuner_layers()
             others = [[name for name in layer.active_adapters if name != self.adapter_name] for layer in layers]
             wanted = [self._in_turn(names) if value else names for names in others]
@@ -193,7 +193,7 @@ class Memory(OnHub):
     def disabled(self) -> Iterator[None]:
         """Within this context, and in its thread, the model is what it is without this memory, bit for bit."""
         self._check_attached()
-        with sole_thread(self.model):
+        with exclusive_use(self.model):
             layers = self.tuner_layers()
             before = [layer._active_adapter for layer in layers]
             try:
@@ -218,7 +218,7 @@ class Memory(OnHub):
         Base parameters that were trainable before the first memory came are trainable again after the last one.
         """
         self._check_attached()
-        with sole_thread(self.model), self._undone_on_failure():
+        with exclusive_use(self.model), self._rollback_on_error():
             self._detach()
             forget_adapter(self.model, self.adapter_name)
 

@@ -17,7 +17,7 @@ from examples.fever.data import FeverData, Page
 from examples.fever.prompts import documents, facts, solved_claims
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.config import MemoryConfig
-from memory_adapters.evaluation.comparison.baselines import Contender, FineTuned, Lora, Memorised
+from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, Memorised
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.inject import inject_memory, load_memory
 from memory_adapters.items import Item
@@ -164,17 +164,17 @@ class Trained(Candidate):
     """A LoRA or all weights, trained on the same items.
 
     Attributes:
-        contender: What is trained.
+        baseline: What is trained.
         kinds: On what.
     """
 
-    contender: Lora | FineTuned
+    baseline: Lora | FineTuned
     kinds: tuple[str, ...]
 
     @contextmanager
     def holding(self, bench: Bench) -> Iterator[Reading]:
-        contender: Contender = replace(self.contender, recipe=replace(self.contender.recipe, seed=bench.seed))
-        with contender.holding(bench.model, bench.plain_tokenizer, bench.items(self.kinds)) as held:
+        baseline: Baseline = replace(self.baseline, recipe=replace(self.baseline.recipe, seed=bench.seed))
+        with baseline.holding(bench.model, bench.plain_tokenizer, bench.items(self.kinds)) as held:
             yield Reading(held.report.num_parameters)
 
 
@@ -186,8 +186,8 @@ class Facts(Candidate):
 
     @contextmanager
     def holding(self, bench: Bench) -> Iterator[Reading]:
-        contender = Memorised(replace(self.config, seed=bench.seed))
-        with contender.holding(bench.model, bench.plain_tokenizer, facts(bench.data)) as held:
+        baseline = Memorised(replace(self.config, seed=bench.seed))
+        with baseline.holding(bench.model, bench.plain_tokenizer, facts(bench.data)) as held:
             yield Reading(held.report.num_parameters)
 
 

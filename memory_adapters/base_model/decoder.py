@@ -155,7 +155,7 @@ def execution_device(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def check_whole(model: nn.Module) -> None:
+def check_not_sharded(model: nn.Module) -> None:
     """Raise a `ValueError` if the model's weights are divided among processes (FSDP2, DeepSpeed ZeRO-3)."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):

@@ -17,15 +17,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationMixin
 
-from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.peft_layers.rollback import rollback_on_error
 
-__all__ = ["alone", "sole_thread"]
+__all__ = ["alone", "exclusive_use"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 REMEDY = (
-    "Give each thread a model of its own, put the requests into one batch with `speaking_by_row`, or let the threads "
-    "take turns with a lock."
+    "Give each thread a model of its own, put the requests into one batch with `use_adapters_by_row`, or let the "
+    "threads take turns with a lock."
 )
 _USES = (nn.Module._call_impl.__code__, inspect.unwrap(GenerationMixin.generate).__code__)
 
@@ -44,7 +44,7 @@ _guard = Lock()
 
 
 @contextmanager
-def sole_thread(model: nn.Module) -> Iterator[None]:
+def exclusive_use(model: nn.Module) -> Iterator[None]:
     """Within this context no other thread can run the model, or choose which of its adapters speak.
 
     Threads that do neither are not affected, and nothing is added to passes outside of such contexts. What is run in
@@ -83,11 +83,11 @@ def sole_thread(model: nn.Module) -> Iterator[None]:
 
 
 def alone(method: Method) -> Method:
-    """Let a method of something that has a `model` run within `sole_thread`; no hook of one that fails is left."""
+    """Let a method of something that has a `model` run within `exclusive_use`; no hook of one that fails is left."""
 
     @wraps(method)
     def within(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with sole_thread(self.model), undone_on_failure(self.model):
+        with exclusive_use(self.model), rollback_on_error(self.model):
             return method(self, *args, **kwargs)
 
     return cast(Method, within)
@@ -100,7 +100,7 @@ def _stack(base: nn.Module) -> nn.Module:
 
 
 def _refuse_others(stack: nn.Module, _args: Any) -> None:
-    """Forward pre-hook, there only within `sole_thread`."""
+    """Forward pre-hook, there only within `exclusive_use`."""
     if torch.compiler.is_compiling():
         return
     turn = _turns.get(stack)  # None of a copy or a replica

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.partial_forward import logits_at
 
 __all__ = ["RowScores", "batches_of", "last_token_of", "pad_rows", "score_rows", "shared_length", "tokenize"]
@@ -100,7 +100,7 @@ def score_rows(
             wanted[position, : first[i] - 1] = False
             wanted[position, len(rows[i]) - 1 :] = False
         targets = inputs["input_ids"].roll(-1, 1)[wanted]
-        with sole_thread(model), logits_at(decoder, wanted):
+        with exclusive_use(model), logits_at(decoder, wanted):
             logits = model(**inputs, use_cache=False).logits[0].float()
         owner = torch.tensor(batch)[wanted.nonzero()[:, 0].cpu()]
         scores.log_prob.index_add_(0, owner, -F.cross_entropy(logits, targets, reduction="none").cpu())

@@ -15,7 +15,7 @@ from memory_adapters.cli.run import wrong
 from memory_adapters.cli.saved_memory import SavedMemory, parsed_settings, with_settings, write_options
 from memory_adapters.config import MemoryConfig
 from memory_adapters.evaluation.comparison.baselines import (
-    Contender,
+    Baseline,
     FineTuned,
     InPrompt,
     Lora,
@@ -25,7 +25,7 @@ from memory_adapters.evaluation.comparison.baselines import (
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.evaluation.comparison.results import NOTHING
 
-__all__ = ["NAMES", "Contestants"]
+__all__ = ["NAMES", "Baselines"]
 
 REFINE_STEPS = 100  # of slots that start from a trained encoder, which by default are not refined
 SOLVERS = ("memit", "alphaedit", "emmet")
@@ -40,8 +40,8 @@ NAMES = (*CONFIGS, *TRAINED, "prompt", NOTHING)
 _VALUES: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "Mapping[str, Any]": (dict,)}
 
 
-class Contestants:
-    """Contenders as the command line names them; wrong settings are refused at once, before a model is loaded.
+class Baselines:
+    """Baselines as the command line names them; wrong settings are refused at once, before a model is loaded.
 
     Args:
         methods: Names, separated by commas; None for all that need no further option.
@@ -79,11 +79,11 @@ class Contestants:
             raise wrong("--encoder", f"{encoder} is of the method {self.encoder.method}; give one of slots.")
         self.covariance = covariance
 
-    def contenders(self, model: Any, stack: ExitStack, progress: bool) -> dict[str, Contender]:
-        """Contenders by name; what they need of the disk is there until `stack` is closed."""
+    def baselines(self, model: Any, stack: ExitStack, progress: bool) -> dict[str, Baseline]:
+        """Baselines by name; what they need of the disk is there until `stack` is closed."""
         return {name: self._contender(name, model, stack, progress) for name in self.names}
 
-    def _contender(self, name: str, model: Any, stack: ExitStack, progress: bool) -> Contender:
+    def _contender(self, name: str, model: Any, stack: ExitStack, progress: bool) -> Baseline:
         settings = self.settings.get(name, {})
         if name in TRAINED:
             return _trained(name, settings, self._numbers_of_a_residual_memory(model), progress)
@@ -104,7 +104,7 @@ class Contestants:
         return sum(math.prod(shape) for shape in config.tensor_shapes(find_decoder(model)).values())
 
 
-def _trained(name: str, settings: Mapping[str, Any], num_parameters: int, progress: bool) -> Contender:
+def _trained(name: str, settings: Mapping[str, Any], num_parameters: int, progress: bool) -> Baseline:
     recipe = {field: value for field, value in settings.items() if field != "rank"}
     args = {"disable_tqdm": not progress, **recipe.pop("training_args", {})}
     made = replace(TRAINED[name]().recipe, **recipe, training_args=args)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from memory_adapters.cli.baselines import NAMES, Contestants
+from memory_adapters.cli.baselines import NAMES, Baselines
 from memory_adapters.cli.evaluate import TEXT_TOKENS, read_records, read_text
 from memory_adapters.cli.options import (
     DebugOption,
@@ -23,11 +23,12 @@ from memory_adapters.cli.options import (
     TextTokensOption,
 )
 from memory_adapters.cli.run import Run, running, say, wrong
-from memory_adapters.evaluation import comparison
+from memory_adapters.evaluation.comparison.compare import compare as compare_baselines
+from memory_adapters.evaluation.comparison.results import Comparison
 from memory_adapters.evaluation.plots import comparison_plots
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, known_choices, load_choices
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["compare"]
 
@@ -121,17 +122,17 @@ def compare(
     on --text, or else on text that the model samples.
     """
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run, ExitStack() as stack:
-        contestants = Contestants(methods, settings or [], encoder, covariance)
+        baselines = Baselines(methods, settings or [], encoder, covariance)
         counts = _numbers(numbers)
         judged = read_records(records, None if limit is None else max([limit, *counts]))
         asked = None if portability is None else _portability(portability, portability_limit or limit)
         questions = None if choices is None else _choices(choices, choices_limit)
         base, tokenizer = run.load_model(model, dtype)
-        result = comparison.compare(
+        result = compare_baselines(
             base,
             tokenizer,
             judged,
-            contestants.contenders(base, stack, run.progress),
+            baselines.baselines(base, stack, run.progress),
             num_facts=min(limit or len(judged), len(judged)),
             text=read_text(text),
             max_text_tokens=text_tokens,
@@ -186,10 +187,10 @@ def _choices(source: str, limit: int | None) -> list[Choice]:
     raise ValueError("\n".join([f"`{source}` is in none of the formats:", *problems]))
 
 
-def _save(run: Run, result: comparison.Comparison, folder: Path) -> None:
+def _save(run: Run, result: Comparison, folder: Path) -> None:
     """comparison.json, comparison.md, and figures if matplotlib is there."""
     run.save(result.to_dict(), folder / "comparison.json")
-    if is_first():
+    if is_main_process():
         (folder / "comparison.md").write_text(result.markdown(), encoding="utf-8")
         try:
             comparison_plots(result, folder)

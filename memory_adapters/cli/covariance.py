@@ -21,7 +21,7 @@ from memory_adapters.cli.options import (
     QuietOption,
 )
 from memory_adapters.cli.run import running, wrong
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 from memory_adapters.validation import checked_layers
 
 __all__ = ["covariance"]
@@ -83,7 +83,7 @@ def covariance(
         else:
             fitter.fit(texts, tokens, checkpoint=checkpoint, progress=run.progress)
         found, commit = fitter.covariance(), None
-        if is_first():
+        if is_main_process():
             found.save(output)
             commit = None if push is None else found.push_to_hub(push, private=private or None)
         result = {

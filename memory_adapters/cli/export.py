@@ -17,7 +17,7 @@ from memory_adapters.cli.options import (
     QuietOption,
 )
 from memory_adapters.cli.run import running
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["export"]
 
@@ -48,6 +48,6 @@ def export(
 
         base, tokenizer = run.load_model(model, "auto")
         memory = load_memory(base, adapter, tokenizer=tokenizer)
-        if is_first():
+        if is_main_process():
             made = saved_as(memory, output, format=file_format, dtype=None if dtype == "auto" else dtype)
             run.show({"format": file_format, "output": str(made)}, f"saved in {made}")

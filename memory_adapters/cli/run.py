@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.files.atomic import atomic_file
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["Run", "running", "wrong"]
 
@@ -49,12 +49,12 @@ class Run:
 
     def show(self, result: Mapping[str, Any], text: str) -> None:
         """Print the result on stdout: as JSON if that was asked for, else `text`."""
-        if is_first():
+        if is_main_process():
             print(json.dumps(_finite(result)) if self._as_json else text, file=self._stdout)
 
     def save(self, result: Mapping[str, Any], path: Path) -> None:
         """Write the result as JSON. A file that is there is replaced at once, or kept if this is interrupted."""
-        if is_first():
+        if is_main_process():
             with atomic_file(path) as staging:
                 staging.write_text(json.dumps(_finite(result), indent=1) + "\n", encoding="utf-8")
 
@@ -71,7 +71,7 @@ def wrong(option: str, why: str) -> typer.BadParameter:
 
 def say(message: str) -> None:
     """Print a line on stderr."""
-    who = "" if is_first() else f"process {distributed.get_rank()}: "
+    who = "" if is_main_process() else f"process {distributed.get_rank()}: "
     print(f"{who}{message}", file=sys.stderr)
 
 
@@ -87,7 +87,7 @@ def running(*, as_json: bool, quiet: bool, debug: bool, device: str = "cpu") -> 
             if launched:
                 PartialState(cpu=device == "cpu")
                 stack.callback(distributed.destroy_process_group)
-            progress = is_first() and not quiet
+            progress = is_main_process() and not quiet
             if not progress:
                 stack.enter_context(_no_bars())
             run = Run(sys.stdout, _device(device, launched), as_json=as_json, progress=progress)

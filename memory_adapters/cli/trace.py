@@ -23,7 +23,7 @@ from memory_adapters.cli.run import running
 from memory_adapters.evaluation.plots import trace_heatmap
 from memory_adapters.files.item_files import read_items
 from memory_adapters.memit.tracing import load_known_facts, trace_facts
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["trace"]
 
@@ -66,7 +66,7 @@ def trace(
         table = trace_facts(base, tokenizer, traced, samples=samples, only_known=not every, progress=run.progress)
         layers = table.recommended_layers(min(LAYERS_TO_EDIT, table.effects["mlp"].shape[1]))
         result = {**table.to_dict(), "recommended_layers": layers}
-        if is_first():
+        if is_main_process():
             output.parent.mkdir(parents=True, exist_ok=True)
             table.save(output)
             if plot is not None:

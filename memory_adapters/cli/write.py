@@ -31,7 +31,7 @@ from memory_adapters.cli.saved_memory import (
 from memory_adapters.files.item_files import read_items
 from memory_adapters.files.names import CONFIG_FILES
 from memory_adapters.items import Item
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["write"]
 
@@ -106,7 +106,7 @@ def write(
         memory = _memory(base, tokenizer, name, saved, fields)
         report = memory.write(taught, **options)
         commit = None
-        if is_first():
+        if is_main_process():
             memory.save_pretrained(output)
             commit = None if push is None else memory.push_to_hub(push, private=private or None)
         said = f"{report}\nsaved in {output}" + ("" if commit is None else f"\npushed: {commit}")

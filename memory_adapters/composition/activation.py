@@ -9,18 +9,18 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.inject import base_model, memories
 from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import adapter_layers
 
-__all__ = ["BASE_ROW", "speaking", "speaking_by_row"]
+__all__ = ["BASE_ROW", "use_adapters", "use_adapters_by_row"]
 
 BASE_ROW = "__base__"
 
 
 @contextmanager
-def speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def use_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within this context exactly these adapters take part: memories of any method, and PEFT's own adapters.
 
     Where two add to the same place, they do so in this order. Nothing is loaded, moved or made trainable.
@@ -38,7 +38,7 @@ def speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     _check_names(adapter_names, set(getattr(base, "peft_config", {})))
     layers = adapter_layers(base)
     places = {name: {id(x) for x in found[name].tuner_layers()} for name in adapter_names if name in found}
-    with sole_thread(base):
+    with exclusive_use(base):
         before = [layer._active_adapter for layer in layers]
         try:
             for layer in layers:
@@ -53,7 +53,7 @@ def speaking(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def use_adapters_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within this context row i of a batch uses the adapter `adapter_names[i]`, or none for `"__base__"`.
 
     Memories that are not named are silent. Adapters of PEFT that are not named stay on for every row.
@@ -66,7 +66,7 @@ def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[
     Raises:
         ValueError: If a name is no adapter of the model, or an adapter that is not named is on the same matrix as one
             that is, or the model has a router.
-        RuntimeError: As `speaking`.
+        RuntimeError: As `use_adapters`.
     """
     base = base_model(model)
     found = memories(base)
@@ -78,7 +78,7 @@ def speaking_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[
     by_row = [layer for layer in layers if hasattr(layer, "rows")]
     if any(getattr(layer, "router", None) is not None for layer in by_row):
         raise ValueError("`model` has a router, which chooses for each row: `remove` it first.")
-    with sole_thread(base), ExitStack() as stack:
+    with exclusive_use(base), ExitStack() as stack:
         mixed = _mixed_layers(layers, found, named)
         before = [(layer, layer._active_adapter) for layer in layers]
         rows_before = [layer.rows for layer in by_row]

@@ -11,19 +11,19 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.composition.peft_loading import load_peft_adapter
-from memory_adapters.files.atomic import atomic_directory, settle, whole
+from memory_adapters.files.atomic import atomic_directory, finish_interrupted_save, read_lock
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import read_json
 from memory_adapters.files.tensors import write_tensors
 from memory_adapters.inject import base_model, load_memory, memories
 from memory_adapters.memory import Memory, replace_memory
 from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors
-from memory_adapters.peft_layers.rollback import undone_on_failure
-from memory_adapters.training.distributed import is_first
+from memory_adapters.peft_layers.rollback import rollback_on_error
+from memory_adapters.training.distributed import is_main_process
 
-__all__ = ["SaveAdapters", "load_adapters", "save_adapters"]
+__all__ = ["SaveAdaptersCallback", "load_adapters", "save_adapters"]
 
 INDEX_FILE = "adapters.json"
 BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
@@ -79,11 +79,11 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer
     """
     index_file = Path(folder) / INDEX_FILE
     if Path(folder).is_dir():
-        settle(Path(folder))
+        finish_interrupted_save(Path(folder))
     if not index_file.is_file():
         raise FileNotFoundError(f"`{folder}` has no {INDEX_FILE}: give a folder written by `save_adapters`.")
     base = base_model(model)
-    with whole(Path(folder)), sole_thread(base), undone_on_failure(base):
+    with read_lock(Path(folder)), exclusive_use(base), rollback_on_error(base):
         return _load(base, Path(folder), _read_index(index_file), tokenizer)
 
 
@@ -106,7 +106,7 @@ def _load(base: Any, folder: Path, index: list[tuple[str, bool, bool]], tokenize
     return {name: found[name] for name, _, _ in index if name in found}
 
 
-class SaveAdapters(TrainerCallback):
+class SaveAdaptersCallback(TrainerCallback):
     """Trainer callback: every checkpoint holds all adapters of the model under `adapters/`, and no base weights.
 
     Trainer itself saves what PEFT knows of a PeftModel; here memories come with all of their files (the ledger of an
@@ -129,7 +129,7 @@ class SaveAdapters(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After Trainer wrote a checkpoint."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if is_first():
+        if is_main_process():
             save_adapters(model, checkpoint / "adapters")
             for pattern in BASE_WEIGHTS:
                 for file in checkpoint.glob(pattern):

@@ -10,12 +10,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.inject import base_model, memories
 from memory_adapters.memory import forget_adapter
-from memory_adapters.peft_layers.layers import adapter_layers, take_out
-from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.peft_layers.layers import adapter_layers, remove_lora
+from memory_adapters.peft_layers.rollback import rollback_on_error
 
 __all__ = ["merge_lora"]
 
@@ -40,7 +40,7 @@ def merge_lora(model: nn.Module, adapter_name: str = "default") -> nn.Module:
         RuntimeError: If another thread uses the model.
     """
     base: Any = base_model(model)
-    with sole_thread(base):
+    with exclusive_use(base):
         return _merge(base, adapter_name)
 
 
@@ -62,7 +62,7 @@ def _merge(base: Any, adapter_name: str) -> nn.Module:
     if not all(torch.isfinite(layer.get_delta_weight(adapter_name)).all() for layer in layers):
         raise ValueError(f"`adapter_name={adapter_name!r}` holds NaN or infinity: nothing was merged.")
     books = [memory._config for memory in found.values()]
-    with undone_on_failure(base, *books, numbers=_weights(layers)):
+    with rollback_on_error(base, *books, tensors=_weights(layers)):
         for layer in layers:
             layer.merge(adapter_names=[adapter_name])
         _take_off(base, adapter_name, layers)
@@ -86,5 +86,5 @@ def _take_off(base: Any, adapter_name: str, layers: Sequence[LoraLayer]) -> None
         layer.merged_adapters.remove(adapter_name)
         layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
     names = {id(module): name for name, module in base.named_modules()}
-    take_out(base, {i: names[id(layer)] for i, layer in enumerate(layers)}, adapter_name)
+    remove_lora(base, {i: names[id(layer)] for i, layer in enumerate(layers)}, adapter_name)
     forget_adapter(base, adapter_name)

@@ -26,7 +26,15 @@ try:
 except ImportError:  # Windows: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_directory", "atomic_file", "locked", "replacing", "scratch_folder", "settle", "whole"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "finish_interrupted_save",
+    "locked",
+    "read_lock",
+    "replacing",
+    "scratch_folder",
+]
 
 OWN = ".memory-adapters-"
 STAGING = f"{OWN}staging-"
@@ -95,21 +103,21 @@ def replacing(staging: Path, target: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[None]:
+def read_lock(folder: Path) -> Iterator[None]:
     """Within this context the files of `folder` are those of one save: saves wait, one that was killed is finished.
 
     Raises:
         OSError: If a save that was killed can only be finished by writing, and the folder is read-only.
     """
     while True:
-        settle(folder)
+        finish_interrupted_save(folder)
         with locked(folder, shared=True):
             if not _has_committed(folder):  # or else one was killed between these two lines
                 yield
                 return
 
 
-def settle(folder: Path) -> None:
+def finish_interrupted_save(folder: Path) -> None:
     """Finish a committed save that was killed, and clear what killed saves left.
 
     Raises:
@@ -205,7 +213,7 @@ def _commit(staging: Path, target: Path) -> None:
 
 
 def _settle(target: Path, sole: bool) -> None:
-    """What `settle` does, under the lock of the folder; without one (not `sole`) nothing is cleared."""
+    """As `finish_interrupted_save`, under the folder's lock; without one (not `sole`) nothing is cleared."""
     committed = target / COMMITTED
     if _has_committed(target):
         with suppress(FileNotFoundError):  # where nothing is locked, another process may do the same

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
 
-from memory_adapters.files.atomic import MINUTE, REMEDIES, scratch_folder, settle
+from memory_adapters.files.atomic import MINUTE, REMEDIES, finish_interrupted_save, scratch_folder
 from memory_adapters.files.model_card import CARD_FILE, HERE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.registry import saved_files
@@ -142,7 +142,7 @@ def find_files(
     path = Path(path_or_repo_id)
     if path.is_dir():
         _check_local(path, revision)
-        settle(path)
+        finish_interrupted_save(path)
         return path
     name = str(path_or_repo_id)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
@@ -174,7 +174,7 @@ def find_file(path_or_repo_id: str | os.PathLike[str], name: str, *, revision: s
     """
     path = Path(path_or_repo_id)
     if path.parent.is_dir():
-        settle(path.parent)
+        finish_interrupted_save(path.parent)
     if path.is_file():
         _check_local(path, revision)
         return path

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.base_model.tokens import pad_rows, tokenize
 from memory_adapters.composition.activation import BASE_ROW
 from memory_adapters.inject import base_model, memories
-from memory_adapters.residual_mlp.layer import MemoryLayer, memory_layers
+from memory_adapters.residual_mlp.layer import ResidualLayer, residual_layers
 from memory_adapters.residual_mlp.memory import ResidualMemory
 
 __all__ = ["MemoryRouter", "route_memories"]
@@ -49,7 +49,7 @@ class MemoryRouter:
     def __init__(self, model: nn.Module, names: Sequence[str], layers_path: str | None) -> None:
         self.model, self.names = model, tuple(names)
         self.decoder = find_decoder(model, layers_path)
-        self.layers = memory_layers(model)
+        self.layers = residual_layers(model)
         self.passes: dict[int, list[_Pass]] = {}  # of each thread, the outermost first
         stack = model.get_submodule(self.decoder.stack_path)
         self.handles = [
@@ -60,7 +60,7 @@ class MemoryRouter:
             layer.router = self
 
     @property
-    def first(self) -> MemoryLayer | None:
+    def first(self) -> ResidualLayer | None:
         """Where the choice is made: the first block of the routed memories."""
         return next((x for x in self.layers if any(name in x.memory_adapter_mlp for name in self.names)), None)
 
@@ -74,7 +74,7 @@ class MemoryRouter:
 
     def remove(self) -> None:
         """Stop routing: every active memory takes part again."""
-        with sole_thread(self.model):
+        with exclusive_use(self.model):
             for handle in self.handles:
                 handle.remove()
             for layer in self.layers:
@@ -95,7 +95,7 @@ class MemoryRouter:
         route = getattr(cache, MARK, [BASE_ROW]) if continued else None
         self.passes.setdefault(get_ident(), []).append(_Pass(stack.training, mask, route))
 
-    def read(self, layer: MemoryLayer, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
+    def read(self, layer: ResidualLayer, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
         """Which memories are routed in this pass, and which of them each row gets.
 
         The choice is made where x (batch, tokens, hidden_size) is the output of the first routed block of a new input.
@@ -107,7 +107,7 @@ class MemoryRouter:
             now.route = self._route(layer, x, now.mask)
         return self.names, now.route
 
-    def _route(self, layer: MemoryLayer, x: Tensor, mask: Tensor | None) -> list[str]:
+    def _route(self, layer: ResidualLayer, x: Tensor, mask: Tensor | None) -> list[str]:
         names = [n for n in self.names if n in layer._active_adapter and n in layer.memory_adapter_mlp]
         with torch.no_grad():
             near: list[Any] = [layer.memory_adapter_mlp[name].nearness(x.float()) for name in names]  # type: ignore[operator]
@@ -158,7 +158,7 @@ def route_memories(model: nn.Module, adapter_names: Sequence[str] | None = None)
     firsts = {name: known[name].config.depths[0] for name in names}
     if len(set(firsts.values())) > 1:
         raise ValueError(f"`adapter_names` must begin at the same block to be compared, but begin at {firsts}.")
-    if any(layer.router is not None for layer in memory_layers(base)):
+    if any(layer.router is not None for layer in residual_layers(base)):
         raise ValueError("`model` has a router already: `remove` it first.")
-    with sole_thread(base):
+    with exclusive_use(base):
         return MemoryRouter(base, names, known[names[0]].config.layers_path)

@@ -24,7 +24,7 @@ from memory_adapters.memit.corpus import Portion, portions, sample_tokens
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.peft_layers.virtual_tokens import without_slots
-from memory_adapters.training.distributed import is_first, share_of, summed
+from memory_adapters.training.distributed import all_reduce_sum, is_main_process, share_of
 
 __all__ = ["CovarianceFitter"]
 
@@ -119,7 +119,7 @@ class CovarianceFitter:
                 bar.update(portion.num_tokens)
                 if checkpoint is not None:
                     result = self.covariance()
-                    if is_first():
+                    if is_main_process():
                         result.save(checkpoint)
                     self.resume(result)  # as a run that is killed now will: both come to the same bits
         if self.num_tokens == 0:
@@ -210,7 +210,7 @@ class CovarianceFitter:
         self._check(saved)
         self.halfway = True
         for total, layer in zip(self.sums, self.layers, strict=True):
-            total.copy_(saved.matrices[layer] * saved.num_tokens if is_first() else torch.zeros_like(total))
+            total.copy_(saved.matrices[layer] * saved.num_tokens if is_main_process() else torch.zeros_like(total))
         self.num_tokens, self.num_texts, self.sources = saved.num_tokens, saved.num_texts, [saved.source]
         self.texts_sha256, self.halfway = saved.texts_sha256, False
 
@@ -235,7 +235,7 @@ class CovarianceFitter:
             )
         means = {}
         for layer, total in zip(self.layers, self.sums, strict=True):
-            upper = summed(total).triu()
+            upper = all_reduce_sum(total).triu()
             means[layer] = ((upper + upper.triu(1).T) / self.num_tokens).cpu()
         sources = ", ".join(dict.fromkeys(self.sources))
         return Covariance(means, self.num_tokens, self.num_texts, sources, self.base_fingerprint, self.texts_sha256)

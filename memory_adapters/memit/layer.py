@@ -11,11 +11,11 @@ from torch import nn
 
 from memory_adapters.memit.ledger import Factors
 
-__all__ = ["place"]
+__all__ = ["set_lora_factors"]
 
 
 @torch.no_grad()
-def place(
+def set_lora_factors(
     layers: Mapping[int, LoraLayer], adapter_name: str, config: LoraConfig, factors: Mapping[int, Factors]
 ) -> None:
     """Let the adapter be B A at each layer, in float32 (a change of B A k that bfloat16 would round away counts).

@@ -22,11 +22,11 @@ from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.projection_change import adds_unchanged, projection_change
 from memory_adapters.memit.prompts import RowBatch
 
-__all__ = ["Spread", "Visit", "spread"]
+__all__ = ["LayerShares", "SubjectStates", "share_over_layers"]
 
 
 @dataclass(frozen=True)
-class Visit:
+class SubjectStates:
     """Rows at their subjects' last tokens, as the model without the edit has them.
 
     Attributes:
@@ -43,7 +43,7 @@ class Visit:
 
 
 @dataclass(frozen=True)
-class Spread:
+class LayerShares:
     """What each fact asks of each edited block.
 
     Attributes:
@@ -55,7 +55,7 @@ class Spread:
     shares: dict[int, Tensor]
 
 
-def _bare(visit: Visit) -> Tensor:
+def _bare(visit: SubjectStates) -> Tensor:
     """Rows of the bare prompt."""
     rows = [i for i, row in enumerate(visit.batch.rows) if row.context == 0]
     return torch.tensor(rows, dtype=torch.long, device=visit.state.device)
@@ -66,17 +66,17 @@ def _append(captured: list[Tensor], _index: int, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def spread(
+def share_over_layers(
     model: nn.Module,
     decoder: Decoder,
     layers: Sequence[int],
-    visits: Sequence[Visit],
+    visits: Sequence[SubjectStates],
     groups: Sequence[int],
     keys_per_fact: int,
     h0: Tensor,
     z: Tensor,
     as_tuple: bool,
-) -> Spread:
+) -> LayerShares:
     """Keys and shares of facts whose targets are known.
 
     Args:
@@ -134,4 +134,4 @@ def spread(
             found[j], states[j], below[j] = captured[0].flatten(0, -2), outputs[ahead][:, 0], outputs[ahead - 1][:, 0]
             bare = _bare(visit)
             now[visit.batch.facts[bare]] = outputs[layers[-1]][bare, 0].float()
-    return Spread(keys, shares)
+    return LayerShares(keys, shares)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memory_adapters.base_model.decoder import Decoder, find_decoder
-from memory_adapters.base_model.exclusive import alone, sole_thread
+from memory_adapters.base_model.exclusive import alone, exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint, warn_if_unmarked
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import check_scores
@@ -30,14 +30,14 @@ from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
-from memory_adapters.memit.layer import place
+from memory_adapters.memit.layer import set_lora_factors
 from memory_adapters.memit.ledger import Factors, Ledger, relation_of
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import Context, fact_rows
 from memory_adapters.memit.solvers import cost_of
-from memory_adapters.memit.write import EntryMaker
+from memory_adapters.memit.write import LedgerBuilder
 from memory_adapters.memory import Memory
-from memory_adapters.peft_layers.layers import lora_layers, take_out
+from memory_adapters.peft_layers.layers import lora_layers, remove_lora
 from memory_adapters.peft_layers.virtual_tokens import without_slots
 from memory_adapters.report import WriteReport
 from memory_adapters.validation import shown
@@ -131,7 +131,7 @@ class MemitMemory(Memory):
             warn_if_unmarked(given.base_fingerprint, "`covariance`")
             check_fingerprint(given.base_fingerprint, base_fingerprint(self.model, self.config.layers_path))
             given.check_widths(self.config.widths(find_decoder(self.model, self.config.layers_path)))
-        maker = EntryMaker(self.model, self.tokenizer, self.config)
+        maker = LedgerBuilder(self.model, self.tokenizer, self.config)
         with self.disabled(), evaluating(self.model):
             maker.check(facts)
             before = self._scores(facts)
@@ -144,7 +144,7 @@ class MemitMemory(Memory):
         replaced = len(self.ledger.facts) + len(facts) - len(ledger.facts)
         if replaced:
             notes.append(f"{replaced} fact{'s' * (replaced > 1)} about the same subject and relation replaced")
-        with self._undone_on_failure():
+        with self._rollback_on_error():
             self._place(ledger.solve())
             with evaluating(self.model):
                 after = self._scores(facts)
@@ -174,7 +174,7 @@ class MemitMemory(Memory):
         """
         self._check_attached()
         gone = set(as_items(items, (Fact,)))
-        with sole_thread(self.model), self._undone_on_failure():
+        with exclusive_use(self.model), self._rollback_on_error():
             if missing := [fact for fact in gone if fact not in self.ledger.facts]:
                 raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `facts`.")
             ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
@@ -184,7 +184,7 @@ class MemitMemory(Memory):
             self.config.answers = [answer for answer in self.config.answers if answer["prompt"] not in prompts]
 
     def _place(self, factors: dict[int, Factors]) -> None:
-        place(lora_layers(self.model, self._names), self.adapter_name, self._adapter_config, factors)
+        set_lora_factors(lora_layers(self.model, self._names), self.adapter_name, self._adapter_config, factors)
 
     def _scores(self, facts: Sequence[Fact]) -> tuple[float, float]:
         """Share of facts that greedy decoding gives, and perplexity on plain sentences."""
@@ -201,7 +201,7 @@ class MemitMemory(Memory):
 
     def _detach(self) -> None:
         self.active = False  # so that PEFT does not activate another adapter in its place
-        take_out(self.model, self._names, self.adapter_name)
+        remove_lora(self.model, self._names, self.adapter_name)
 
     def _write_files(self, folder: Path) -> None:
         super()._write_files(folder)

@@ -20,7 +20,7 @@ from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.base_model.tokens import last_token_of, shared_length, tokenize
 from memory_adapters.items import Fact
 
-__all__ = ["Context", "FactRow", "Openings", "RowBatch", "chat_context", "fact_rows", "row_batches"]
+__all__ = ["Context", "FactRow", "PrefixCache", "RowBatch", "chat_context", "fact_rows", "row_batches"]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def row_batches(rows: Sequence[FactRow], tokens: int) -> Iterator[list[FactRow]]
 
 
 @dataclass
-class Openings:
+class PrefixCache:
     """What all facts have in common in each context: the tokens of its prefix, read once.
 
     Attributes:
@@ -185,7 +185,7 @@ class Openings:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, rows: Sequence[FactRow], num_contexts: int) -> Openings:
+    def of(cls, model: Any, rows: Sequence[FactRow], num_contexts: int) -> PrefixCache:
         """Read what the rows of each context start with, before any subject."""
         device = execution_device(find_decoder(model).embeddings)
         shared: list[list[int]] = []
@@ -206,7 +206,7 @@ class Openings:
 
 
 @torch.no_grad()
-def keep_before(model: Any, rows: Sequence[FactRow], openings: Openings) -> RowBatch:
+def keep_before(model: Any, rows: Sequence[FactRow], openings: PrefixCache) -> RowBatch:
     """Read what stands before the subjects' last tokens, and keep its keys and values."""
     device = openings.mask.device
     contexts = torch.tensor([row.context for row in rows], device=device) % len(openings.lengths)

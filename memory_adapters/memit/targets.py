@@ -32,14 +32,14 @@ from memory_adapters.memit.prompts import RowBatch
 if TYPE_CHECKING:
     from memory_adapters.memit.config import MemitConfig
 
-__all__ = ["Problem", "find_targets"]
+__all__ = ["TargetBatch", "find_targets"]
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 COMPACT_BELOW = 0.8
 
 
 @dataclass
-class Problem:
+class TargetBatch:
     """A batch of rows, and what the loss reads in it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Problem:
     base: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: RowBatch, states: Tensor, num_contexts: int, kl_factor: float) -> Problem:
+    def of(cls, batch: RowBatch, states: Tensor, num_contexts: int, kl_factor: float) -> TargetBatch:
         """From rows and the states that they have at the last edited block."""
         read = torch.zeros(batch.ids.shape, dtype=torch.bool)
         targets, weights = [], []
@@ -78,12 +78,12 @@ class Problem:
             batch, states, read.to(device), torch.tensor(targets, device=device), torch.tensor(weights, device=device)
         )
 
-    def select(self, keep: Tensor) -> Problem:
+    def select(self, keep: Tensor) -> TargetBatch:
         """The rows with these indices."""
         owner = self.read.nonzero()[:, 0]
         chosen = torch.isin(owner, keep)
         base = None if self.base is None else self.base[chosen[self.targets < 0]]
-        return Problem(
+        return TargetBatch(
             self.batch.select(keep),
             self.states[keep],
             self.read[keep],
@@ -114,7 +114,7 @@ class TargetFinder:
         inputs = batch.model_inputs()
         return capture(self.model, self.decoder, [self.layer], **inputs)[0]
 
-    def logits(self, problem: Problem, delta: Tensor) -> Tensor:
+    def logits(self, problem: TargetBatch, delta: Tensor) -> Tensor:
         """Logits (positions read, vocabulary) in float32, with δ (facts, hidden_size) added at the subjects."""
         states = problem.states.clone()
         states[:, 0] += delta[problem.batch.facts].to(states.dtype)
@@ -126,7 +126,7 @@ class TargetFinder:
         ):
             return self.model(**problem.batch.model_inputs(), use_cache=True).logits[0].float()
 
-    def prepared(self, problem: Problem) -> Problem:
+    def prepared(self, problem: TargetBatch) -> TargetBatch:
         """With `precision="bfloat16"`: the problem with its states, keys and values in bfloat16."""
         if not self.bfloat16:
             return problem
@@ -142,7 +142,7 @@ class TargetFinder:
         with bfloat16_weights([*above, self.decoder.head] if self.bfloat16 else []):
             yield
 
-    def losses(self, problem: Problem, delta: Tensor) -> Tensor:
+    def losses(self, problem: TargetBatch, delta: Tensor) -> Tensor:
         """Contribution of the rows to each fact's loss (facts,)."""
         logits = self.logits(problem, delta)
         kept = problem.targets < 0
@@ -160,7 +160,7 @@ class TargetFinder:
 
 def find_targets(
     finder: TargetFinder,
-    problems: Sequence[Problem],
+    problems: Sequence[TargetBatch],
     h0: Tensor,
     active: Tensor,
     config: MemitConfig,
@@ -232,7 +232,7 @@ def _check(values: Tensor, what: str, prompts: Sequence[str]) -> None:
         )
 
 
-def _unfinished(problems: Sequence[Problem], active: Tensor) -> list[Problem]:
+def _unfinished(problems: Sequence[TargetBatch], active: Tensor) -> list[TargetBatch]:
     """The problems without the rows of facts that are done, once these are many enough to be worth the copy."""
     left = []
     for problem in problems:

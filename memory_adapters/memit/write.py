@@ -19,23 +19,23 @@ from memory_adapters.base_model.quantised import differentiable
 from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.items import Fact
 from memory_adapters.memit.config import MemitConfig
-from memory_adapters.memit.layer_shares import Visit, spread
+from memory_adapters.memit.layer_shares import SubjectStates, share_over_layers
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import (
     Context,
     FactRow,
-    Openings,
+    PrefixCache,
     RowBatch,
     chat_context,
     fact_rows,
     keep_before,
     row_batches,
 )
-from memory_adapters.memit.targets import Problem, TargetFinder, find_targets
+from memory_adapters.memit.targets import TargetBatch, TargetFinder, find_targets
 from memory_adapters.training.distributed import gathered, share_of
 
-__all__ = ["EntryMaker"]
+__all__ = ["LedgerBuilder"]
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 MEMORY_SHARE = 0.25
@@ -44,7 +44,7 @@ GPU_BATCH = 32768
 
 
 @dataclass
-class EntryMaker:
+class LedgerBuilder:
     """Makes the ledger entries of facts on one model, without the edit that they will be part of.
 
     Attributes:
@@ -116,19 +116,19 @@ class EntryMaker:
         finder = TargetFinder(self.model, self.decoder, self.layers[-1], self.config.precision)
         width = self.decoder.hidden_size
         h0 = torch.zeros(len(facts), width, device=finder.device)
-        problems: list[Problem] = []
-        visits: list[Visit] = []
-        openings = Openings.of(self.model, rows, len(contexts))
+        problems: list[TargetBatch] = []
+        visits: list[SubjectStates] = []
+        openings = PrefixCache.of(self.model, rows, len(contexts))
         for group in row_batches(rows, self._batch_tokens()):
             batch = keep_before(self.model, group, openings)
             visit, last = self._visit(batch)
-            problems.append(Problem.of(batch, last, len(contexts), self.config.kl_factor))
+            problems.append(TargetBatch.of(batch, last, len(contexts), self.config.kl_factor))
             bare = torch.tensor([row.context == 0 for row in group])
             h0[batch.facts[bare]] = last[bare, 0].float()
             told = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
             if len(told):
                 below = None if visit.below is None else visit.below[told]
-                visits.append(Visit(batch.select(told), visit.key[told], visit.state[told], below))
+                visits.append(SubjectStates(batch.select(told), visit.key[told], visit.state[told], below))
         z = torch.stack([known.get(fact, h0[i].cpu()) for i, fact in enumerate(facts)]).to(h0)
         new = torch.tensor([fact not in known for fact in facts], device=h0.device)
         if new.any():
@@ -137,7 +137,7 @@ class EntryMaker:
                 z[new] = find_targets(finder, problems, h0, new, self.config, bar, prompts)[0][new]
         del problems
         groups, each = self.config.key_groups, self.config.keys_per_fact
-        found = spread(self.model, self.decoder, self.layers, visits, groups, each, h0, z, finder.as_tuple)
+        found = share_over_layers(self.model, self.decoder, self.layers, visits, groups, each, h0, z, finder.as_tuple)
         for kind, of_layers in {"key": found.keys, "share of the change": found.shares}.items():
             for layer, values in of_layers.items():
                 if bad := rows_not_finite(values):
@@ -153,7 +153,7 @@ class EntryMaker:
             {layer: shares.cpu() for layer, shares in found.shares.items()},
         )
 
-    def _visit(self, batch: RowBatch) -> tuple[Visit, Tensor]:
+    def _visit(self, batch: RowBatch) -> tuple[SubjectStates, Tensor]:
         """Keys and states at the first edited block, and the states at the last one for all tokens."""
         keys: list[Tensor] = []
         low, high = self.layers[0], self.layers[-1]
@@ -163,7 +163,7 @@ class EntryMaker:
         outputs = dict(zip(wanted, found, strict=True))
         first = keys[0].reshape(*batch.ids.shape, -1)[:, 0]  # OPT's are flat
         below = outputs[low - 1][:, 0].clone() if low else None
-        return Visit(batch, first, outputs[low][:, 0].clone(), below), outputs[high]
+        return SubjectStates(batch, first, outputs[low][:, 0].clone(), below), outputs[high]
 
     def _free_memory(self) -> int:
         device = self.model.device

@@ -106,14 +106,14 @@ class MemorySlotsConfig(MemoryConfig):
         return settings
 
     @property
-    def steps_of_refinement(self) -> int:
+    def resolved_refine_steps(self) -> int:
         """`refine_steps`, or what its None stands for."""
         if self.refine_steps is not None:
             return self.refine_steps
         return 0 if self.encoder_steps else 100
 
     @property
-    def learning_rate_of_refinement(self) -> float:
+    def resolved_refine_learning_rate(self) -> float:
         """`refine_learning_rate`, or what its None stands for."""
         if self.refine_learning_rate is not None:
             return self.refine_learning_rate

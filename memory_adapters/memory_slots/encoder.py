@@ -87,11 +87,11 @@ class Encoder:
         return [layer for layer in found if isinstance(layer, LoraLayer)]
 
     @contextmanager
-    def others_off(self) -> Iterator[None]:
+    def adapters_disabled(self) -> Iterator[None]:
         """Within this context no adapter on the model takes part, and no slots are read."""
         every = adapter_layers(self.model)
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in every]
-        mode, self.mode = self.mode, self.others_off
+        mode, self.mode = self.mode, self.adapters_disabled
         try:
             for layer in every:
                 layer._active_adapter = []
@@ -106,7 +106,7 @@ class Encoder:
     def active(self) -> Iterator[None]:
         """Within this context the encoder's LoRA is the only adapter that takes part."""
         layers: list[Any] = self.layers()
-        with self.others_off():
+        with self.adapters_disabled():
             self.mode = self.active
             try:
                 for layer in layers:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from memory_adapters.base_model.exclusive import sole_thread
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import check_gradients, origin
 from memory_adapters.base_model.quantised import differentiable, keep_unpacked
@@ -21,10 +21,10 @@ from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import pad_rows
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors
-from memory_adapters.memory_slots.loss import Asked, Row, autoencoding_rows, distil, predict
-from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, distil, predict
+from memory_adapters.peft_layers.rollback import rollback_on_error
 from memory_adapters.training.checkpoints import checkpoint_to_resume
-from memory_adapters.training.distributed import summed, weight_of_share
+from memory_adapters.training.distributed import all_reduce_sum, weight_of_share
 
 if TYPE_CHECKING:
     from memory_adapters.memory_slots.memory import SlotMemory
@@ -42,7 +42,7 @@ class Example:
     """
 
     context: list[int]
-    asked: Asked | None = None
+    asked: Query | None = None
 
 
 class TextExamples(Dataset):
@@ -80,7 +80,7 @@ class TextExamples(Dataset):
         if rng.random() < self.share:
             return Example(context)
         following = self.ids[start + length : start + length + self.continuation]
-        return Example(context, Asked(following[:1], following[1:]))
+        return Example(context, Query(following[:1], following[1:]))
 
 
 def instruction_examples(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> list[Example]:
@@ -90,7 +90,7 @@ def instruction_examples(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> l
         context = tokenizer(row["context"], add_special_tokens=False)["input_ids"]
         prompt = list(tokenizer(row["prompt"])["input_ids"])
         response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        found.append(Example(list(context), Asked(prompt, [*response, tokenizer.eos_token_id])))
+        found.append(Example(list(context), Query(prompt, [*response, tokenizer.eos_token_id])))
     return found
 
 
@@ -192,10 +192,10 @@ class _Trained(nn.Module):
         back = autoencoding_rows([examples[i].context for i in told], end, [sources[i] for i in told])
         rest = [Row(a, sources[i]) for i in asked if (a := examples[i].asked) is not None]
         total = encoder.parts.reconstruct.sum() * 0
-        everyone = float(summed(torch.tensor(float(len(examples)), device=encoder.device)))
+        everyone = float(all_reduce_sum(torch.tensor(float(len(examples)), device=encoder.device)))
         for part, rows in ((told, back), (asked, rest)):
             weight = weight_of_share(sum(len(row.asked.target) for row in rows))
-            share = float(summed(torch.tensor(float(len(part)), device=encoder.device))) / everyone
+            share = float(all_reduce_sum(torch.tensor(float(len(part)), device=encoder.device))) / everyone
             if not part:
                 continue
             if part is asked and memory.config.objective == "distillation":
@@ -248,7 +248,7 @@ def train_encoder(
     arguments = TrainingArguments(**{**settings, **(training_args or {})})
     checkpoint = checkpoint_to_resume(resume_from_checkpoint, arguments.output_dir)
     model = memory.model
-    with sole_thread(model), undone_on_failure(model), seeded(memory.config.seed), evaluating(model):
+    with exclusive_use(model), rollback_on_error(model), seeded(memory.config.seed), evaluating(model):
         return _train(memory, arguments, examples, held_out, checkpoint)
 
 

@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_positions
 
-__all__ = ["Asked", "Row", "autoencoding_rows", "distil", "in_batches", "predict"]
+__all__ = ["Query", "Row", "autoencoding_rows", "distil", "in_batches", "predict"]
 
 HEAD_BLOCK = 256  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """What stands behind slots, and what should follow it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Asked:
 class Row:
     """Something asked, and the spans whose slots stand before it."""
 
-    asked: Asked
+    asked: Query
     spans: Sequence[int]
 
 
@@ -51,7 +51,7 @@ def autoencoding_rows(
     if there is one."""
     own = spans or [[i] for i in range(len(texts))]
     tail = [] if end is None else [end]
-    return [Row(Asked(None, [*text, *tail]), where) for text, where in zip(texts, own, strict=True)]
+    return [Row(Query(None, [*text, *tail]), where) for text, where in zip(texts, own, strict=True)]
 
 
 def in_batches(rows: Sequence[Row], slots: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -116,13 +116,13 @@ def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> T
     inputs: dict[str, Any] = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
     if takes_positions(encoder.stack):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    with encoder.others_off(), _autocast(encoder):
+    with encoder.adapters_disabled(), _autocast(encoder):
         output = encoder.stack(**inputs, use_cache=False)
     states = output.last_hidden_state
     return states[asked.to(states.device)]
 
 
-def _behind(encoder: Encoder, asked: Asked) -> Tensor:
+def _behind(encoder: Encoder, asked: Query) -> Tensor:
     """Embeddings of what stands behind the slots (tokens, embedding_size)."""
     ids = [*(asked.prompt or []), *asked.target[:-1]]
     embedded = encoder.decoder.embeddings(torch.tensor(ids, dtype=torch.long, device=encoder.device))
@@ -137,7 +137,7 @@ def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
     """A function of logits, which are computed again for the gradient instead of kept."""
 
     def run(*tensors: Tensor) -> Any:
-        with encoder.others_off(), _autocast(encoder):
+        with encoder.adapters_disabled(), _autocast(encoder):
             return function(encoder.decoder.head, *tensors)
 
     return checkpoint(run, *args, use_reentrant=False)

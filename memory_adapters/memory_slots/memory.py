@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from memory_adapters.base_model.decoder import Decoder, find_decoder
-from memory_adapters.base_model.exclusive import alone, sole_thread
+from memory_adapters.base_model.exclusive import alone, exclusive_use
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.card_examples import answers_to
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
@@ -30,12 +30,12 @@ from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
 from memory_adapters.memory_slots.export import EXPORTERS
 from memory_adapters.memory_slots.layer import Entry
-from memory_adapters.memory_slots.prompts import as_asked, as_text, scores
+from memory_adapters.memory_slots.prompts import as_queries, as_text, scores
 from memory_adapters.memory_slots.reader import CHILD, attach, detach, reader_of
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.memory_slots.write import compress_texts
-from memory_adapters.peft_layers.layers import take_out
-from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.peft_layers.layers import remove_lora
+from memory_adapters.peft_layers.rollback import rollback_on_error
 from memory_adapters.report import WriteReport
 
 __all__ = ["SlotMemory"]
@@ -120,12 +120,12 @@ class SlotMemory(Memory):
         listed = as_items(items)
         self._check_writable()
         steps = self._steps(refine_steps)
-        asked = as_asked(self.tokenizer, listed)
+        asked = as_queries(self.tokenizer, listed)
         rows = self.slots
         with self._first_row_alone():
             before = scores(self.encoder, self.tokenizer, asked)
         (made,) = compress_texts(self.encoder, self.tokenizer, [as_text(listed)], asked, steps, progress)
-        with self._undone_on_failure():
+        with self._rollback_on_error():
             self._read([slots + made.slots for slots in rows] or [made.slots])
             with self._first_row_alone():
                 after = scores(self.encoder, self.tokenizer, asked)
@@ -188,7 +188,7 @@ class SlotMemory(Memory):
                     "These slots were made by another encoder: the model reads them, but `reconstruct` may fail.",
                     stacklevel=2,
                 )
-        with sole_thread(self.model), undone_on_failure(self._entry, self, self._config):
+        with exclusive_use(self.model), rollback_on_error(self._entry, self, self._config):
             slots_answered, answers = self._answered
             self.config.answers = answers if list(map(id, rows)) == list(map(id, slots_answered)) else []
             self._read(rows)
@@ -257,14 +257,14 @@ class SlotMemory(Memory):
         return ["".join(next(rest) for _ in row.spans) for row in before]
 
     def _steps(self, asked: int | None) -> int:
-        steps = self.config.steps_of_refinement if asked is None else asked
+        steps = self.config.resolved_refine_steps if asked is None else asked
         if type(steps) is not int or steps < 0:
             raise ValueError(f"`refine_steps` must be an integer of at least 0, got {asked!r}.")
         return steps
 
     def _detach(self) -> None:
         names = dict(enumerate(self.config.target_modules or [])) if self.encoder.layers() else {}
-        take_out(self.model, names, self.adapter_name)
+        remove_lora(self.model, names, self.adapter_name)
         reader = reader_of(self._stack)
         del reader.slot_entries[self.adapter_name]
         reader._active_adapter = [name for name in reader._active_adapter if name != self.adapter_name]

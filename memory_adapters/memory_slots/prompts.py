@@ -12,9 +12,9 @@ from memory_adapters.base_model.sampling import PLAIN_SENTENCES
 from memory_adapters.base_model.tokens import score_rows, shared_length, tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 from memory_adapters.memory_slots.encoder import Encoder
-from memory_adapters.memory_slots.loss import Asked
+from memory_adapters.memory_slots.loss import Query
 
-__all__ = ["as_asked", "as_text", "scores"]
+__all__ = ["as_queries", "as_text", "scores"]
 
 
 def as_text(items: Sequence[Item]) -> str:
@@ -28,7 +28,7 @@ def _sentence(item: Fact | QuestionAnswer) -> str:
     return f"{item.question}{item.continuation}"
 
 
-def as_asked(tokenizer: Any, items: Sequence[Item]) -> list[Asked]:
+def as_queries(tokenizer: Any, items: Sequence[Item]) -> list[Query]:
     """Prompt and wanted continuation of each fact and question."""
     found = []
     for item in items:
@@ -36,11 +36,11 @@ def as_asked(tokenizer: Any, items: Sequence[Item]) -> list[Asked]:
             prompt = item.prompt if isinstance(item, Fact) else item.question
             whole, head = tokenize(tokenizer, prompt + item.continuation), tokenize(tokenizer, prompt)
             first = max(shared_length(head, whole), 1)
-            found.append(Asked(whole[:first], whole[first:]))
+            found.append(Query(whole[:first], whole[first:]))
     return found
 
 
-def scores(encoder: Encoder, tokenizer: Any, asked: Sequence[Asked]) -> tuple[float | None, float]:
+def scores(encoder: Encoder, tokenizer: Any, asked: Sequence[Query]) -> tuple[float | None, float]:
     """Share of facts and questions answered as the model now is, and its perplexity on plain sentences."""
     plain = [tokenize(tokenizer, sentence) for sentence in PLAIN_SENTENCES]
     rows = [[*(a.prompt or []), *a.target] for a in asked] + plain

@@ -16,7 +16,7 @@ import torch
 
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.memory_slots import MemorySlots, SlotMemory
-from memory_adapters.memory_slots.loss import Asked, Row, autoencoding_rows, in_batches, predict
+from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, in_batches, predict
 
 __all__ = [
     "ReconstructionScores",
@@ -154,7 +154,7 @@ def score_continuations_after(memory: SlotMemory, continuations: Sequence[str], 
     """
     check_lengths(continuations, slots)
     ids = [memory.tokenizer(text, add_special_tokens=False)["input_ids"] for text in continuations]
-    rows = [Row(Asked(row[:1], row[1:]), [i]) for i, row in enumerate(ids)]
+    rows = [Row(Query(row[:1], row[1:]), [i]) for i, row in enumerate(ids)]
     vectors = [_vectors(memory, own, 1, joined=True)[0] for own in slots]
     return math.exp(_predicted(memory, vectors, rows)[0].mean())
 

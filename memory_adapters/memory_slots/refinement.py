@@ -53,7 +53,7 @@ def refine(
         ValueError: If a loss, gradient or step is NaN or infinite; names the text.
     """
     slots = [[tensor.detach().clone().requires_grad_(True) for tensor in text] for text in start]
-    rate = encoder.config.learning_rate_of_refinement * encoder.parts.embedding_rms
+    rate = encoder.config.resolved_refine_learning_rate * encoder.parts.embedding_rms
     optimizers = [torch.optim.Adam(text, lr=rate, betas=BETAS) for text in slots]
     losses: list[list[float]] = [[] for _ in start]
     unfinished = list(range(len(start)))

@@ -16,7 +16,7 @@ from memory_adapters.base_model.nonfinite import origin, rows_not_finite
 from memory_adapters.base_model.quantised import differentiable
 from memory_adapters.base_model.tokens import pad_rows
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder
-from memory_adapters.memory_slots.loss import Asked, Row, autoencoding_rows, in_batches, predict
+from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, in_batches, predict
 from memory_adapters.memory_slots.refinement import Goal, refine
 from memory_adapters.memory_slots.slots import MemorySlots
 
@@ -40,7 +40,7 @@ class Compressed:
 
 
 def compress_texts(
-    encoder: Encoder, tokenizer: Any, texts: Sequence[str], asked: Sequence[Asked], steps: int, progress: bool
+    encoder: Encoder, tokenizer: Any, texts: Sequence[str], asked: Sequence[Query], steps: int, progress: bool
 ) -> list[Compressed]:
     """Slots of each text; all are encoded together.
 
@@ -107,7 +107,7 @@ def _check(
                 raise ValueError(f"The slots of {text[:40]!r} hold NaN or infinity: {where}.")
 
 
-def _goals(fraction: float, spans: Sequence[Sequence[int]], end: int | None, asked: Sequence[Asked]) -> list[Goal]:
+def _goals(fraction: float, spans: Sequence[Sequence[int]], end: int | None, asked: Sequence[Query]) -> list[Goal]:
     """What refinement asks of the slots of a text's spans: the spans, and what else is asked behind all of them."""
     share = fraction if asked else 1.0
     goals = [Goal(autoencoding_rows(spans, end), share)] if share else []

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-__all__ = ["adapter_layers", "adapter_tensors", "lora_layers", "set_adapter_tensors", "take_out"]
+__all__ = ["adapter_layers", "adapter_tensors", "lora_layers", "remove_lora", "set_adapter_tensors"]
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLay
     return found
 
 
-def take_out(model: nn.Module, names: Mapping[int, str], adapter_name: str) -> None:
+def remove_lora(model: nn.Module, names: Mapping[int, str], adapter_name: str) -> None:
     """Delete the adapter, and put the base's own module back where no other adapter is left."""
     for layer, name in zip(lora_layers(model, names).values(), names.values(), strict=True):
         layer.delete_adapter(adapter_name)

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["undone_on_failure"]
+__all__ = ["rollback_on_error"]
 
 
 @contextmanager
-def undone_on_failure(model: nn.Module, *others: object, numbers: Iterable[Tensor] = ()) -> Iterator[None]:
+def rollback_on_error(model: nn.Module, *others: object, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
     """If the block fails or is interrupted, modules, parameters, hooks and flags are what they were before it.
 
-    Costs about a microsecond for each attribute of a module, and a copy of `numbers` in main memory.
+    Costs about a microsecond for each attribute of a module, and a copy of `tensors` in main memory.
 
     Args:
         model: Its modules' attributes are put back, and what their lists, sets and dictionaries held.
         others: Objects whose attributes are put back in the same way, such as a memory and its config.
-        numbers: Tensors whose values are put back too; others are expected to be replaced, not written into.
+        tensors: Tensors whose values are put back too; others are expected to be replaced, not written into.
     """
     before = [(owner, *_held(owner)) for owner in (*model.modules(), *others)]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    values = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in numbers]
+    values = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
     try:
         yield
     except BaseException:

@@ -11,13 +11,13 @@ from torch import nn
 
 from memory_adapters.base_model.modes import evaluating
 
-__all__ = ["slots_silent", "undisturbed", "without_slots"]
+__all__ = ["undisturbed", "virtual_tokens_disabled", "without_slots"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @contextmanager
-def slots_silent(model: nn.Module) -> Iterator[None]:
+def virtual_tokens_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context nothing stands before the tokens that a model is given: states are found by position."""
     readers: list[Any] = [module for module in model.modules() if getattr(module, "precedes_tokens", False)]
     before = [reader._disable_adapters for reader in readers]
@@ -33,16 +33,16 @@ def slots_silent(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within this context the model is in evaluation mode, and reads no slots."""
-    with evaluating(model), slots_silent(model):
+    with evaluating(model), virtual_tokens_disabled(model):
         yield
 
 
 def without_slots(method: Method) -> Method:
-    """Let a method of something that has a `model` run within `slots_silent`."""
+    """Let a method of something that has a `model` run within `virtual_tokens_disabled`."""
 
     @wraps(method)
     def within(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with slots_silent(self.model):
+        with virtual_tokens_disabled(self.model):
             return method(self, *args, **kwargs)
 
     return cast(Method, within)

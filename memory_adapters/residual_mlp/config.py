@@ -160,7 +160,7 @@ class MemoryAdapterConfig(MemoryConfig):
         }
         shapes["gate"] = (1,)
         if self.token_gate == "sigmoid":
-            shapes |= {"router": (1, d), "router_bias": (1,)}
+            shapes |= {"gate_weight": (1, d), "gate_bias": (1,)}
         if self.has_keys:
             shapes |= {"keys": (n, d), "key_bias": (n,)}
         return {

@@ -22,7 +22,7 @@ class GatedMLP(nn.Module):
         down, down_bias: W_down (hidden_size, memory_dim) and its bias.
         norm_weight, norm_bias: The final LayerNorm (hidden_size,).
         gate: The scalar gate (1,).
-        router, router_bias: The sigmoid token gate (1, hidden_size), (1,); only with `token_gate="sigmoid"`.
+        gate_weight, gate_bias: The sigmoid token gate (1, hidden_size), (1,); only with `token_gate="sigmoid"`.
         keys, key_bias: What the key token gate and the router look for (num_keys, hidden_size), (num_keys,), scaled so
             that `max(keys · n(x) + key_bias)` is 0 at the threshold and 1 where the gate is fully open. Buffers: they
             are found in closed form, not trained.
@@ -47,8 +47,8 @@ class GatedMLP(nn.Module):
         self.norm_bias = nn.Parameter(torch.empty(hidden_size))
         self.gate = nn.Parameter(torch.empty(1))
         if config.token_gate == "sigmoid":
-            self.router = nn.Parameter(torch.empty(1, hidden_size))
-            self.router_bias = nn.Parameter(torch.empty(1))
+            self.gate_weight = nn.Parameter(torch.empty(1, hidden_size))
+            self.gate_bias = nn.Parameter(torch.empty(1))
         if config.has_keys:
             self.register_buffer("keys", torch.zeros(config.num_keys, hidden_size))
             self.register_buffer("key_bias", torch.zeros(config.num_keys))
@@ -65,8 +65,8 @@ class GatedMLP(nn.Module):
             self.norm_bias.zero_()
             self.gate.fill_(self.gate_init)
             if self.token_gate_kind == "sigmoid":
-                self.router.zero_()
-                self.router_bias.zero_()
+                self.gate_weight.zero_()
+                self.gate_bias.zero_()
 
     def token_gate(self, x: Tensor) -> Tensor | None:
         """How far the memory opens at each token.
@@ -82,7 +82,7 @@ class GatedMLP(nn.Module):
             return None
         if self.token_gate_kind == "sigmoid":
             n = F.layer_norm(x, x.shape[-1:])
-            return torch.sigmoid(F.linear(n, self.router.float(), self.router_bias.float()))
+            return torch.sigmoid(F.linear(n, self.gate_weight.float(), self.gate_bias.float()))
         return self.nearness(x)[..., None].clamp(0, 1)
 
     def nearness(self, x: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from memory_adapters.keys.router import MemoryRouter
 
 
-__all__ = ["MemoryLayer", "memory_layers"]
+__all__ = ["ResidualLayer", "residual_layers"]
 
 PREFIX = "memory_adapter_"
 CHILD = "residual_memory"  # must not contain the prefix: PEFT skips such modules when it deletes an adapter
 
 
-class MemoryLayer(nn.Module, BaseTunerLayer):
+class ResidualLayer(nn.Module, BaseTunerLayer):
     """All residual memories of one decoder block, by adapter name."""
 
     adapter_layer_names = ("memory_adapter_mlp",)
@@ -96,7 +96,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         """Does nothing, as `merge` did nothing."""
 
 
-def speak(block: nn.Module, _args: Any, output: Any) -> Any:
+def apply_memories(block: nn.Module, _args: Any, output: Any) -> Any:
     """Forward hook of a block: pass its output through the block's memories."""
     state = hidden_state(output)
     changed = getattr(block, CHILD)(state)
@@ -105,9 +105,9 @@ def speak(block: nn.Module, _args: Any, output: Any) -> Any:
     return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
-def memory_layers(model: nn.Module) -> list[MemoryLayer]:
+def residual_layers(model: nn.Module) -> list[ResidualLayer]:
     """The memory layers of `model`, lowest block first."""
-    return [layer for layer in adapter_layers(model) if isinstance(layer, MemoryLayer)]
+    return [layer for layer in adapter_layers(model) if isinstance(layer, ResidualLayer)]
 
 
 def discard_empty_layers(model: nn.Module) -> None:
@@ -116,5 +116,5 @@ def discard_empty_layers(model: nn.Module) -> None:
         layer = getattr(block, CHILD, None) if CHILD in block._modules else None
         if layer is not None and len(layer.memory_adapter_mlp) == 0:
             delattr(block, CHILD)
-            for key in [key for key, hook in block._forward_hooks.items() if hook is speak]:
+            for key in [key for key, hook in block._forward_hooks.items() if hook is apply_memories]:
                 del block._forward_hooks[key]

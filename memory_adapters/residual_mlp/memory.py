@@ -14,7 +14,7 @@ from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.virtual_tokens import without_slots
 from memory_adapters.report import WriteReport
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
-from memory_adapters.residual_mlp.layer import MemoryLayer, discard_empty_layers
+from memory_adapters.residual_mlp.layer import ResidualLayer, discard_empty_layers
 from memory_adapters.residual_mlp.write import Writer, write
 
 __all__ = ["ResidualMemory"]
@@ -35,7 +35,7 @@ class ResidualMemory(Memory):
     def weight(self, value: float) -> None:
         self.config.weight = float(value)
         for layer in self.tuner_layers():
-            assert isinstance(layer, MemoryLayer)
+            assert isinstance(layer, ResidualLayer)
             layer.weights[self.adapter_name] = float(value)
 
     @alone
@@ -92,7 +92,7 @@ class ResidualMemory(Memory):
         self._check_writable()
         if not self.config.has_keys:
             raise ValueError(f"`token_gate={self.config.token_gate!r}` has no keys to fit; set `router_keys=True`.")
-        with self._undone_on_failure():
+        with self._rollback_on_error():
             return Writer(self, as_items(items), unrelated).fit_keys()
 
     def _trained(self) -> Iterable[Tensor]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from memory_adapters.base_model.tokens import last_token_of, tokenize
 from memory_adapters.items import Fact, Item
-from memory_adapters.training.rows import Row, Slot
+from memory_adapters.training.rows import Row, TrainingTurn
 
 
-def locality_slots(
+def locality_turns(
     items: Sequence[Item], tokenizer: Any, said: Sequence[str], silent: Sequence[list[int]]
-) -> list[Slot]:
+) -> list[TrainingTurn]:
     """Rows on which the memory must answer as the base does, a slot for each item.
 
     Args:
@@ -22,7 +22,7 @@ def locality_slots(
         silent: Unrelated rows of tokens.
     """
     facts = [i for i, item in enumerate(items) if isinstance(item, Fact)]
-    slots = []
+    turns = []
     for index, item in enumerate(items):
         rows = []
         if isinstance(item, Fact):
@@ -31,5 +31,7 @@ def locality_slots(
                 end = text.index(item.subject) + len(item.subject)
                 rows.append(Row(ids, last_token_of(tokenizer, text, end, ids) + 1, [], []))
         rows.append(Row(silent[index % len(silent)], 1, [], []))
-        slots.append(Slot("locality", index, [row for row in rows if row.first_label < len(row.input_ids)], False))
-    return slots
+        turns.append(
+            TrainingTurn("locality", index, [row for row in rows if row.first_label < len(row.input_ids)], False)
+        )
+    return turns

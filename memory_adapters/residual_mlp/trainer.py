@@ -20,11 +20,11 @@ from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.base_model.quantised import differentiable, keep_unpacked
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors
-from memory_adapters.residual_mlp.layer import memory_layers
+from memory_adapters.residual_mlp.layer import residual_layers
 from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.training.checkpoints import check_mark, mark_checkpoint
 from memory_adapters.training.dataset import FilledSampler, collate
-from memory_adapters.training.distributed import number, summed, weight_of_share
+from memory_adapters.training.distributed import all_reduce_sum, weight_of_share, world_size
 from memory_adapters.training.rows import IGNORED
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryTrainer", "training_arguments"]
 
-GATE_NAMES = ("gate", "router", "router_bias")
+GATE_NAMES = ("gate", "gate_weight", "gate_bias")
 
 
 class MemoryTrainer(Trainer):
@@ -109,7 +109,7 @@ class MemoryTrainer(Trainer):
             distance = _divergence(logits, inputs["teacher_ids"], inputs["teacher_log_probs"])
         if distance is not None and learned and share > 0:
             own = own + share * distance[~kept].mean() * weight
-        if learned or number() > 1:
+        if learned or world_size() > 1:
             self.step_losses.append(own.detach())
         loss = own
         if config.locality_weight > 0:
@@ -143,9 +143,9 @@ class MemoryTrainer(Trainer):
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if number() == 1:
+        if world_size() == 1:
             return super()._get_train_sampler(train_dataset)
-        return FilledSampler(train_dataset or self.train_dataset, self.args.train_batch_size * number())
+        return FilledSampler(train_dataset or self.train_dataset, self.args.train_batch_size * world_size())
 
     def _logits(self, model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
         """Logits (wanted.sum(), vocabulary) in float32."""
@@ -181,7 +181,7 @@ def training_arguments(
     steps_an_epoch = -(-num_slots // config.batch_size)
     settings: dict[str, Any] = dict(
         output_dir=folder,
-        per_device_train_batch_size=-(-config.batch_size // number()),
+        per_device_train_batch_size=-(-config.batch_size // world_size()),
         num_train_epochs=max(config.num_train_epochs, -(-config.min_steps // steps_an_epoch)),
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
@@ -223,7 +223,7 @@ class _EpochLosses(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.step_losses:
-            losses = summed(torch.stack(self.trainer.step_losses)) / number()
+            losses = all_reduce_sum(torch.stack(self.trainer.step_losses)) / world_size()
             self.trainer.epoch_losses.append(losses.mean().item())
             self.trainer.step_losses.clear()
             if self.trainer.epoch_losses[-1] < self.trainer.memory.config.target_loss:
@@ -231,7 +231,7 @@ class _EpochLosses(TrainerCallback):
 
 
 @contextmanager
-def speaking(memory: ResidualMemory) -> Iterator[None]:
+def activated(memory: ResidualMemory) -> Iterator[None]:
     """The memory takes part within this context, whether or not it did before, and unrouted.
 
     Raises:
@@ -240,7 +240,7 @@ def speaking(memory: ResidualMemory) -> Iterator[None]:
     if any(layer.disable_adapters for layer in memory.tuner_layers()):
         raise RuntimeError("All adapters of the model are disabled; enable them (`enable_adapters()`) before writing.")
     was_active = memory.active
-    routers = [(layer, layer.router) for layer in memory_layers(memory.model)]
+    routers = [(layer, layer.router) for layer in residual_layers(memory.model)]
     memory.active = True
     try:
         for layer, _ in routers:

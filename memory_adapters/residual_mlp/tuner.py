@@ -14,23 +14,30 @@ from torch import nn
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder, resolve_layers
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint
-from memory_adapters.composition.activation import speaking_by_row
+from memory_adapters.composition.activation import use_adapters_by_row
 from memory_adapters.config import MemoryPeftType
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 
 if TYPE_CHECKING:
     pass
 
-from memory_adapters.residual_mlp.layer import CHILD, PREFIX, MemoryLayer, discard_empty_layers, memory_layers, speak
+from memory_adapters.residual_mlp.layer import (
+    CHILD,
+    PREFIX,
+    ResidualLayer,
+    apply_memories,
+    discard_empty_layers,
+    residual_layers,
+)
 
-__all__ = ["MemoryTuner"]
+__all__ = ["ResidualTuner"]
 
 
-class MemoryTuner(BaseTuner):
-    """Injects `MemoryLayer`s; `get_peft_model`, `add_adapter` and `inject_memory` all come through here."""
+class ResidualTuner(BaseTuner):
+    """Injects `ResidualLayer`s; `get_peft_model`, `add_adapter` and `inject_memory` all come through here."""
 
     prefix = PREFIX
-    tuner_layer_cls = MemoryLayer
+    tuner_layer_cls = ResidualLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -67,8 +74,8 @@ class MemoryTuner(BaseTuner):
         assert isinstance(peft_config, MemoryAdapterConfig)
         if CHILD not in target._modules:
             hidden_size = find_decoder(self.model, peft_config.layers_path).hidden_size
-            target.add_module(CHILD, MemoryLayer(hidden_size))
-            target.register_forward_hook(speak, prepend=True)
+            target.add_module(CHILD, ResidualLayer(hidden_size))
+            target.register_forward_hook(apply_memories, prepend=True)
         layer = getattr(target, CHILD)
         if adapter_name in layer.memory_adapter_mlp:
             raise ValueError(f"`adapter_name={adapter_name!r}` is taken; choose another or remove that memory first.")
@@ -83,7 +90,7 @@ class MemoryTuner(BaseTuner):
         if names is None:
             yield
         else:
-            with speaking_by_row(self.model, names):
+            with use_adapters_by_row(self.model, names):
                 yield
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -94,7 +101,7 @@ class MemoryTuner(BaseTuner):
         if merge:
             _refuse_merge()
         for name in list(self.peft_config):
-            for layer in memory_layers(self.model):
+            for layer in residual_layers(self.model):
                 if name in layer.memory_adapter_mlp:
                     del layer.memory_adapter_mlp[name]
         discard_empty_layers(self.model)
@@ -113,5 +120,5 @@ def register_with_peft() -> None:
     """Teach PEFT the memory's type, config, tuner and prefix."""
     kind: Any = MemoryPeftType.MEMORY_ADAPTER
     PEFT_TYPE_TO_CONFIG_MAPPING[kind] = MemoryAdapterConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[kind] = MemoryTuner
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = ResidualTuner
     PEFT_TYPE_TO_PREFIX_MAPPING[kind] = PREFIX

@@ -26,12 +26,12 @@ from memory_adapters.items import Fact, Item
 from memory_adapters.keys.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
 from memory_adapters.report import WriteReport
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
-from memory_adapters.residual_mlp.prompts import locality_slots
+from memory_adapters.residual_mlp.prompts import locality_turns
 from memory_adapters.residual_mlp.stored_states import ReusedStates, row_states
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, speaking, trainable_alone, training_arguments
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, activated, trainable_alone, training_arguments
 from memory_adapters.training.checkpoints import checkpoint_to_resume, digest_of
-from memory_adapters.training.dataset import SlotDataset, Teacher
-from memory_adapters.training.rows import Row, Slot, build_slots, make_prefixes
+from memory_adapters.training.dataset import Teacher, TurnDataset
+from memory_adapters.training.rows import Row, TrainingTurn, build_turns, make_prefixes
 
 if TYPE_CHECKING:
     from memory_adapters.residual_mlp.memory import ResidualMemory
@@ -75,10 +75,10 @@ class Writer:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.max_length = min(context, self.config.max_length or context)
         # Items are tokenised once without prefixes first, so that bad ones are refused before any work.
-        build_slots(items, self.tokenizer, prefixes=[], max_length=self.max_length)
+        build_turns(items, self.tokenizer, prefixes=[], max_length=self.max_length)
         texts = list(unrelated) if unrelated is not None else self._sampled()
         self.prefixes = make_prefixes(texts, self.config.num_prefixes, self.config.seed)
-        self.slots, self.notes = build_slots(items, self.tokenizer, prefixes=self.prefixes, max_length=self.max_length)
+        self.slots, self.notes = build_turns(items, self.tokenizer, prefixes=self.prefixes, max_length=self.max_length)
         self.unrelated = self._unrelated_rows(texts)
 
     def _sampled(self) -> list[str]:
@@ -192,13 +192,13 @@ class Writer:
             reuse,
             digest_of(ids),
             args=arguments,
-            train_dataset=SlotDataset(slots, states, teachers),
+            train_dataset=TurnDataset(slots, states, teachers),
             callbacks=list(callbacks),
         )
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(resume, arguments.output_dir))
         return trainer.epoch_losses
 
-    def _locality_slots(self) -> list[Slot]:
+    def _locality_slots(self) -> list[TrainingTurn]:
         subjects = [item.subject for item in self.items if isinstance(item, Fact)]
         prompts = subjects + [prefix + subject for prefix in self.prefixes[:1] for subject in subjects]
         with self.memory.disabled():
@@ -207,7 +207,7 @@ class Writer:
                 if prompts
                 else []
             )
-        return locality_slots(self.items, self.tokenizer, said, self.unrelated.silent)
+        return locality_turns(self.items, self.tokenizer, said, self.unrelated.silent)
 
     def _stored_states(self, rows: Sequence[list[int]]) -> tuple[ReusedStates | None, list[Tensor] | None]:
         size = sum(map(len, rows)) * self.decoder.hidden_size * self.model.dtype.itemsize
@@ -269,7 +269,7 @@ def write(
             f"the base model finds plain English harder than random tokens (loss {before['english_loss']:.1f}): "
             "check that the tokenizer belongs to the model"
         )
-    with scratch_folder() as folder, speaking(memory), memory._undone_on_failure(), seeded(memory.config.seed):
+    with scratch_folder() as folder, activated(memory), memory._rollback_on_error(), seeded(memory.config.seed):
         with trainable_alone(memory):
             if memory.config.has_keys:
                 writer.fit_keys()

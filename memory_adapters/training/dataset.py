@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from memory_adapters.base_model.tokens import pad_rows
-from memory_adapters.training.rows import IGNORED, Row, Slot
+from memory_adapters.training.rows import IGNORED, Row, TrainingTurn
 
-__all__ = ["FilledSampler", "SlotDataset", "Teacher", "collate"]
+__all__ = ["FilledSampler", "Teacher", "TurnDataset", "collate"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Teacher:
     log_probs: Tensor
 
 
-class SlotDataset(Dataset):
+class TurnDataset(Dataset):
     """One example a slot; which of the slot's rows depends on the epoch.
 
     Args:
@@ -40,7 +40,7 @@ class SlotDataset(Dataset):
     """
 
     def __init__(
-        self, slots: Sequence[Slot], states: Sequence[Tensor] | None, teachers: Sequence[Teacher | None]
+        self, slots: Sequence[TrainingTurn], states: Sequence[Tensor] | None, teachers: Sequence[Teacher | None]
     ) -> None:
         self.examples: list[list[dict[str, Any]]] = []
         position = 0
@@ -84,7 +84,7 @@ class FilledSampler(Sampler[int]):
 
     FILLER = -1
 
-    def __init__(self, dataset: SlotDataset, batch: int) -> None:
+    def __init__(self, dataset: TurnDataset, batch: int) -> None:
         self.dataset = dataset
         self.order = SeedableRandomSampler(dataset)
         self.fillers = -len(dataset) % batch
@@ -103,7 +103,7 @@ class FilledSampler(Sampler[int]):
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad examples of `SlotDataset` on the right.
+    """Pad examples of `TurnDataset` on the right.
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (batch, tokens); `states` (batch, tokens, hidden_size) if stored; for

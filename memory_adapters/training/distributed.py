@@ -10,12 +10,12 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
-__all__ = ["gathered", "is_first", "number", "share_of", "summed", "weight_of_share"]
+__all__ = ["all_reduce_sum", "gathered", "is_main_process", "share_of", "weight_of_share", "world_size"]
 
 T = TypeVar("T")
 
 
-def number() -> int:
+def world_size() -> int:
     """How many processes work together; joins them if they were launched together and have not met yet."""
     if not distributed.is_available():
         return 1
@@ -25,10 +25,10 @@ def number() -> int:
 
 
 def _alone() -> bool:
-    return number() == 1
+    return world_size() == 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes files."""
     return _alone() or distributed.get_rank() == 0
 
@@ -38,7 +38,7 @@ def share_of(items: Sequence[T]) -> list[T]:
     return list(items) if _alone() else list(items)[distributed.get_rank() :: distributed.get_world_size()]
 
 
-def summed(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all processes, which all must call this; the argument stays as it is."""
     if _alone():
         return tensor
@@ -54,8 +54,8 @@ def weight_of_share(count: int) -> float:
     """
     if _alone():
         return 1.0
-    total = float(summed(torch.tensor(float(count), device=PartialState().device)))
-    return count * number() / total if total else 0.0
+    total = float(all_reduce_sum(torch.tensor(float(count), device=PartialState().device)))
+    return count * world_size() / total if total else 0.0
 
 
 def gathered(parts: list[T], length: int) -> list[T]:

@@ -10,7 +10,7 @@ from typing import Any
 from memory_adapters.base_model.tokens import last_token_of, shared_length, tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 
-__all__ = ["IGNORED", "Row", "Slot", "build_slots"]
+__all__ = ["IGNORED", "Row", "TrainingTurn", "build_turns"]
 
 IGNORED = -100
 
@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TrainingTurn:
     """A place in every epoch. Its rows take turns, an epoch each.
 
     Attributes:
@@ -54,13 +54,13 @@ class Slot:
     plain: bool
 
 
-def build_slots(
+def build_turns(
     items: Sequence[Item],
     tokenizer: Any,
     *,
     prefixes: Sequence[str],
     max_length: int,
-) -> tuple[list[Slot], list[str]]:
+) -> tuple[list[TrainingTurn], list[str]]:
     """Tokenise items.
 
     A fact has a slot for its bare prompt and one for its prompt behind varied prefixes; a question one as plain text
@@ -78,28 +78,28 @@ def build_slots(
     Raises:
         ValueError: If a fact or question does not fit in `max_length` tokens.
     """
-    slots: list[Slot] = []
+    slots: list[TrainingTurn] = []
     notes: list[str] = []
     for index, item in enumerate(items):
         if isinstance(item, Fact):
             bare = _fact_row(item, tokenizer, "")
             _check_length(bare, max_length, index, "Fact")
-            slots.append(Slot("fact", index, [bare], True))
+            slots.append(TrainingTurn("fact", index, [bare], True))
             varied = [_fact_row(item, tokenizer, prefix) for prefix in prefixes]
             varied = [row for row in varied if len(row.input_ids) <= max_length]
             if varied:
-                slots.append(Slot("fact", index, varied, False))
+                slots.append(TrainingTurn("fact", index, varied, False))
         elif isinstance(item, QuestionAnswer):
             row = _question_row(item, tokenizer, chat=False)
             _check_length(row, max_length, index, "QuestionAnswer")
-            slots.append(Slot("question", index, [row], True))
+            slots.append(TrainingTurn("question", index, [row], True))
             if getattr(tokenizer, "chat_template", None):
                 chat = _question_row(item, tokenizer, chat=True)
                 if len(chat.input_ids) <= max_length:
-                    slots.append(Slot("question", index, [chat], False))
+                    slots.append(TrainingTurn("question", index, [chat], False))
         else:
             windows = _document_rows(item, tokenizer, max_length)
-            slots += [Slot("document", index, [window], True) for window in windows]
+            slots += [TrainingTurn("document", index, [window], True) for window in windows]
             if len(windows) > 1:
                 tokens = sum(len(window.input_ids) for window in windows)
                 notes.append(f"document {index} of {tokens} tokens was split into {len(windows)} windows")

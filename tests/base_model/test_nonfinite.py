@@ -15,7 +15,7 @@ from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.nonfinite import check_gradients, origin
 from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.keys.keys import StreamStatistics
-from memory_adapters.memit.layer import place
+from memory_adapters.memit.layer import set_lora_factors
 from memory_adapters.memit.ledger import Factors
 from memory_adapters.memit.solvers import SOLVERS, cost_of, readout
 from memory_adapters.memory_slots.encoder_training import Example, train_encoder
@@ -263,7 +263,7 @@ def test_factors_that_are_not_finite_are_not_placed() -> None:
     }
     layers = dict(zip((1, 2), memory.tuner_layers(), strict=True))
     with pytest.raises(ValueError, match="block 2 is too large"):
-        place(layers, memory.adapter_name, memory._adapter_config, factors)
+        set_lora_factors(layers, memory.adapter_name, memory._adapter_config, factors)
     assert all(torch.equal(tensor, before[name]) for name, tensor in memory.state_dict().items())
 
 

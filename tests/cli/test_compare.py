@@ -132,7 +132,7 @@ def test_compare_everything_and_go_on(here: Path, tmp_path: Path, monkeypatch: p
         "memory_adapters.evaluation.comparison.compare.evaluate_edits", Mock(side_effect=AssertionError)
     )
     assert said(*arguments, "--quiet") == result
-    assert "measured with other settings: contender.recipe.seed" in words(
+    assert "measured with other settings: baseline.recipe.seed" in words(
         run(*arguments, "--set", "lora.seed=1", code=1)
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

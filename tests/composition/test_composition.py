@@ -17,8 +17,8 @@ from memory_adapters import (
     memories,
     merge_lora,
     save_adapters,
-    speaking,
-    speaking_by_row,
+    use_adapters,
+    use_adapters_by_row,
 )
 from tests.composition import test_training_together
 from tests.support.composing import KINDS, SUITES, lora_config, put
@@ -52,12 +52,12 @@ def test_any_subset_speaks_and_each_leaves_alone(first: str, second: str) -> Non
     expected = {"one": alone(first, "one", 1), "two": alone(second, "two", 2)}
     assert not torch.equal(together, expected["one"])
     assert not torch.equal(together, expected["two"])
-    with speaking(model, []):
+    with use_adapters(model, []):
         assert torch.equal(logits(model), base)
     for name, only in expected.items():
-        with speaking(model, [name]):
+        with use_adapters(model, [name]):
             assert torch.equal(logits(model), only)
-    with speaking(model, ["one", "two"]):
+    with use_adapters(model, ["one", "two"]):
         assert torch.equal(logits(model), together)
     assert torch.equal(logits(model), together)
     for memory in memories(model).values():
@@ -92,7 +92,7 @@ def test_saved_together_and_apart_and_loaded_in_any_order(first: str, second: st
             other.load_adapter(str(tmp_path / name), adapter_name=name)
         else:
             load_memory(other, tmp_path / name, adapter_name=name)
-    with speaking(other, ["one", "two"]):
+    with use_adapters(other, ["one", "two"]):
         assert torch.equal(logits(other), together)
 
 
@@ -103,7 +103,7 @@ def test_a_lora_is_merged_while_a_memory_stays(kind: str, lora_first: bool, tmp_
     model = both("lora", kind) if lora_first else both(kind, "lora")
     lora, name = ("one", "two") if lora_first else ("two", "one")
     together = logits(model)
-    with speaking(model, [lora]):
+    with use_adapters(model, [lora]):
         only_lora = logits(model)
     assert merge_lora(model, lora) is model
     assert list(model.peft_config) == [name]
@@ -142,14 +142,14 @@ def test_inside_a_peft_model(kind: str, lora_first: bool, tmp_path: Path) -> Non
     assert torch.equal(logits(wrapped), together)
     with memory.disabled():
         only_lora = logits(wrapped)
-    with speaking(wrapped, ["two"]):
+    with use_adapters(wrapped, ["two"]):
         assert torch.equal(logits(wrapped), alone(kind, "two", 2))
     wrapped.save_pretrained(tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
     save_adapters(wrapped, tmp_path / "all")
     other = tiny_model()
     load_adapters(other, tmp_path / "all", tokenizer=byte_tokenizer())
-    with speaking(other, ["default", "two"]), speaking(model, ["default", "two"]):
+    with use_adapters(other, ["default", "two"]), use_adapters(model, ["default", "two"]):
         assert torch.equal(logits(other), logits(wrapped))
     memory.remove()
     assert torch.equal(logits(wrapped), only_lora)
@@ -188,7 +188,7 @@ def test_what_cannot_be_merged_changes_nothing() -> None:
         next(m for n, m in model.named_modules() if n.endswith("lora_A.one")).weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         merge_lora(model, "one")
-    with speaking(model, []):
+    with use_adapters(model, []):
         assert torch.equal(logits(model), logits(tiny_model()))
     assert not torch.equal(together, logits(tiny_model()))
 
@@ -201,24 +201,24 @@ def test_another_adapter_for_each_row(first: str, second: str, beams: int) -> No
     settings = dict(max_new_tokens=6, do_sample=False, num_beams=beams)
     expected = {}
     for name in ("one", "two", "__base__"):
-        with speaking(model, [name] if name != "__base__" else []):
+        with use_adapters(model, [name] if name != "__base__" else []):
             expected[name] = model.generate(**encode(PROMPT), **settings)[0]
     rows = ["two", "__base__", "one", "two"]
-    with speaking_by_row(model, rows):
+    with use_adapters_by_row(model, rows):
         got = model.generate(**encode(*[PROMPT] * 4), **settings)
     for row, name in zip(got, rows, strict=True):
         assert torch.equal(row, expected[name])
     together = logits(model)
-    with speaking(model, [name for name, kind in (("one", first), ("two", second)) if kind == "lora"]):
+    with use_adapters(model, [name for name, kind in (("one", first), ("two", second)) if kind == "lora"]):
         without_memories = logits(model)
-    with speaking_by_row(model, ["__base__"]):
+    with use_adapters_by_row(model, ["__base__"]):
         assert torch.equal(logits(model), without_memories)
     assert torch.equal(logits(model), together)
 
 
 def test_names_that_are_wrong_and_matrices_that_are_shared() -> None:
     model = both("lora", "memit")
-    for context in (speaking, speaking_by_row):
+    for context in (use_adapters, use_adapters_by_row):
         with (
             pytest.raises(ValueError, match=r"`adapter_names` has \['three'\], but the adapters are \['one', 'two'\]"),
             context(model, ["three"]),
@@ -226,11 +226,11 @@ def test_names_that_are_wrong_and_matrices_that_are_shared() -> None:
             raise AssertionError("unreachable")
     with (
         pytest.raises(ValueError, match=r"\['two'\], but \['one'\] is active on the same matrices"),
-        speaking_by_row(model, ["two", "__base__"]),
+        use_adapters_by_row(model, ["two", "__base__"]),
     ):
         raise AssertionError("unreachable")
     model = both("residual", "memit")
-    with pytest.raises(ValueError, match="2 entries for a batch of 3"), speaking_by_row(model, ["one", "two"]):
+    with pytest.raises(ValueError, match="2 entries for a batch of 3"), use_adapters_by_row(model, ["one", "two"]):
         logits(model, "a", "b", "c")
 
 

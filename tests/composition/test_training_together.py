@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from memory_adapters import Memory, MemoryAdapterConfig, SaveAdapters, inject_memory, load_adapters, memories
+from memory_adapters import Memory, MemoryAdapterConfig, SaveAdaptersCallback, inject_memory, load_adapters, memories
 from tests.support.composing import SUITES
 from tests.support.contract import logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -40,7 +40,7 @@ def trainer(model: Any, folder: Path, steps: int, **settings: Any) -> Trainer:
     arguments: dict[str, Any] = dict(learning_rate=1e-2, max_steps=steps, per_device_train_batch_size=1, seed=3)
     arguments |= dict(output_dir=str(folder), lr_scheduler_type="constant", **QUIET)
     args = TrainingArguments(**arguments | settings)
-    return Trainer(model=model, args=args, train_dataset=rows, callbacks=[SaveAdapters()])  # type: ignore[arg-type]
+    return Trainer(model=model, args=args, train_dataset=rows, callbacks=[SaveAdaptersCallback()])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["residual", "memit", "slots"])
@@ -81,7 +81,7 @@ def test_trl_trains_a_memory_and_a_lora_together(tmp_path: Path) -> None:
         args=arguments,
         train_dataset=rows,
         processing_class=byte_tokenizer(),
-        callbacks=[SaveAdapters()],
+        callbacks=[SaveAdaptersCallback()],
     ).train()
     assert loss_of(model) < 0.8 * before
     moved = {name for name, tensor in tensors(model).items() if not torch.equal(tensor, start[name])}

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from memory_adapters import Document, Fact, MemitConfig, MemoryAdapterConfig, inject_memory
 from memory_adapters.evaluation.comparison.baselines import (
-    Contender,
+    Baseline,
     FineTuned,
     InPrompt,
     Lora,
@@ -26,7 +26,7 @@ QUIET = {"disable_tqdm": True}
 RECIPE = Recipe(learning_rate=1e-2, min_steps=20, num_train_epochs=1, num_prefixes=1, training_args=QUIET)
 
 
-def contenders() -> dict[str, Contender]:
+def baselines() -> dict[str, Baseline]:
     return {
         "memit": Memorised(MemitConfig(covariance_tokens=128, steps=4, num_prefixes=1), {"progress": False}),
         "lora": Lora(rank=2, recipe=RECIPE),
@@ -36,14 +36,14 @@ def contenders() -> dict[str, Contender]:
     }
 
 
-@pytest.mark.parametrize("name", list(contenders()))
+@pytest.mark.parametrize("name", list(baselines()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_holds_the_facts_and_leaves_no_trace(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, tokenizer = tiny_model(dtype=dtype), byte_tokenizer()
     before, state = logits(model), fingerprint(model)
-    contender = contenders()[name]
-    contender.check(model, tokenizer)
-    with contender.holding(model, tokenizer, FACTS) as held:
+    baseline = baselines()[name]
+    baseline.check(model, tokenizer)
+    with baseline.holding(model, tokenizer, FACTS) as held:
         assert held.report.num_items == {"Fact": 2}
         assert torch.equal(logits(model), before) == (name == "nothing")
         assert model.dtype == dtype
@@ -61,7 +61,7 @@ def test_holds_the_facts_and_leaves_no_trace(name: str, dtype: torch.dtype, tmp_
 def test_a_failure_leaves_no_trace(name: str) -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
     state = fingerprint(model)
-    with pytest.raises(KeyboardInterrupt), contenders()[name].holding(model, tokenizer, FACTS):
+    with pytest.raises(KeyboardInterrupt), baselines()[name].holding(model, tokenizer, FACTS):
         raise KeyboardInterrupt
     assert fingerprint(model) == state
     assert not any(parameter.grad is not None for parameter in model.parameters())
@@ -69,7 +69,7 @@ def test_a_failure_leaves_no_trace(name: str) -> None:
 
 def test_trained_lora_is_one_that_peft_loads(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    with contenders()["lora"].holding(model, tokenizer, FACTS) as held:
+    with baselines()["lora"].holding(model, tokenizer, FACTS) as held:
         expected = logits(model)
         held.save(tmp_path)
         assert held.report.losses[-1] < held.report.losses[0]
@@ -87,7 +87,7 @@ def test_lora_beside_a_memory_leaves_it_active() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
     memory = inject_memory(model, MemoryAdapterConfig(token_gate="none", gate_init=1.0), tokenizer=tokenizer)
     before = logits(model)
-    with contenders()["lora"].holding(model, tokenizer, FACTS) as held, held.disabled():
+    with baselines()["lora"].holding(model, tokenizer, FACTS) as held, held.disabled():
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
     assert memory.active

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from memory_adapters import Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, memories
 from memory_adapters.config import MemoryConfig
-from memory_adapters.evaluation.comparison.baselines import Contender, FineTuned, InPrompt, Lora, Memorised
+from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, InPrompt, Lora, Memorised
 from memory_adapters.evaluation.comparison.compare import NOTHING, Comparison, compare
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.evaluation.comparison.tables import tables
@@ -50,7 +50,7 @@ def edit(**settings: Any) -> MemitConfig:
     return MemitConfig(**{**dict(covariance_tokens=128, steps=4, num_prefixes=1), **settings})
 
 
-def contenders() -> dict[str, Contender | MemoryConfig]:
+def baselines() -> dict[str, Baseline | MemoryConfig]:
     return {
         "trained": MemoryAdapterConfig(min_steps=10, num_train_epochs=1, num_prefixes=1, learning_rate=1e-2),
         "edit": Memorised(edit(), {"progress": False}),
@@ -65,7 +65,7 @@ def contenders() -> dict[str, Contender | MemoryConfig]:
 def compared() -> tuple[Comparison, PreTrainedModel]:
     model = tiny_model()
     before, state = logits(model), fingerprint(model)
-    result = compare(model, byte_tokenizer(), RECORDS, contenders(), **FULL)
+    result = compare(model, byte_tokenizer(), RECORDS, baselines(), **FULL)
     assert torch.equal(logits(model), before)
     assert fingerprint(model) == state
     return result, model
@@ -77,7 +77,7 @@ def test_base_and_every_method_are_measured(compared: tuple[Comparison, PreTrain
     assert result.base.scores == score_edits(model, tokenizer, RECORDS)
     assert result.base.perplexity == pytest.approx(perplexity(model, tokenizer, TEXT))
     assert result.methods[NOTHING].ability == choice_accuracy(model, tokenizer, CHOICES)
-    assert list(result.methods) == [NOTHING, *contenders()]
+    assert list(result.methods) == [NOTHING, *baselines()]
     assert not result.failures()
     for name, found in result.methods.items():
         write, report, costs = found.write, found.report, found.costs
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch: pyte
         (RECORDS, {}, {"num_facts": 3}, "`num_facts` has 3: it must be at least 1 and at most 2"),
         (RECORDS, {}, {"numbers": (1, 0)}, "`numbers` has 0"),
         (RECORDS, {}, {"portability": RECORDS}, "`portability` has no record with questions"),
-        (RECORDS, {NOTHING: edit()}, {}, "`contenders` calls a Memorised 'nothing'"),
+        (RECORDS, {NOTHING: edit()}, {}, "`baselines` calls a Memorised 'nothing'"),
     ]
     for records, given, settings, why in cases:
         with pytest.raises(ValueError, match=why):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from memory_adapters import Memory, MemorySlotsConfig, inject_memory
-from memory_adapters.evaluation.comparison.baselines import Contender, FineTuned, Held, InPrompt, Memorised
+from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Held, InPrompt, Memorised
 from memory_adapters.evaluation.comparison.compare import NOTHING, Comparison, compare
 from memory_adapters.evaluation.comparison.tables import tables
 from tests.evaluation.test_comparison import CHEAP, CHOICES, FOLLOWING, FULL, RECIPE, RECORDS, edit, refuse
@@ -22,7 +22,7 @@ from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
 
-class Unable(Contender):
+class Unable(Baseline):
     """Fails with more than `most` facts; with fewer it is the prompt."""
 
     def __init__(self, error: BaseException, most: int = 0) -> None:
@@ -101,7 +101,7 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
     fewer = {"prompt": InPrompt()}
     assert list(compare(model, tokenizer, RECORDS, fewer, **settings).methods) == [NOTHING, "prompt"]
     other: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"a/b": Memorised(edit(steps=5))}, {}, r"a%2Fb-full-2.json.*contender.source.steps \(4 there, 5 now\)"),
+        ({"a/b": Memorised(edit(steps=5))}, {}, r"a%2Fb-full-2.json.*baseline.source.steps \(4 there, 5 now\)"),
         (given, {"text": "Rome"}, "text "),
         (given, {"greedy": False}, r"greedy \(True there, False now\)"),
         (given, {"choices": CHOICES[:1]}, "choices "),
@@ -164,8 +164,8 @@ def test_a_failed_write_leaves_nothing_and_settings_reach_it(monkeypatch: pytest
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("memory_adapters.MemitMemory.write", fail)
-    contender = Memorised(edit(), {"progress": False})
-    result = compare(model, byte_tokenizer(), RECORDS, {"edit": contender}, **CHEAP)
+    baseline = Memorised(edit(), {"progress": False})
+    result = compare(model, byte_tokenizer(), RECORDS, {"edit": baseline}, **CHEAP)
     assert result.methods["edit"].failed == "RuntimeError: out of luck"
     assert given == [{"progress": False}]
     assert fingerprint(model) == state

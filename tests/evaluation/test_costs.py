@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from memory_adapters import Fact
-from memory_adapters.evaluation.comparison.baselines import Contender, Held, InPrompt, Unchanged
+from memory_adapters.evaluation.comparison.baselines import Baseline, Held, InPrompt, Unchanged
 from memory_adapters.evaluation.comparison.costs import (
     ROUNDS,
     Speed,
@@ -37,7 +37,7 @@ def held(**settings: Any) -> Held:
     return Held(WriteReport("test", {}), **{"save": lambda _folder: None, **settings})
 
 
-class Slow(Contender):
+class Slow(Baseline):
     """Takes 32 MiB and a tenth of a second, most of it asleep."""
 
     @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from memory_adapters import load_adapters, load_memory, memories
-from memory_adapters.files.atomic import settle
+from memory_adapters.files.atomic import finish_interrupted_save
 from tests.support.alterations import Evil
 from tests.support.hostile import Reader
 from tests.support.hub import HubServer
@@ -73,10 +73,10 @@ def test_an_unfinished_save_that_is_none_moves_nothing_through_links(tmp_path: P
     (folder / "sub").symlink_to(elsewhere)
     (folder / ".memory-adapters-staging-x").symlink_to(elsewhere)
     with pytest.raises(OSError, match="link"):
-        settle(folder)
+        finish_interrupted_save(folder)
     (folder / "other").mkdir()
     (folder / "other" / ".memory-adapters-committed").symlink_to(elsewhere)
-    settle(folder / "other")
+    finish_interrupted_save(folder / "other")
     assert [path.name for path in elsewhere.iterdir()] == ["mine"]
 
 

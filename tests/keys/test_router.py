@@ -14,8 +14,8 @@ from memory_adapters import (
     inject_memory,
     memories,
     route_memories,
-    speaking,
-    speaking_by_row,
+    use_adapters,
+    use_adapters_by_row,
 )
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.partial_forward import capture
@@ -32,7 +32,7 @@ def routed_model(architecture: str = "llama", **settings: Any) -> PreTrainedMode
     for seed, (name, subject) in enumerate(SUBJECTS.items()):
         fields: dict[str, Any] = dict(layers=[1, 2], memory_dim=8, token_gate="none", gate_init=0.5, router_keys=True)
         memory = inject_memory(model, MemoryAdapterConfig(**fields | settings, seed=10 * seed), adapter_name=name)
-        with speaking(model, []):
+        with use_adapters(model, []):
             (states,) = capture(model, find_decoder(model), [1], **encode(subject))
         key = torch.nn.functional.layer_norm(states[0, -1], states.shape[-1:])
         for layer in memory.tuner_layers():
@@ -48,7 +48,7 @@ def test_the_one_that_fits_speaks_or_none(architecture: str) -> None:
     assert not torch.equal(both, base)
     expected = {}
     for name, subject in SUBJECTS.items():
-        with speaking(model, [name]):
+        with use_adapters(model, [name]):
             expected[name] = logits(model, subject)
     with route_memories(model) as router:
         assert router.choose([OTHER, *SUBJECTS.values()], byte_tokenizer()) == [None, "red", "blue"]
@@ -65,7 +65,7 @@ def test_generation_keeps_the_route_of_its_prompt(beams: int) -> None:
     settings: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, num_beams=beams)
     wanted = []
     for names, prompt in zip([["red"], ["blue"], []], prompts, strict=True):
-        with speaking(model, names):
+        with use_adapters(model, names):
             wanted.append(model.generate(**encode(prompt), **settings)[0, -6:])
     with route_memories(model) as router:
         got = model.generate(**encode(*prompts, side="left"), **settings)[:, -6:]
@@ -120,5 +120,5 @@ def test_what_cannot_be_routed() -> None:
     with route_memories(model, ["low"]):
         with pytest.raises(ValueError, match="has a router already"):
             route_memories(model, ["low"])
-        with pytest.raises(ValueError, match="has a router, which"), speaking_by_row(model, ["low"]):
+        with pytest.raises(ValueError, match="has a router, which"), use_adapters_by_row(model, ["low"]):
             raise AssertionError("unreachable")

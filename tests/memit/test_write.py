@@ -16,7 +16,7 @@ from memory_adapters import Fact, MemitConfig, MemitMemory, inject_memory, load_
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.memit import targets as targets_module
 from memory_adapters.memit.prompts import Context, fact_rows
-from memory_adapters.memit.write import EntryMaker
+from memory_adapters.memit.write import LedgerBuilder
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 from tests.support.reference_memit import PlainMemit
@@ -49,7 +49,7 @@ def test_batched_is_one_at_a_time(architecture: str, batch_tokens: int | None) -
     memory = memory_on(model, batch_tokens=batch_tokens)
     covariance = memory.fit_covariance(progress=False)
     with memory.disabled():
-        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
+        contexts = LedgerBuilder(model, memory.tokenizer, memory.config).contexts()
         plain = PlainMemit(model, memory.tokenizer, memory.config, covariance, contexts)
         expected = plain.write(FACTS, apart=True)
     memory.write(FACTS, progress=False)
@@ -67,7 +67,7 @@ def test_the_authors_spread_is_nearly_the_same() -> None:
     memory = memory_on(model, layers=[2])
     covariance = memory.fit_covariance(progress=False)
     with memory.disabled():
-        contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
+        contexts = LedgerBuilder(model, memory.tokenizer, memory.config).contexts()
     memory.write(FACTS, progress=False)
     with memory.disabled():
         plain = PlainMemit(model, memory.tokenizer, memory.config, covariance, contexts)
@@ -229,7 +229,7 @@ def test_bfloat16_targets_are_close_and_leave_the_weights(instructions: bool, mo
 def test_chat_contexts() -> None:
     model = tiny_model()
     memory = inject_memory(model, MemitConfig(**SMALL, chat=True), tokenizer=byte_tokenizer(chat=True))
-    contexts = EntryMaker(model, memory.tokenizer, memory.config).contexts()
+    contexts = LedgerBuilder(model, memory.tokenizer, memory.config).contexts()
     assert contexts[-1].before == "<s>user: "
     assert contexts[-1].after == "</s><s>assistant: "
     assert len(contexts) == 4
@@ -246,7 +246,7 @@ def test_the_stream_becomes_the_target(architecture: str) -> None:
     model = tiny_model(architecture)
     memory = memory_on(model, layers=[2], num_prefixes=0, solver="emmet", clamp=0.2)
     memory.write(FACTS[:2], progress=False)
-    maker = EntryMaker(model, memory.tokenizer, memory.config)
+    maker = LedgerBuilder(model, memory.tokenizer, memory.config)
     for fact, z in zip(FACTS[:2], memory.ledger.targets, strict=True):
         row = fact_rows([fact], [Context()], memory.tokenizer, 1 << 30)[0]
         ids = torch.tensor([row.ids])

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from memory_adapters.memory_slots.encoder_training import Example, TextExamples, instruction_examples, train_encoder
-from memory_adapters.memory_slots.loss import Asked, Row, distil
+from memory_adapters.memory_slots.loss import Query, Row, distil
 from tests.memory_slots.test_slots import memory_on
 from tests.support.contract import logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -58,13 +58,13 @@ def test_training_lowers_the_loss_and_moves_the_encoder_alone(architecture: str,
     before = logits(model)
     memory = memory_on(model, pooling=pooling, lora_rank=8)
     examples = [Example(text_examples()[i].context) for i in range(2)]
-    examples += [Example([10, 11, 12, 13, 14, 15], Asked([20], [21, 22]))] * 2
+    examples += [Example([10, 11, 12, 13, 14, 15], Query([20], [21, 22]))] * 2
     settings = QUIET | dict(output_dir=str(tmp_path), max_steps=80, learning_rate=2e-2)
     log = train_encoder(memory, examples, held_out=examples, training_args=settings)
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
     assert memory.config.encoder_steps == 80
-    assert memory.config.steps_of_refinement == 0
+    assert memory.config.resolved_refine_steps == 0
     assert torch.equal(logits(model), before)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     memory.remove()
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_changes_nothing(architecture: str, tmp_path: Pat
 def test_distillation_is_the_divergence_from_the_whole_context() -> None:
     model: Any = tiny_model()
     memory = memory_on(model)
-    contexts, asked = [[10, 11, 12, 13, 14], [30, 31, 32]], [Asked([20], [21, 22]), Asked([40, 41], [42])]
+    contexts, asked = [[10, 11, 12, 13, 14], [30, 31, 32]], [Query([20], [21, 22]), Query([40, 41], [42])]
     slots = [torch.randn(2, model.config.hidden_size) for _ in contexts]
     rows = [Row(one, [i]) for i, one in enumerate(asked)]
     with torch.no_grad(), memory.disabled():
@@ -128,7 +128,7 @@ def test_distillation_is_the_divergence_from_the_whole_context() -> None:
 
 def test_distillation_is_learned(tmp_path: Path) -> None:
     memory = memory_on(tiny_model(), objective="distillation", lora_rank=8)
-    examples = [Example([10, 11, 12, 13, 14, 15], Asked([20], [21, 22]))] * 4
+    examples = [Example([10, 11, 12, 13, 14, 15], Query([20], [21, 22]))] * 4
     settings = QUIET | dict(output_dir=str(tmp_path), max_steps=60, learning_rate=1e-2)
     losses = [entry["loss"] for entry in train_encoder(memory, examples, training_args=settings) if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]

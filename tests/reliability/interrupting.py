@@ -37,8 +37,8 @@ from memory_adapters import (
     memories,
     merge_lora,
     save_adapters,
-    speaking,
-    speaking_by_row,
+    use_adapters,
+    use_adapters_by_row,
 )
 from memory_adapters.base_model.exclusive import _turns
 from memory_adapters.files.atomic import OWN
@@ -166,8 +166,8 @@ def operations(saved: Path) -> dict[str, Operation]:
     found = {
         "load_adapters": Operation(on_model(), lambda s: load_adapters(s.model, saved / "all", tokenizer=tokenizer)),
         "merge_lora": Operation(on_model(*KINDS), lambda s: merge_lora(s.model, "lora")),
-        "speaking": Operation(on_model(*KINDS), within(lambda s: speaking(s.model, ["memit", "lora"]))),
-        "speaking_by_row": Operation(
+        "use_adapters": Operation(on_model(*KINDS), within(lambda s: use_adapters(s.model, ["memit", "lora"]))),
+        "use_adapters_by_row": Operation(
             on_model(*KINDS[1:]),
             lambda s: _by_row(s, [name for name in rows if name != "lora"]),
         ),
@@ -198,7 +198,7 @@ def operations(saved: Path) -> dict[str, Operation]:
 
 
 def _by_row(scene: Scene, names: list[str]) -> None:
-    with speaking_by_row(scene.model, names):
+    with use_adapters_by_row(scene.model, names):
         logits(scene.model, *["The Eiffel Tower"] * len(names))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memory_adapters import CovarianceFitter
-from memory_adapters.peft_layers.rollback import undone_on_failure
+from memory_adapters.peft_layers.rollback import rollback_on_error
 from tests.reliability.interrupting import interrupted, operations, save_each
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -51,7 +51,7 @@ def test_what_is_put_back() -> None:
         number.data.zero_()
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), undone_on_failure(model, owner, numbers=[number]):
+    with pytest.raises(KeyboardInterrupt), rollback_on_error(model, owner, tensors=[number]):
         change()
     assert first.weight is weight
     assert weight.requires_grad
@@ -66,7 +66,7 @@ def test_what_is_put_back() -> None:
 
 def test_what_succeeds_is_kept() -> None:
     model = nn.Linear(2, 2)
-    with undone_on_failure(model, numbers=[model.weight]):
+    with rollback_on_error(model, tensors=[model.weight]):
         model.weight.data.zero_()
         model.extra = 1
     assert not model.weight.any()

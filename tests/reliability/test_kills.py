@@ -23,10 +23,10 @@ from memory_adapters.files.atomic import (
     STAGING,
     atomic_directory,
     atomic_file,
+    finish_interrupted_save,
     locked,
+    read_lock,
     scratch_folder,
-    settle,
-    whole,
 )
 from memory_adapters.training.checkpoints import checkpoint_to_resume, newest_checkpoint
 from tests.reliability.__main__ import MEMORY, run_worker
@@ -96,7 +96,7 @@ def test_what_a_live_process_writes_is_left_alone(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     with ThreadPoolExecutor(1) as pool:
         with locked(tmp_path):
-            clearing = pool.submit(settle, tmp_path)
+            clearing = pool.submit(finish_interrupted_save, tmp_path)
             with pytest.raises(TimeoutError):
                 clearing.result(0.2)
             assert dead.is_dir()
@@ -109,7 +109,7 @@ def test_without_locks_nothing_is_cleared(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / f"{STAGING}{os.uname().nodename}-1").mkdir()
     with atomic_file(tmp_path / "a.txt") as staging:
         staging.write_text("a")
-    with whole(tmp_path):
+    with read_lock(tmp_path):
         assert (tmp_path / "a.txt").read_text() == "a"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -121,8 +121,8 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / COMMITTED).symlink_to(tmp_path / "private")
     (tmp_path / "memory" / f"{STAGING}x").symlink_to(tmp_path / "private")
-    settle(tmp_path / "memory")
-    with whole(tmp_path / "memory"):
+    finish_interrupted_save(tmp_path / "memory")
+    with read_lock(tmp_path / "memory"):
         pass
     assert files_of(tmp_path / "private") == {"key": b"secret"}
 

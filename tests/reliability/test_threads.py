@@ -19,8 +19,8 @@ from memory_adapters import (
     merge_lora,
     route_memories,
     save_adapters,
-    speaking,
-    speaking_by_row,
+    use_adapters,
+    use_adapters_by_row,
 )
 from memory_adapters.base_model.exclusive import _turns
 from tests.keys.test_router import OTHER, SUBJECTS, routed_model
@@ -57,12 +57,12 @@ def test_threads_with_different_memories_are_right_or_refused() -> None:
         put(model, kind, kind, seed)
     wanted = {}
     for kind in KINDS:
-        with speaking(model, [kind]):
+        with use_adapters(model, [kind]):
             wanted[kind] = model.generate(**encode(PROMPT), **SETTINGS)
     assert len({str(ids.tolist()) for ids in wanted.values()}) > 1
 
     def use(kind: str) -> Any:
-        with speaking(model, [kind]):
+        with use_adapters(model, [kind]):
             return model.generate(**encode(PROMPT), **SETTINGS)
 
     right = refused = 0
@@ -70,7 +70,7 @@ def test_threads_with_different_memories_are_right_or_refused() -> None:
         for kind, got in zip(KINDS, together(*[lambda k=kind: use(k) for kind in KINDS]), strict=True):
             if isinstance(got, RuntimeError):
                 assert "Another thread" in str(got)
-                assert "speaking_by_row" in str(got)
+                assert "use_adapters_by_row" in str(got)
                 refused += 1
             else:
                 assert torch.equal(got, wanted[kind])
@@ -78,7 +78,7 @@ def test_threads_with_different_memories_are_right_or_refused() -> None:
     assert right >= 6
     assert right + refused == 24
     rows = model.generate  # and in one batch all of them are right
-    with speaking_by_row(model, list(KINDS)):
+    with use_adapters_by_row(model, list(KINDS)):
         found = rows(**encode(*[PROMPT] * len(KINDS)), **SETTINGS)
     for row, kind in zip(found, KINDS, strict=True):
         assert torch.equal(row, wanted[kind][0])
@@ -142,8 +142,8 @@ def changes(model: Any, memory: Memory) -> dict[str, Callable[[], Any]]:
     return {
         "a pass": lambda: logits(model),
         "generate": lambda: model.generate(**encode(PROMPT), **SETTINGS),
-        "speaking": context(lambda: speaking(model, [])),
-        "speaking_by_row": context(lambda: speaking_by_row(model, ["__base__"])),
+        "use_adapters": context(lambda: use_adapters(model, [])),
+        "use_adapters_by_row": context(lambda: use_adapters_by_row(model, ["__base__"])),
         "disabled": context(memory.disabled),
         "active": lambda: setattr(memory, "active", False),
         "write": lambda: SUITES["slots"].write(memory),
@@ -168,7 +168,7 @@ def test_who_chooses_is_alone(tmp_path: Any) -> None:
             with pytest.raises(RuntimeError, match=r"Another thread has chosen .* Give each thread a model"):
                 in_thread(change)
             assert torch.equal(logits(model), expected), name
-        with speaking(model, []), memory.disabled():  # in one thread, within each other
+        with use_adapters(model, []), memory.disabled():  # in one thread, within each other
             logits(model)
         in_thread(lambda: save_adapters(model, tmp_path))  # reads alone
     assert not torch.equal(logits(model), expected)

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-from memory_adapters import MemoryAdapterConfig, inject_memory, load_memory, memories, speaking_by_row
+from memory_adapters import MemoryAdapterConfig, inject_memory, load_memory, memories, use_adapters_by_row
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 from tests.support.contract import PROMPT, encode, fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -130,7 +130,7 @@ def test_a_memory_for_each_row(beams: int) -> None:
             memory.active = memory.adapter_name in names
         expected.append(model.generate(**encode(PROMPT), **settings)[0])
     rows = ["red", "__base__", "blue", "red"]
-    with speaking_by_row(model, rows):
+    with use_adapters_by_row(model, rows):
         got = model.generate(**encode(*[PROMPT] * 4), **settings)
     for row, name in zip(got, rows, strict=True):
         assert torch.equal(row, expected[{"red": 0, "blue": 1, "__base__": 2}[name]])

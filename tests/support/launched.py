@@ -23,7 +23,7 @@ from memory_adapters import (
     inject_memory,
 )
 from memory_adapters.memory_slots.encoder_training import train_encoder
-from memory_adapters.training.distributed import is_first, number
+from memory_adapters.training.distributed import is_main_process, world_size
 from tests.memory_slots.test_encoder_training import text_examples
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -71,7 +71,7 @@ def encoder(folder: Path) -> dict[str, torch.Tensor]:
     memory: Any = inject_memory(tiny_model(), config, tokenizer=byte_tokenizer())
     settings = dict(use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no")
     settings |= dict(output_dir=str(folder), max_steps=4, learning_rate=1e-2, warmup_steps=0)
-    train_encoder(memory, text_examples(), training_args={**settings, "per_device_train_batch_size": 4 // number()})
+    train_encoder(memory, text_examples(), training_args={**settings, "per_device_train_batch_size": 4 // world_size()})
     return memory.state_dict()
 
 
@@ -86,6 +86,6 @@ def run(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 if __name__ == "__main__":
     logging.set_verbosity_error()
     result = run(Path(sys.argv[2]))
-    assert number() == 2
-    if is_first():
+    assert world_size() == 2
+    if is_main_process():
         torch.save(result, sys.argv[1])

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from memory_adapters import inject_memory
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 from tests.support.composing import SUITES
 from tests.support.contract import PROMPT, encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -70,7 +70,7 @@ def main() -> None:
         names = list(late.state_dict())
         result[kind]["late"] = refusal(lambda m=late, s=suite: inject_memory(m, s.make_config()))
         result[kind]["unchanged"] = list(late.state_dict()) == names
-    if is_first():
+    if is_main_process():
         torch.save(result, sys.argv[1])
 
 

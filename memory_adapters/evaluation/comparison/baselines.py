@@ -36,18 +36,18 @@ from memory_adapters.memory import forget_adapter
 from memory_adapters.memory_slots import MemorySlotsConfig
 from memory_adapters.memory_slots.prompts import as_text
 from memory_adapters.memory_slots.reconstruction import embedded_text
-from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, take_out
+from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, remove_lora
 from memory_adapters.registry import saved_files
 from memory_adapters.report import WriteReport
 
-__all__ = ["Contender", "FineTuned", "Held", "InPrompt", "Lora", "Memorised", "Unchanged"]
+__all__ = ["Baseline", "FineTuned", "Held", "InPrompt", "Lora", "Memorised", "Unchanged"]
 
-ADAPTER = "contender"
+ADAPTER = "baseline"
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a contender put on a model, while it is there.
+    """What a baseline put on a model, while it is there.
 
     Attributes:
         report: What its writing reported: `seconds` is wall time, `num_parameters` the numbers that it stores.
@@ -62,7 +62,7 @@ class Held:
     forget: Callable[[Fact], Any] | None = None
 
 
-class Contender(ABC):
+class Baseline(ABC):
     """A way to give a model knowledge."""
 
     def check(self, model: Any, tokenizer: Any) -> None:
@@ -79,7 +79,7 @@ class Contender(ABC):
 
 
 @dataclass(frozen=True)
-class Unchanged(Contender):
+class Unchanged(Baseline):
     """The model as it is."""
 
     @contextmanager
@@ -88,7 +88,7 @@ class Unchanged(Contender):
 
 
 @dataclass(frozen=True)
-class Memorised(Contender):
+class Memorised(Baseline):
     """A memory of one of the methods.
 
     Attributes:
@@ -104,7 +104,7 @@ class Memorised(Contender):
         self._attach(model, tokenizer).remove()
 
     def settings(self) -> dict[str, Any]:
-        """As of any contender; a saved memory counts by what its files hold, not by where they are."""
+        """As of any baseline; a saved memory counts by what its files hold, not by where they are."""
         if not isinstance(self.source, str):
             return super().settings()
         folder = find_files(self.source, revision=None, token=None)
@@ -128,7 +128,7 @@ class Memorised(Contender):
 
 
 @dataclass(frozen=True)
-class Lora(Contender):
+class Lora(Baseline):
     """A LoRA adapter on the matrices that PEFT chooses, trained on the rows that a residual memory is trained on.
 
     Attributes:
@@ -156,7 +156,7 @@ class Lora(Contender):
 
 
 @dataclass(frozen=True)
-class FineTuned(Contender):
+class FineTuned(Baseline):
     """All weights, trained on the rows that a residual memory is trained on; the weights are put back afterwards.
 
     They are trained in float32 and used in the model's own precision.
@@ -188,7 +188,7 @@ class FineTuned(Contender):
 
 
 @dataclass(frozen=True)
-class InPrompt(Contender):
+class InPrompt(Baseline):
     """The text itself before every prompt: its token embeddings, read with their keys and values kept.
 
     Facts are written out as sentences, a line each.
@@ -243,7 +243,7 @@ def _lora(model: Any, rank: int) -> Iterator[list[nn.Parameter]]:
             layer._active_adapter = [*names, *([ADAPTER] if ADAPTER in layer._get_available_adapters() else [])]
         yield [parameter for name, parameter in model.named_parameters() if f".{ADAPTER}." in name]
     finally:
-        take_out(model, dict(enumerate(own)), ADAPTER)
+        remove_lora(model, dict(enumerate(own)), ADAPTER)
         forget_adapter(model, ADAPTER)
         for layer, names in active:
             layer._active_adapter = names

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.config import MemoryConfig
-from memory_adapters.evaluation.comparison.baselines import Contender, Memorised, Unchanged
+from memory_adapters.evaluation.comparison.baselines import Baseline, Memorised, Unchanged
 from memory_adapters.evaluation.comparison.costs import (
     bytes_on_disk,
     seconds_to_forget,
@@ -41,11 +41,11 @@ SAMPLE_SEED = 1_000_003  # of no method's default: nothing was fitted to this te
 
 @dataclass(frozen=True)
 class _Part:
-    """One write of one contender. Its kind is `"full"`, `"portability"` or `"curve"`."""
+    """One write of one baseline. Its kind is `"full"`, `"portability"` or `"curve"`."""
 
     name: str
     kind: str
-    contender: Contender
+    baseline: Baseline
     records: Sequence[EditRecord]
 
     @property
@@ -57,7 +57,7 @@ def compare(
     model: nn.Module,
     tokenizer: Any,
     records: Sequence[EditRecord],
-    contenders: Mapping[str, Contender | MemoryConfig],
+    baselines: Mapping[str, Baseline | MemoryConfig],
     *,
     num_facts: int | None = None,
     text: str | Sequence[str] | None = None,
@@ -71,17 +71,17 @@ def compare(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Score the model, then give it the records' facts by each contender in turn, score, and take them out again.
+    """Score the model, then give it the records' facts by each baseline in turn, score, and take them out again.
 
-    Every contender gets all facts in one write. What a model or tokenizer cannot have is refused before anything is
-    measured. A contender that fails while it is measured has the reason in its result, and the others go on. The model
+    Every baseline gets all facts in one write. What a model or tokenizer cannot have is refused before anything is
+    measured. A baseline that fails while it is measured has the reason in its result, and the others go on. The model
     is left as it was, also on failure and interruption.
 
     Args:
         model: A causal LM; memories that are active on it stay active, and belong to the base.
         tokenizer: Its tokenizer.
         records: Facts, with the prompts to judge them by.
-        contenders: Name to a contender, or to the config of a memory; the same method may come several times with
+        baselines: Name to a baseline, or to the config of a memory; the same method may come several times with
             other settings. `Unchanged` comes by itself, as `"nothing"`.
         num_facts: The first so many are compared in full; None for all. `numbers` may go beyond.
         text: Unrelated text for the perplexity; None for 1,024 tokens that the model samples.
@@ -98,7 +98,7 @@ def compare(
 
     Raises:
         ValueError: If there is no record, a number of facts is out of range, `portability` has no questions, another
-            contender than `Unchanged` is called `"nothing"`, `folder` holds results of other settings, or as
+            baseline than `Unchanged` is called `"nothing"`, `folder` holds results of other settings, or as
             `inject_memory`.
         TypeError: If a config is of no memory method.
     """
@@ -112,12 +112,12 @@ def compare(
             )
     if portability is not None and not any(record.portability for record in portability):
         raise ValueError("`portability` has no record with questions of its own: give those of zsRE, or None.")
-    named = {name: one if isinstance(one, Contender) else Memorised(one) for name, one in contenders.items()}
+    named = {name: one if isinstance(one, Baseline) else Memorised(one) for name, one in baselines.items()}
     if not isinstance(named.setdefault(NOTHING, Unchanged()), Unchanged):
-        raise ValueError(f"`contenders` calls a {type(named[NOTHING]).__name__} {NOTHING!r}, the name of the base.")
+        raise ValueError(f"`baselines` calls a {type(named[NOTHING]).__name__} {NOTHING!r}, the name of the base.")
     named = {NOTHING: named[NOTHING], **named}
-    for contender in named.values():
-        contender.check(model, tokenizer)
+    for baseline in named.values():
+        baseline.check(model, tokenizer)
     parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
     parts += [_Part(name, "portability", one, portability) for name, one in named.items() if portability is not None]
     rising = [number for number in sorted(set(numbers)) if number != count]
@@ -181,7 +181,7 @@ class _Bench:
         settings: dict[str, Any] = {
             "model": {**base_fingerprint(base), "dtype": str(base.dtype), "device": base.device.type},
             "adapters": list(getattr(base, "peft_config", {})),
-            "contender": part.contender.settings(),
+            "baseline": part.baseline.settings(),
             "records": digest(part.records),
         }
         if part.kind != "portability":
@@ -196,7 +196,7 @@ class _Bench:
         try:
             return self._measured(part)
         except Exception as error:
-            if isinstance(part.contender, Unchanged):
+            if isinstance(part.baseline, Unchanged):
                 raise
             return MethodResult(failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
@@ -205,7 +205,7 @@ class _Bench:
         facts = [record.fact for record in part.records]
         ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
         before = speeds(model, ids, [nullcontext])[0] if full and self.costs else None
-        with written(model, tokenizer, part.contender, facts) as (held, costs):
+        with written(model, tokenizer, part.baseline, facts) as (held, costs):
             report = evaluate_edits(
                 model,
                 tokenizer,

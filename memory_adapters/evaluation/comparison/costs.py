@@ -27,7 +27,7 @@ from torch import nn
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.tokens import tokenize
-from memory_adapters.evaluation.comparison.baselines import Contender, Held
+from memory_adapters.evaluation.comparison.baselines import Baseline, Held
 from memory_adapters.evaluation.scores.generation import NEUTRAL
 from memory_adapters.items import Fact, Item
 
@@ -53,7 +53,7 @@ SAMPLING_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Costs:
-    """What a contender's knowledge costs; None is what was not measured.
+    """What a baseline's knowledge costs; None is what was not measured.
 
     Attributes:
         seconds: Wall time to put it on the model, with whatever that needs (covariances, prefixes, copies of weights).
@@ -83,13 +83,13 @@ class Speed(NamedTuple):
 
 
 @contextmanager
-def written(model: Any, tokenizer: Any, contender: Contender, items: Sequence[Item]) -> Iterator[tuple[Held, Costs]]:
-    """As `contender.holding`, with what it cost to get there."""
+def written(model: Any, tokenizer: Any, baseline: Baseline, items: Sequence[Item]) -> Iterator[tuple[Held, Costs]]:
+    """As `baseline.holding`, with what it cost to get there."""
     device = _device(model)
     with ExitStack() as stack:
         with memory_rise(device) as rise:
             wall, cpu = time.perf_counter(), time.process_time()
-            held = stack.enter_context(contender.holding(model, tokenizer, items))
+            held = stack.enter_context(baseline.holding(model, tokenizer, items))
             _synchronize(device)
             costs = Costs(time.perf_counter() - wall, time.process_time() - cpu, rise())
         yield held, costs

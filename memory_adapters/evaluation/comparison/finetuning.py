@@ -20,8 +20,8 @@ from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.base_model.sampling import PLAIN_SENTENCES
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.items import Item
-from memory_adapters.training.dataset import SlotDataset, collate
-from memory_adapters.training.rows import IGNORED, build_slots, make_prefixes
+from memory_adapters.training.dataset import TurnDataset, collate
+from memory_adapters.training.rows import IGNORED, build_turns, make_prefixes
 
 __all__ = ["Recipe", "train"]
 
@@ -39,7 +39,7 @@ class Recipe:
         warmup_steps: Steps of linear warm-up.
         weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: Gradient clipping.
-        num_prefixes: Openings, from plain sentences, behind which each fact is trained beside its bare prompt.
+        num_prefixes: PrefixCache, from plain sentences, behind which each fact is trained beside its bare prompt.
         seed: Of the data order and the prefixes.
         training_args: Fields of `transformers.TrainingArguments` that override these, such as `{"bf16": True}`.
     """
@@ -70,7 +70,7 @@ def train(
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     prefixes = make_prefixes(PLAIN_SENTENCES, recipe.num_prefixes, recipe.seed)
-    slots, _ = build_slots(items, tokenizer, prefixes=prefixes, max_length=context)
+    slots, _ = build_turns(items, tokenizer, prefixes=prefixes, max_length=context)
     num_rows = sum(len(slot.rows) for slot in slots)
     epochs = max(recipe.num_train_epochs, math.ceil(recipe.min_steps / math.ceil(len(slots) / recipe.batch_size)))
     with tempfile.TemporaryDirectory() as folder, seeded(recipe.seed), _only(model, parameters):
@@ -95,7 +95,7 @@ def train(
             model=model,
             args=TrainingArguments(**{**settings, **recipe.training_args}),
             data_collator=collate,
-            train_dataset=SlotDataset(slots, None, [None] * num_rows),
+            train_dataset=TurnDataset(slots, None, [None] * num_rows),
         )
         trainer.add_callback(_EpochLosses(trainer, recipe.target_loss))
         trainer.train()

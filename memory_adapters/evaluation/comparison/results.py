@@ -57,8 +57,8 @@ class Comparison:
 
     Attributes:
         num_facts: How many facts `methods` is about.
-        methods: Name of a contender to what it made of them, in the order given; first `"nothing"`, the model alone.
-        curves: The same for other numbers of facts, from 1 up: contender to number to result, with fewer scores.
+        methods: Name of a baseline to what it made of them, in the order given; first `"nothing"`, the model alone.
+        curves: The same for other numbers of facts, from 1 up: baseline to number to result, with fewer scores.
     """
 
     num_facts: int
@@ -78,7 +78,7 @@ class Comparison:
         return None if own is None or base is None else own / base - 1
 
     def failures(self) -> dict[str, MethodResult]:
-        """What failed, by contender and number of facts."""
+        """What failed, by baseline and number of facts."""
         every = [(name, self.num_facts, result) for name, result in self.methods.items()]
         every += [(name, n, r) for name, line in self.curves.items() for n, r in line.items() if n != self.num_facts]
         return {f"{name}, {number:,} facts": result for name, number, result in every if result.failed is not None}

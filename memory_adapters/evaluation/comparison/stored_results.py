@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from memory_adapters.training.distributed import is_first
+from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["KeptResults", "digest"]
 
@@ -58,7 +58,7 @@ class KeptResults:
 
     def keep(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Write a result. A file that is there is replaced at once, or kept if this is interrupted."""
-        if not is_first():
+        if not is_main_process():
             return
         file = self.file(name)
         self.folder.mkdir(parents=True, exist_ok=True)
