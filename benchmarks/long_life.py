@@ -41,6 +41,7 @@ from memory_adapters import (
     load_memory,
     memories,
     route_memories,
+    use_adapters,
     use_adapters_by_row,
 )
 from memory_adapters.config import MemoryConfig

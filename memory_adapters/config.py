@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,12 +29,13 @@ MOST_WRITES = 100
 FILE_FORMAT = 1
 
 
-class MemoryPeftType(str, enum.Enum):
-    """PEFT types of the memory methods, beside PEFT's own closed `PeftType`."""
+class MemoryPeftType(str):
+    """Name the PEFT type of a memory method: PEFT's own `PeftType` is a closed enumeration, this is open."""
 
-    MEMORY_ADAPTER = "MEMORY_ADAPTER"
-    MEMIT = "MEMIT"
-    MEMORY_SLOTS = "MEMORY_SLOTS"
+    @property
+    def value(self) -> str:
+        """The name as a plain string, as of an enumeration's member."""
+        return str(self)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 from memory_adapters.files.atomic import atomic_directory
 from memory_adapters.files.names import CONFIG_FILES
 from memory_adapters.memory import Memory
-from memory_adapters.registry import config_class
+from memory_adapters.registry import method_of_type
 
 __all__ = ["Exporter", "Write", "check_finite", "export"]
 
@@ -104,4 +104,4 @@ def _is_memory(file: Path) -> bool:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(values, dict) and config_class(values.get("peft_type")) is not None
+    return isinstance(values, dict) and method_of_type(values.get("peft_type")) is not None

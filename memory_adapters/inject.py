@@ -33,7 +33,7 @@ from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.memory import ATTACHED, Attached, Memory
 from memory_adapters.peft_layers.layers import adapter_layers
 from memory_adapters.peft_layers.rollback import rollback_on_error
-from memory_adapters.registry import config_class, memory_class, memory_config_names
+from memory_adapters.registry import method_of, method_of_type, methods
 from memory_adapters.validation import shown
 
 __all__ = ["base_model", "inject_memory", "load_memory", "memories", "read_config"]
@@ -60,12 +60,13 @@ def inject_memory(
             range, or the tokenizer does not fit the model. The model is unchanged then.
         RuntimeError: If another thread uses the model.
     """
-    memory_type = memory_class(config)
-    if memory_type is None:
-        raise TypeError(f"`config` is a {type(config).__name__}; give one of {', '.join(memory_config_names())}.")
+    method = method_of(config)
+    if method is None:
+        known = ", ".join(sorted(one.config_class.__name__ for one in methods().values()))
+        raise TypeError(f"`config` is a {type(config).__name__}; give one of {known}.")
     base = base_model(model)
     with exclusive_use(base), rollback_on_error(base):
-        return _inject(model, base, memory_type, config, tokenizer, adapter_name)
+        return _inject(model, base, method.memory_class, config, tokenizer, adapter_name)
 
 
 def _inject(
@@ -148,8 +149,9 @@ def load_memory(
     with read_lock(folder):
         config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
         config = read_config(file_in(folder, config_file))
-        memory_type = memory_class(config)
-        assert memory_type is not None
+        method = method_of(config)
+        assert method is not None
+        memory_type: type[Memory] = method.memory_class
         for file in memory_type.files:
             if file != CARD_FILE:
                 file_in(folder, file)
@@ -173,11 +175,11 @@ def memories(model: nn.Module) -> dict[str, Memory]:
     found: dict[str, Memory] = {}
     attached.memories = {name: memory for name, memory in attached.memories.items() if memory.attached}
     for name, config in getattr(base, "peft_config", {}).items():
-        known, memory_type = attached.memories.get(name), memory_class(config)
+        known, method = attached.memories.get(name), method_of(config)
         if known is not None:
             found[name] = known
-        elif memory_type is not None:
-            found[name] = memory_type(base, name, config)
+        elif method is not None:
+            found[name] = method.memory_class(base, name, config)
     if found:
         attached.memories = found
         setattr(base, ATTACHED, attached)
@@ -248,11 +250,11 @@ def read_config(path: os.PathLike[str]) -> MemoryConfig:
     remedy = "Save or download the memory again."
     values = read_json(path)
     kind = values.get("peft_type") if isinstance(values, dict) else None
-    found = config_class(kind)
-    if found is None:
+    method = method_of_type(kind)
+    if method is None:
         raise ValueError(f"`{path}` has `peft_type={shown(kind)}`, which is no memory method. {remedy}")
     values.pop("auto_mapping", None)  # names a library that PEFT would import
     try:
-        return found.from_peft_type(**values)
+        return method.config_class.from_peft_type(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{path}` does not hold a config that can be used: {error}") from error

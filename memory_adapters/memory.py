@@ -25,7 +25,7 @@ from memory_adapters.files.model_card import CARD_FILE, model_card
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, set_adapter_tensors
 from memory_adapters.peft_layers.rollback import rollback_on_error
-from memory_adapters.registry import saved_files
+from memory_adapters.registry import saved_file_names
 from memory_adapters.report import WriteReport
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def forget_adapter(model: Any, adapter_name: str) -> None:
 def replace_memory(staging: Path, folder: Path) -> None:
     """Of a memory saved in `folder`, let files go that the one saved in `staging` does not have."""
     if (folder / CONFIG_FILE).is_file():
-        replacing(staging, folder, saved_files())
+        replacing(staging, folder, saved_file_names())
 
 
 class Memory(OnHub):
@@ -262,7 +262,7 @@ class Memory(OnHub):
         self.save_pretrained(folder)
 
     def _replaced(self) -> list[str]:
-        return saved_files()
+        return saved_file_names()
 
     def __repr__(self) -> str:
         if not self.attached:

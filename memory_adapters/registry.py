@@ -1,42 +1,84 @@
-"""Which memory methods there are: their configs and their classes."""
+"""Register memory methods: shared code, the command line and comparisons find a method here, and nowhere else."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from peft import PeftConfig
 
-if TYPE_CHECKING:
-    from memory_adapters.memory import Memory
-
-from memory_adapters.config import MemoryConfig
-
-__all__ = ["memory_class", "register_memory"]
+__all__ = ["Method", "Variant", "method_of", "method_of_type", "methods", "register_method", "saved_file_names"]
 
 
-_MEMORY_CLASSES: dict[type[MemoryConfig], type[Memory]] = {}
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a method in a comparison.
+
+    Attributes:
+        settings: Fields of the method's config that differ from their defaults.
+        write_options: Keyword arguments of the memory's `write`.
+        start: What the memory is before it is written: `"fresh"`, `"saved"` (the variant needs a saved memory to start
+            from, and is left out without one), or `"either"` (a saved memory if one is given).
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    write_options: Mapping[str, Any] = field(default_factory=dict)
+    start: Literal["fresh", "saved", "either"] = "either"
 
 
-def register_memory(config_class: type[MemoryConfig], memory: type[Memory]) -> None:
-    """Let `inject_memory` and `load_memory` answer to `config_class` with `memory`."""
-    _MEMORY_CLASSES[config_class] = memory
+@dataclass(frozen=True)
+class Method:
+    """A memory method.
+
+    Attributes:
+        name: Its name on the command line and in comparisons, such as `"memit"`.
+        config_class: The `MemoryConfig` that `inject_memory` takes for it.
+        memory_class: The `Memory` that `inject_memory` returns.
+        variants: Name to variant, for comparisons; by default the method as it is, under its own name.
+    """
+
+    name: str
+    config_class: type[Any]
+    memory_class: type[Any]
+    variants: Mapping[str, Variant]
 
 
-def memory_class(config: PeftConfig) -> type[Memory] | None:
-    """The memory class registered for `config`, or None if the config belongs to no memory method."""
-    return _MEMORY_CLASSES.get(type(config))
+_METHODS: dict[str, Method] = {}
 
 
-def config_class(peft_type: object) -> type[MemoryConfig] | None:
-    """The registered config class of a `peft_type` read from a file, or None."""
-    return next((config for config in _MEMORY_CLASSES if config.kind.value == peft_type), None)
+def register_method(
+    name: str, config_class: type[Any], memory_class: type[Any], *, variants: Mapping[str, Variant] | None = None
+) -> None:
+    """Let `inject_memory`, `load_memory`, the command line and comparisons use a memory method.
+
+    A second registration under the same name replaces the first.
+
+    Args:
+        name: Name of the method, for the command line and comparisons.
+        config_class: Subclass of `MemoryConfig`, with a `kind` of its own.
+        memory_class: Subclass of `Memory`.
+        variants: See `Method`.
+    """
+    _METHODS[name] = Method(name, config_class, memory_class, dict(variants or {name: Variant()}))
 
 
-def saved_files() -> list[str]:
-    """Names of all files that a saved memory of any method may have."""
-    return sorted({file for memory in _MEMORY_CLASSES.values() for file in (*memory.files, *memory.optional_files)})
+def methods() -> dict[str, Method]:
+    """Return the registered methods by name, in the order of their registration."""
+    return dict(_METHODS)
 
 
-def memory_config_names() -> list[str]:
-    """Names of the registered config classes, for error messages."""
-    return sorted(config.__name__ for config in _MEMORY_CLASSES)
+def method_of(config: PeftConfig) -> Method | None:
+    """Return the method that a config belongs to; None if it is no memory's."""
+    return next((method for method in _METHODS.values() if method.config_class is type(config)), None)
+
+
+def method_of_type(peft_type: object) -> Method | None:
+    """Return the method of a `peft_type` read from a file; None if there is none."""
+    return next((method for method in _METHODS.values() if method.config_class.kind == peft_type), None)
+
+
+def saved_file_names() -> list[str]:
+    """Return the names of all files that a saved memory of any method may have."""
+    classes = [method.memory_class for method in _METHODS.values()]
+    return sorted({file for memory in classes for file in (*memory.files, *memory.optional_files)})

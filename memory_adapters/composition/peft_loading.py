@@ -22,7 +22,7 @@ from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import read_tensors
 from memory_adapters.peft_layers.layers import adapter_tensors
 from memory_adapters.peft_layers.rollback import rollback_on_error
-from memory_adapters.registry import config_class
+from memory_adapters.registry import method_of_type
 from memory_adapters.validation import check_name, check_number, shown
 
 __all__ = ["load_peft_adapter"]
@@ -58,7 +58,7 @@ def load_peft_adapter(base: Any, folder: Path, adapter_name: str) -> None:
 def _read_config(path: Path) -> PeftConfig:
     values = read_json(path)
     kind = values.get("peft_type") if isinstance(values, dict) else None
-    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) and config_class(kind) is None else None
+    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) and method_of_type(kind) is None else None
     if found is None:
         raise ValueError(f"`{path}` has `peft_type={shown(kind)}`, which is no adapter of PEFT's. Save it again.")
     values.pop("auto_mapping", None)

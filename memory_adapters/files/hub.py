@@ -20,7 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 from memory_adapters.files.atomic import MINUTE, REMEDIES, finish_interrupted_save, scratch_folder
 from memory_adapters.files.model_card import CARD_FILE, HERE
 from memory_adapters.files.strict_json import file_in
-from memory_adapters.registry import saved_files
+from memory_adapters.registry import saved_file_names
 
 __all__ = ["OnHub", "OneFile", "find_file", "find_files"]
 
@@ -147,7 +147,7 @@ def find_files(
     name = str(path_or_repo_id)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"`{name}` is not a folder with {'a saved memory' if names is None else names[0]}.")
-    patterns = list(saved_files() if names is None else names)
+    patterns = list(saved_file_names() if names is None else names)
     try:
         with _connected(f"downloading from `{name}`", "Nothing half downloaded is kept: load again."):
             return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))

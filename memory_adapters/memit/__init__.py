@@ -4,8 +4,13 @@ from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.memory import MemitMemory
-from memory_adapters.registry import register_memory
+from memory_adapters.registry import Variant, register_method
 
 __all__ = ["Covariance", "CovarianceFitter", "MemitConfig", "MemitMemory"]
 
-register_memory(MemitConfig, MemitMemory)
+register_method(
+    "memit",
+    MemitConfig,
+    MemitMemory,
+    variants={solver: Variant({"solver": solver}) for solver in ("memit", "alphaedit", "emmet")},
+)

@@ -55,7 +55,7 @@ class MemitConfig(MemoryConfig):
     """
 
     method_name: ClassVar[str] = "Closed-form edit (MEMIT)"
-    kind: ClassVar[MemoryPeftType] = MemoryPeftType.MEMIT
+    kind: ClassVar[MemoryPeftType] = MemoryPeftType("MEMIT")
     card_note: ClassVar[str] = (
         "It is an ordinary LoRA adapter too: `peft.PeftModel.from_pretrained(model, ...)` uses it without "
         "memory-adapters. `memory_config.json` and `ledger.safetensors` are for writing more and forgetting.\n\n"

@@ -3,8 +3,17 @@
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.memory import SlotMemory
 from memory_adapters.memory_slots.slots import MemorySlots
-from memory_adapters.registry import register_memory
+from memory_adapters.registry import Variant, register_method
 
 __all__ = ["MemorySlots", "MemorySlotsConfig", "SlotMemory"]
 
-register_memory(MemorySlotsConfig, SlotMemory)
+register_method(
+    "slots",
+    MemorySlotsConfig,
+    SlotMemory,
+    variants={
+        "encoder": Variant({"refine_steps": 0}, start="saved"),
+        "slots": Variant({"refine_steps": 100}),
+        "prompt": Variant({"num_slots": 1, "span_length": 1, "lora_rank": 1}, {"compress": False}, start="fresh"),
+    },
+)

@@ -57,7 +57,7 @@ class MemorySlotsConfig(MemoryConfig):
     """
 
     method_name: ClassVar[str] = "Memory slots (ICAE)"
-    kind: ClassVar[MemoryPeftType] = MemoryPeftType.MEMORY_SLOTS
+    kind: ClassVar[MemoryPeftType] = MemoryPeftType("MEMORY_SLOTS")
     num_slots: int = 128
     span_length: int = 512
     pooling: str = "mean"

@@ -33,7 +33,7 @@ from memory_adapters.memory_slots.layer import Entry
 from memory_adapters.memory_slots.prompts import as_queries, as_text, scores
 from memory_adapters.memory_slots.reader import CHILD, attach, detach, reader_of
 from memory_adapters.memory_slots.slots import MemorySlots
-from memory_adapters.memory_slots.write import compress_texts
+from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text
 from memory_adapters.peft_layers.layers import remove_lora
 from memory_adapters.peft_layers.rollback import rollback_on_error
 from memory_adapters.report import WriteReport
@@ -101,7 +101,9 @@ class SlotMemory(Memory):
         self._read([replace(row, base_fingerprint=dict(self.config.base_fingerprint or {})) for row in self.slots])
 
     @alone
-    def write(self, items: Any, *, refine_steps: int | None = None, progress: bool = True) -> WriteReport:
+    def write(
+        self, items: Any, *, refine_steps: int | None = None, compress: bool = True, progress: bool = True
+    ) -> WriteReport:
         """Compress text, and let the model read it from now on, behind what was written before.
 
         Facts and questions are written out as text; the answer to their prompt is what refinement also asks for. If it
@@ -110,6 +112,8 @@ class SlotMemory(Memory):
         Args:
             items: Strings (documents), `Document`, `Fact`, `QuestionAnswer`, mixed; one or many.
             refine_steps: Gradient steps on the slots; by default the config's.
+            compress: False to keep the text whole: its own token embeddings are the slots, as if it stood before every
+                prompt.
             progress: Show bars.
 
         Raises:
@@ -124,7 +128,11 @@ class SlotMemory(Memory):
         rows = self.slots
         with self._first_row_alone():
             before = scores(self.encoder, self.tokenizer, asked)
-        (made,) = compress_texts(self.encoder, self.tokenizer, [as_text(listed)], asked, steps, progress)
+        text = as_text(listed)
+        if compress:
+            (made,) = compress_texts(self.encoder, self.tokenizer, [text], asked, steps, progress)
+        else:
+            made = Compressed(embedded_text(self.encoder, self.tokenizer, text + "\n"), [], None)
         with self._rollback_on_error():
             self._read([slots + made.slots for slots in rows] or [made.slots])
             with self._first_row_alone():

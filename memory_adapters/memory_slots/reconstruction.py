@@ -17,6 +17,7 @@ import torch
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.memory_slots import MemorySlots, SlotMemory
 from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, in_batches, predict
+from memory_adapters.memory_slots.write import embedded_text
 
 __all__ = [
     "ReconstructionScores",
@@ -133,8 +134,11 @@ def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[Memor
     check_lengths(texts, slots)
     if len(texts) < 2:
         raise ValueError(f"`texts` has {len(texts)} text: two are needed, for slots of another text.")
-    whole = [embedded_text(memory, text) for text in texts]
-    truncated = [embedded_text(memory, text, own.num_slots) for text, own in zip(texts, slots, strict=True)]
+    whole = [embedded_text(memory.encoder, memory.tokenizer, text) for text in texts]
+    truncated = [
+        embedded_text(memory.encoder, memory.tokenizer, text, own.num_slots)
+        for text, own in zip(texts, slots, strict=True)
+    ]
     return {
         "full context": whole,
         "slots": list(slots),
@@ -198,14 +202,6 @@ def markdown(rows: Mapping[str, Mapping[str, float | None]]) -> str:
         cells = [row.get(column) for column in columns]
         lines.append([name, *("" if cell is None else f"{cell:.4g}" for cell in cells)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-
-
-def embedded_text(memory: SlotMemory, text: str, last: int | None = None) -> MemorySlots:
-    """The embeddings of a text's own tokens (or of the last so many), as slots of rate 1: read as the text would be."""
-    ids = memory.tokenizer(text, add_special_tokens=False)["input_ids"][-(last or 0) :]
-    with torch.no_grad():
-        vectors = memory.encoder.decoder.embeddings(torch.tensor(ids, device=memory.encoder.device)).float().cpu()
-    return MemorySlots(vectors, (len(ids),), len(ids), memory.config.base_fingerprint or {}, None, "")
 
 
 def _vectors(memory: SlotMemory, slots: MemorySlots | None, spans: int, joined: bool = False) -> list[torch.Tensor]:

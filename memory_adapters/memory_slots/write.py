@@ -20,7 +20,7 @@ from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, in_
 from memory_adapters.memory_slots.refinement import Goal, refine
 from memory_adapters.memory_slots.slots import MemorySlots
 
-__all__ = ["Compressed", "compress_texts"]
+__all__ = ["Compressed", "compress_texts", "embedded_text"]
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,12 @@ def _accuracies(
         hits = [predict(encoder, own, [rows[i] for i in batch])[1] for batch in in_batches(rows, own)]
         found.append(float(torch.cat(hits).float().mean()))
     return found
+
+
+def embedded_text(encoder: Encoder, tokenizer: Any, text: str, last: int | None = None) -> MemorySlots:
+    """Return a text's own token embeddings as slots (of its last `last` tokens, if given): read as the text would be."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][-(last or 0) :]
+    with torch.no_grad():
+        vectors = encoder.decoder.embeddings(torch.tensor(ids, device=encoder.device)).float().cpu()
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return MemorySlots(vectors, (len(ids),), len(ids), encoder.config.base_fingerprint or {}, None, sha256)

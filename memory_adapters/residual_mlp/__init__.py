@@ -1,7 +1,7 @@
 """The gated residual MLP memory."""
 
 from memory_adapters.keys.router import MemoryRouter, route_memories
-from memory_adapters.registry import register_memory
+from memory_adapters.registry import register_method
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.memory import ResidualMemory
 from memory_adapters.residual_mlp.tuner import register_with_peft
@@ -9,4 +9,4 @@ from memory_adapters.residual_mlp.tuner import register_with_peft
 __all__ = ["MemoryAdapterConfig", "MemoryRouter", "ResidualMemory", "route_memories"]
 
 register_with_peft()
-register_memory(MemoryAdapterConfig, ResidualMemory)
+register_method("residual", MemoryAdapterConfig, ResidualMemory)

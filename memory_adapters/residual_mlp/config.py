@@ -63,7 +63,7 @@ class MemoryAdapterConfig(MemoryConfig):
     """
 
     method_name: ClassVar[str] = "Gated residual MLP memory"
-    kind: ClassVar[MemoryPeftType] = MemoryPeftType.MEMORY_ADAPTER
+    kind: ClassVar[MemoryPeftType] = MemoryPeftType("MEMORY_ADAPTER")
 
     layers: Sequence[int | float] | int | float = 0.18
     memory_dim: int = 128

@@ -48,6 +48,7 @@ class ResidualMemory(Memory):
         training_args: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         resume_from_checkpoint: bool | str = False,
+        progress: bool = True,
     ) -> WriteReport:
         """Learn facts, questions with answers, and documents by training the memory.
 
@@ -63,6 +64,7 @@ class ResidualMemory(Memory):
                 `{"bf16": True}` or `{"output_dir": "run", "save_strategy": "epoch"}`.
             callbacks: Trainer callbacks.
             resume_from_checkpoint: Continue from the newest whole checkpoint in `output_dir`, or from the one named.
+            progress: Show a bar.
 
         Returns:
             What was learned, and at what cost.
@@ -76,7 +78,7 @@ class ResidualMemory(Memory):
             self,
             as_items(items),
             unrelated=unrelated,
-            overrides=training_args,
+            overrides={"disable_tqdm": not progress, **(training_args or {})},
             callbacks=callbacks,
             resume=resume_from_checkpoint,
         )

@@ -15,7 +15,6 @@ from torch import nn
 from memory_adapters.base_model.decoder import execution_device, find_decoder, resolve_layers
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint
 from memory_adapters.composition.activation import use_adapters_by_row
-from memory_adapters.config import MemoryPeftType
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def _refuse_merge() -> NoReturn:
 
 def register_with_peft() -> None:
     """Teach PEFT the memory's type, config, tuner and prefix."""
-    kind: Any = MemoryPeftType.MEMORY_ADAPTER
+    kind: Any = MemoryAdapterConfig.kind
     PEFT_TYPE_TO_CONFIG_MAPPING[kind] = MemoryAdapterConfig
     PEFT_TYPE_TO_TUNER_MAPPING[kind] = ResidualTuner
     PEFT_TYPE_TO_PREFIX_MAPPING[kind] = PREFIX

@@ -33,7 +33,7 @@ from memory_adapters.files.item_files import read_items
 from memory_adapters.inject import read_config
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memory_slots.slots import MemorySlots
-from memory_adapters.registry import memory_class
+from memory_adapters.registry import method_of
 from tests.support.contract import fingerprint
 from tests.support.models import byte_tokenizer, tiny_model
 from tests.support.watch import Watch
@@ -149,7 +149,7 @@ class Reader:
         file = folder / "memory_config.json"
         config = read_config(file if file.is_file() else folder / "adapter_config.json")
         config.check_model(self.decoder)
-        kind = memory_class(config)
+        kind = method_of(config)
         assert kind is not None
         contents = kind._read_files(folder, config, self.decoder)
         check_finite(contents)

@@ -35,9 +35,9 @@ from memory_adapters.items import Fact, Item
 from memory_adapters.memory import forget_adapter
 from memory_adapters.memory_slots import MemorySlotsConfig
 from memory_adapters.memory_slots.prompts import as_text
-from memory_adapters.memory_slots.reconstruction import embedded_text
+from memory_adapters.memory_slots.write import embedded_text
 from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, remove_lora
-from memory_adapters.registry import saved_files
+from memory_adapters.registry import saved_file_names
 from memory_adapters.report import WriteReport
 
 __all__ = ["Baseline", "FineTuned", "Held", "InPrompt", "Lora", "Memorised", "Unchanged"]
@@ -108,7 +108,9 @@ class Memorised(Baseline):
         if not isinstance(self.source, str):
             return super().settings()
         folder = find_files(self.source, revision=None, token=None)
-        names = [name for name in (*CONFIG_FILES, *saved_files()) if name != CARD_FILE and (folder / name).is_file()]
+        names = [
+            name for name in (*CONFIG_FILES, *saved_file_names()) if name != CARD_FILE and (folder / name).is_file()
+        ]
         held = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
         return {**super().settings(), "source": held}
 
@@ -203,7 +205,7 @@ class InPrompt(Baseline):
             listed = list(items)
 
             def read() -> None:
-                memory.use(embedded_text(memory, as_text(listed) + "\n"))
+                memory.use(embedded_text(memory.encoder, memory.tokenizer, as_text(listed) + "\n"))
 
             def forget(fact: Fact) -> None:
                 listed.remove(fact)
