@@ -3,7 +3,6 @@
 from memory_adapters.composition.activation import use_adapters, use_adapters_by_row
 from memory_adapters.composition.collection import SaveAdaptersCallback, load_adapters, save_adapters
 from memory_adapters.composition.merging import merge_lora
-from memory_adapters.export import export
 from memory_adapters.inject import inject_memory, load_memory, memories
 from memory_adapters.items import Document, Fact, QuestionAnswer
 from memory_adapters.memit import Covariance, CovarianceFitter, MemitConfig, MemitMemory
@@ -31,7 +30,6 @@ __all__ = [
     "SaveAdaptersCallback",
     "SlotMemory",
     "WriteReport",
-    "export",
     "inject_memory",
     "load_adapters",
     "load_memory",

@@ -1,72 +1,66 @@
-"""What a model answers to what was written: without the memory, and with it."""
+"""Answer what was written, without a memory and with it, for its model card."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import execution_device, find_decoder
+from memory_adapters.base_model.decoder import context_length
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.tokens import pad_rows, tokenize
-from memory_adapters.items import Document, Fact, Item
+from memory_adapters.files.model_card import CardExample
+from memory_adapters.items import Document, Item
 
-if TYPE_CHECKING:
-    from memory_adapters.memory import Memory
-
-__all__ = ["answers_to"]
+__all__ = ["card_examples"]
 
 MOST_PROMPTS = 4
 PROMPT_TOKENS = 256  # longer prompts would fill the model card
 ANSWER_TOKENS = 12
 
 
-def answers_to(memory: Memory, items: Sequence[Item], *, taken: int = 0) -> list[dict[str, str]]:
-    """Greedy answers to the prompts of the facts and questions written last, without the memory and with it.
-
-    Prompts that the config keeps from earlier writes are asked again: a later write may have changed what is said.
-    Nothing about the model or the memory changes.
+def card_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    *,
+    enabled: Callable[[], AbstractContextManager[None]],
+    disabled: Callable[[], AbstractContextManager[None]],
+    virtual_tokens: int = 0,
+) -> list[CardExample]:
+    """Return greedy answers to the prompts of the facts and questions written last, without the memory and with it.
 
     Args:
-        memory: It has just written `items`; it takes part in its own answers whether or not it is active.
-        items: What was written. Documents have no prompt.
-        taken: Positions of the model that are not free for prompts.
+        model: The model that the memory is on.
+        tokenizer: Its tokenizer.
+        items: What is written. Documents have no prompt.
+        enabled: A context within which the memory takes part.
+        disabled: A context within which it does not.
+        virtual_tokens: How many positions the memory uses before the prompt.
 
     Returns:
-        At most 4 of `prompt`, `before` and `after`; none if all adapters of the model are switched off. A prompt of
-        over 256 tokens, or that does not fit in the model's positions, is left out.
+        At most 4 examples. A prompt of over 256 tokens, or that does not fit in the model's positions, is left out.
     """
-    model, tokenizer = memory.model, memory.tokenizer
-    if any(layer.disable_adapters for layer in memory.tuner_layers()):
+    longest = min(PROMPT_TOKENS, context_length(model) - virtual_tokens - ANSWER_TOKENS)
+    prompts = dict.fromkeys(item.prompt for item in items if not isinstance(item, Document))
+    rows = {prompt: tokenize(tokenizer, prompt) for prompt in list(prompts)[-MOST_PROMPTS:]}
+    rows = {prompt: row for prompt, row in rows.items() if 0 < len(row) <= longest}
+    if not rows:
         return []
-    asked = [x.prompt if isinstance(x, Fact) else x.question for x in items if not isinstance(x, Document)]
-    kept = [answer["prompt"] for answer in memory.config.answers if answer["prompt"] not in asked]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    longest = min(PROMPT_TOKENS, positions - taken - ANSWER_TOKENS)
-    rows = {prompt: tokenize(tokenizer, prompt) for prompt in dict.fromkeys([*kept, *asked[-MOST_PROMPTS:]])}
-    prompts = [prompt for prompt, row in rows.items() if 0 < len(row) <= longest][-MOST_PROMPTS:]
-    if not prompts:
-        return []
-    device = execution_device(find_decoder(model, memory.config.layers_path).embeddings)
-    was_active = memory.active
-    if not was_active:
-        memory.active = True
-    try:
-        with evaluating(model):
-            after = _greedy(model, tokenizer, [rows[prompt] for prompt in prompts], device)
-            with memory.disabled():
-                before = _greedy(model, tokenizer, [rows[prompt] for prompt in prompts], device)
-    finally:
-        if not was_active:
-            memory.active = False
-    return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
+    with evaluating(model):
+        with enabled():
+            after = _greedy(model, tokenizer, list(rows.values()))
+        with disabled():
+            before = _greedy(model, tokenizer, list(rows.values()))
+    return [CardExample(*one) for one in zip(rows, before, after, strict=True)]
 
 
 @torch.no_grad()
-def _greedy(model: Any, tokenizer: Any, rows: Sequence[list[int]], device: torch.device) -> list[str]:
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
     """Greedy continuations of rows of token ids, in one batch with padding on the left."""
-    backwards = pad_rows([row[::-1] for row in rows], device)
+    backwards = pad_rows([row[::-1] for row in rows], model.device)
     inputs = {name: tensor.flip(1) for name, tensor in backwards.items()}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     ids = model.generate(

@@ -1,32 +1,36 @@
-"""The settings that all memory methods share."""
+"""The config that all memory methods share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
 import peft
 import torch
 from peft import PeftConfig, TaskType
 
-if TYPE_CHECKING:
-    from memory_adapters.base_model.decoder import Decoder
-    from memory_adapters.report import WriteReport
-
+from memory_adapters.base_model.decoder import Decoder
+from memory_adapters.items import Item, item_from_dict
+from memory_adapters.report import WriteReport
 from memory_adapters.validation import (
     check_choice,
     check_fingerprint_fields,
     check_flag,
     check_name,
-    check_texts,
     shown,
 )
 
-__all__ = ["MemoryConfig", "MemoryPeftType"]
+__all__ = ["CHECKED", "STATE", "TRAINING", "MemoryConfig", "MemoryPeftType"]
 
-ANSWER_FIELDS = {"prompt", "before", "after"}
+CHECKED = "_resolved_for"  # set on a config while `inject_memory`, which has resolved and checked it, calls PEFT
+
 MOST_WRITES = 100
-FILE_FORMAT = 1
+FILE_FORMAT = 2
+
+# What a config field is, as its `metadata`; a field without is a setting: it says what the memory is and does.
+STATE = {"role": "state"}  # filled in by the library: what was written, which base model it belongs to
+TRAINING = {"role": "training"}  # how a write finds the memory's numbers: the recipe
 
 
 class MemoryPeftType(str):
@@ -40,31 +44,30 @@ class MemoryPeftType(str):
 
 @dataclass
 class MemoryConfig(PeftConfig):
-    """Fields that every memory method has.
+    """Configure a memory; the base of all methods' configs.
 
     Attributes:
         layers_path: Dotted name of the model's list of decoder blocks; only needed where it is not recognised.
         base_fingerprint: Which base model and tokenizer the memory belongs to. Filled in at injection, checked at load.
         file_format: Version of the saved files.
-        writes: What each of the last 100 `write`s did, as label and value; shown on the model card.
-        answers: Prompts of what was written last (`prompt`), and the model's answers without the memory (`before`) and
-            with it (`after`); shown on the model card.
+        items: What is written, in order: the fields of each item. Filled in by `write` and `forget`.
+        writes: Reports of the last 100 writes, as `WriteReport.to_dict` gives them; shown on the model card.
     """
 
     method_name: ClassVar[str]
     kind: ClassVar[MemoryPeftType]
     card_note: ClassVar[str] = ""  # what the model card says of other ways to use the files
     layers_path: str | None = None
-    base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
-    file_format: int = field(default=FILE_FORMAT, repr=False)
-    writes: list[dict[str, str]] = field(default_factory=list, repr=False)
-    answers: list[dict[str, str]] = field(default_factory=list, repr=False)
+    base_fingerprint: dict[str, Any] | None = field(default=None, repr=False, metadata=STATE)
+    file_format: int = field(default=FILE_FORMAT, repr=False, metadata=STATE)
+    items: list[dict[str, str]] = field(default_factory=list, repr=False, metadata=STATE)
+    writes: list[dict[str, Any]] = field(default_factory=list, repr=False, metadata=STATE)
 
     def __post_init__(self) -> None:
         if self.file_format != FILE_FORMAT or type(self.file_format) is not int:
             raise ValueError(
                 f"`file_format` is {shown(self.file_format)}, and this version of memory-adapters reads {FILE_FORMAT}: "
-                "update memory-adapters."
+                "use the version that saved the memory, or write it again."
             )
         if self.task_type is not None:
             check_choice("task_type", self.task_type, [kind.value for kind in TaskType])
@@ -74,25 +77,57 @@ class MemoryConfig(PeftConfig):
         check_flag("inference_mode", self.inference_mode)
         if self.base_fingerprint is not None:
             check_fingerprint_fields("base_fingerprint", self.base_fingerprint)
-        check_texts("writes", self.writes)
-        check_texts("answers", self.answers, ANSWER_FIELDS)
+        self.written_items()
+        self.reports()
+
+    def written_items(self) -> list[Item]:
+        """Return `items` as items. Raises a `ValueError` if one is none."""
+        if not isinstance(self.items, list):
+            raise ValueError(f"`items` must be a list of items, got {shown(self.items)}.")
+        try:
+            return [item_from_dict(item) for item in self.items]
+        except ValueError as error:
+            raise ValueError(f"`items` must be a list of items, but one {error}") from None
+
+    def reports(self) -> list[WriteReport]:
+        """Return `writes` as reports. Raises a `ValueError` if one is none."""
+        if not isinstance(self.writes, list):
+            raise ValueError(f"`writes` must be a list of reports, got {shown(self.writes)}.")
+        try:
+            return [WriteReport.from_dict(write) for write in self.writes]
+        except ValueError as error:
+            raise ValueError(f"`writes` must be a list of reports: {error}.") from None
 
     def record(self, report: WriteReport) -> None:
-        """Enter what a `write` did; all but the last 100 are dropped, or a memory in service would grow for ever."""
-        self.writes = [*self.writes, dict(report.rows())][-MOST_WRITES:]
-        self.answers = report.answers
+        """Add a report to `writes`, and drop all but the last 100: a memory in service would grow for ever."""
+        self.writes = [*self.writes, report.to_dict()][-MOST_WRITES:]
+
+    def set_items(self, items: Sequence[Item]) -> None:
+        """Store what is written."""
+        self.items = [asdict(item) for item in items]
+
+    @classmethod
+    def own_fields(cls, *roles: str) -> list[Field[Any]]:
+        """Return the fields that memory methods add to PEFT's, of these roles: `"setting"`, `"training"`, `"state"`."""
+        peft_fields = {own.name for own in fields(PeftConfig)}
+        return [own for own in fields(cls) if own.name not in peft_fields and _role(own) in roles and own.repr]
+
+    @classmethod
+    def settable_fields(cls) -> list[str]:
+        """Return the names of the fields that a user may set: settings and the training recipe."""
+        return [own.name for own in cls.own_fields("setting", "training")]
 
     def card_settings(self) -> dict[str, Any]:
-        """Fields of this method that differ from their defaults, for the model card."""
-        shared = {f.name for f in fields(MemoryConfig)}
-        own = [f for f in fields(self) if f.name not in shared and f.repr]
+        """Return the fields that differ from their defaults, for the model card."""
+        shared = {own.name for own in fields(MemoryConfig)}
         default = type(self)()
-        return {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != getattr(default, f.name)}
+        names = [name for name in self.settable_fields() if name not in shared]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """Build the config, refusing fields it does not have (PEFT alone would drop them with a warning)."""
-        known = {f.name for f in fields(cls)}
+        known = {own.name for own in fields(cls)}
         if cls is not MemoryConfig and (unknown := sorted(set(kwargs) - known)):
             raise ValueError(
                 f"Unknown config field(s) {shown(unknown)} for {cls.__name__}: the file is damaged, or was written by "
@@ -101,14 +136,22 @@ class MemoryConfig(PeftConfig):
             )
         return cls(**kwargs) if cls is not MemoryConfig else super().from_peft_type(**kwargs)
 
-    def adapter_config(self, decoder: Decoder) -> PeftConfig:
-        """What PEFT is given to inject: this config itself, if its PEFT type is the method's own."""
+    def resolve(self, decoder: Decoder) -> None:
+        """Fill in what depends on the model, such as block indices.
+
+        Raises:
+            ValueError: If the config asks for something that this model does not have.
+        """
+        raise NotImplementedError
+
+    def adapter_config(self, decoder: Decoder) -> PeftConfig | None:
+        """Return what PEFT injects: this config itself, another such as a `LoraConfig`, or None for nothing."""
         return self
 
-    def check_model(self, decoder: Decoder) -> None:
-        """Raise a `ValueError` if the config asks for something that this model does not have."""
+    def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
+        """Return name (as on the model, without the adapter's) and shape of each tensor that is saved."""
         raise NotImplementedError
 
-    def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
-        """Names (as on the model, without the adapter's) and shapes of the tensors that a saved memory must have."""
-        raise NotImplementedError
+
+def _role(own: Field[Any]) -> str:
+    return own.metadata.get("role", "setting")

@@ -1,4 +1,4 @@
-"""Putting a memory into a model: fresh, or from a folder or the Hub."""
+"""Put a memory on a model: a fresh one, or one from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import warnings
 from contextlib import ExitStack
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import check_not_sharded, find_decoder, unwrapped
+from memory_adapters.base_model.decoder import Decoder, base_model, check_not_sharded, find_decoder, unwrapped
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import (
     base_fingerprint,
@@ -24,26 +26,30 @@ from memory_adapters.base_model.fingerprint import (
     warn_if_unmarked,
 )
 from memory_adapters.base_model.seeding import seeded
-from memory_adapters.config import MemoryConfig
+from memory_adapters.config import CHECKED, MemoryConfig
 from memory_adapters.files.atomic import read_lock
 from memory_adapters.files.hub import find_files
-from memory_adapters.files.model_card import CARD_FILE
-from memory_adapters.files.names import CONFIG_FILE, CONFIG_FILES
-from memory_adapters.files.strict_json import file_in, read_json
+from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, CONFIG_FILES
+from memory_adapters.files.strict_json import SAVE_AGAIN, file_in, read_json
 from memory_adapters.memory import ATTACHED, Attached, Memory
 from memory_adapters.peft_layers.layers import adapter_layers
-from memory_adapters.peft_layers.rollback import rollback_on_error
-from memory_adapters.registry import method_of, method_of_type, methods
+from memory_adapters.peft_layers.rollback import rollback_on_error, saved_adapters
+from memory_adapters.registry import Method, method_of, method_of_type, methods
 from memory_adapters.validation import shown
 
-__all__ = ["base_model", "inject_memory", "load_memory", "memories", "read_config"]
+__all__ = ["inject_memory", "load_memory", "memories", "read_config"]
 
 _DEFAULT_NAME = "knowledge"
+BASE_ROW = "__base__"
 
 
 def inject_memory(
-    model: nn.Module, config: MemoryConfig, *, tokenizer: Any = None, adapter_name: str | None = None
-) -> Memory:
+    model: PreTrainedModel | PeftModel,
+    config: MemoryConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter_name: str | None = None,
+) -> Memory[Any]:
     """Add a fresh memory to a model, which behaves exactly as before until something is written.
 
     The base is frozen, as PEFT does; adapters that are active stay active. The config is copied.
@@ -64,31 +70,97 @@ def inject_memory(
     if method is None:
         known = ", ".join(sorted(one.config_class.__name__ for one in methods().values()))
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {known}.")
-    base = base_model(model)
-    with exclusive_use(base), rollback_on_error(base):
-        return _inject(model, base, method.memory_class, config, tokenizer, adapter_name)
+    base: Any = base_model(model)
+    with exclusive_use(base):
+        check_not_sharded(base)
+        decoder = find_decoder(base, config.layers_path)
+        fingerprint = base_fingerprint(base, decoder=decoder)
+        return _inject(model, method, copy.deepcopy(config), tokenizer, adapter_name, decoder, fingerprint)
+
+
+def load_memory(
+    model: PreTrainedModel | PeftModel,
+    path_or_repo_id: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter_name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Memory[Any]:
+    """Load a saved memory of any method into a model; the files say which method it is.
+
+    Args:
+        model: The base model that the memory was written with, in any precision, or a PeftModel around it.
+        path_or_repo_id: A folder, or a repository on the Hub.
+        tokenizer: The model's tokenizer; needed to write more.
+        adapter_name: Name among the model's adapters; by default `"knowledge"`, or with a number if that is taken.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token for the Hub.
+        subfolder: Folder of the memory inside the folder or repository, such as a name that `save_adapters` saved.
+        cache_dir: Where downloaded files are kept; by default the Hub's cache.
+        local_files_only: Whether to use the cache alone, without the network.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a file is missing in it.
+        OSError: What huggingface_hub raises if the repository or revision cannot be downloaded.
+        ValueError: If a file is damaged, the memory belongs to another base model or tokenizer, or as `inject_memory`.
+            The model is unchanged then.
+        RuntimeError: If another thread uses the model.
+    """
+    folder = find_files(path_or_repo_id, revision=revision, token=token)
+    base: Any = base_model(model)
+    with read_lock(folder):
+        method, config = _read_method(folder)
+        check_not_sharded(base)
+        decoder = find_decoder(base, config.layers_path)
+        fingerprint = base_fingerprint(base, decoder=decoder)
+        warn_if_unmarked(config.base_fingerprint, "This memory")
+        check_fingerprint(config.base_fingerprint or {}, fingerprint)
+        resolved = copy.deepcopy(config)
+        resolved.resolve(decoder)
+        contents = method.memory_class._read_files(folder, resolved, decoder)
+    with exclusive_use(base):
+        memory = _inject(model, method, config, tokenizer, adapter_name, decoder, fingerprint)
+        with rollback_on_error(memory.remove):
+            memory._restore(contents)
+            _warn_of_duplicates(base, memory.adapter_name)
+        return memory
+
+
+def _read_method(folder: Path) -> tuple[Method, MemoryConfig]:
+    """The method and config of a saved memory, all of whose files are there."""
+    config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
+    config = read_config(file_in(folder, config_file))
+    method = method_of(config)
+    assert method is not None
+    for file in method.memory_class.files:
+        if file != CARD_FILE:
+            file_in(folder, file)
+    return method, config
 
 
 def _inject(
     model: nn.Module,
-    base: nn.Module,
-    memory_type: type[Memory],
+    method: Method,
     config: MemoryConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     adapter_name: str | None,
-) -> Memory:
-    check_not_sharded(base)
-    config = copy.deepcopy(config)
-    decoder = find_decoder(base, config.layers_path)
-    fingerprint = base_fingerprint(base, config.layers_path)
+    decoder: Decoder,
+    fingerprint: dict[str, Any],
+) -> Memory[Any]:
+    """As `inject_memory`, of a config that may be changed, with what is known of the base model."""
+    base: Any = base_model(model)
+    own = dict(fingerprint)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, decoder.vocab_size)
-        fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
-        fingerprint |= tokenizer_habits(tokenizer)
+        own |= {"tokenizer": tokenizer_fingerprint(tokenizer), **tokenizer_habits(tokenizer)}
     if config.base_fingerprint is None:
-        config.base_fingerprint = fingerprint
-    check_fingerprint(config.base_fingerprint, fingerprint)
-    config.check_model(decoder)
+        config.base_fingerprint = own
+    check_fingerprint(config.base_fingerprint, own)
+    config.resolve(decoder)
     name = _free_name(base) if adapter_name is None else _checked_name(base, adapter_name)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
@@ -96,97 +168,58 @@ def _inject(
     attached: Attached = getattr(base, ATTACHED, None) or Attached()
     if not getattr(base, "peft_config", None):
         attached = Attached({}, [name for name, parameter in base.named_parameters() if parameter.requires_grad])
-    active = _active_adapters(base)
-    adapter_config = config.adapter_config(decoder)
-    targets = set(getattr(adapter_config, "target_modules", None) or ())
-    with warnings.catch_warnings(), ExitStack() as stack:  # PEFT warns of a second adapter; that is the point here
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        for module in [module for path, module in base.named_modules() if path in targets]:
-            stack.enter_context(align_module_device(unwrapped(module)))  # offloaded: else the adapter has no data
-        stack.enter_context(seeded(getattr(config, "seed", 0)))  # a LoRA starts from random numbers
-        inject_adapter_in_model(adapter_config, base, adapter_name=name)
-    if hasattr(base, "add_adapter") and not isinstance(model, PeftModel):
-        base.__dict__["_hf_peft_config_loaded"] = (
-            True  # transformers' set_adapter, disable_adapters and active_adapters work
-        )
-    injected = base.peft_config[name]  # type: ignore[index]
-    memory = memory_type(base, name, injected if isinstance(injected, MemoryConfig) else config, tokenizer)
-    for layer, names in active:
-        layer._active_adapter = names
-    memory.active = True
+    active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(base)]
+    with rollback_on_error(saved_adapters(base)):
+        adapter_config = config.adapter_config(decoder)
+        if adapter_config is None:
+            base.peft_config = {**getattr(base, "peft_config", {}), name: config}
+            base.requires_grad_(False)
+        else:
+            _inject_peft(base, adapter_config, name, getattr(config, "seed", 0))
+        if hasattr(base, "add_adapter") and not isinstance(model, PeftModel):
+            # transformers' set_adapter, disable_adapters and active_adapters work then
+            base.__dict__["_hf_peft_config_loaded"] = True
+        injected = base.peft_config[name]
+        own_config = injected if isinstance(injected, MemoryConfig) else config
+        memory: Memory[Any] = method.memory_class(base, name, own_config, tokenizer)
+        memory._attach(decoder)
+        for layer, names in active:
+            layer._active_adapter = names
+        memory.active = True
     setattr(base, ATTACHED, Attached({**attached.memories, name: memory}, attached.trainable))
     return memory
 
 
-def load_memory(
-    model: nn.Module,
-    path_or_repo_id: str | os.PathLike[str],
-    *,
-    tokenizer: Any = None,
-    adapter_name: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-) -> Memory:
-    """Load a saved memory of any method into a model; the files say which method it is.
+def _inject_peft(base: nn.Module, config: PeftConfig, name: str, seed: int) -> None:
+    targets = set(getattr(config, "target_modules", None) or ())
+    with warnings.catch_warnings(), ExitStack() as stack:
+        # PEFT warns of a second adapter, which is what is wanted here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        for module in [module for path, module in base.named_modules() if path in targets]:
+            stack.enter_context(align_module_device(unwrapped(module)))  # offloaded: else the adapter has no data
+        stack.enter_context(seeded(seed))  # a LoRA starts from random numbers
+        vars(config)[CHECKED] = id(base)
+        stack.callback(vars(config).pop, CHECKED)
+        inject_adapter_in_model(config, base, adapter_name=name)
 
-    Args:
-        model: The base model the memory was written with, in any precision, or a PeftModel around it.
-        path_or_repo_id: A folder, or a repository on the Hub.
-        tokenizer: The model's tokenizer; needed to write more.
-        adapter_name: Name among the model's adapters; by default `"knowledge"`, or with a number if that is taken.
-        revision: Branch, tag or commit on the Hub.
-        token: Access token for the Hub.
 
-    Raises:
-        FileNotFoundError: If there is no such folder, or a file is missing in it.
-        OSError: What huggingface_hub raises if the repository or revision cannot be had.
-        ValueError: If a file is damaged, the memory belongs to another base model or tokenizer, or as `inject_memory`.
-            The model is unchanged then.
-        RuntimeError: If another thread uses the model.
+def memories(model: PreTrainedModel | PeftModel) -> dict[str, Memory[Any]]:
+    """Return the memories on a model by adapter name, in the order they came, however they were put there.
+
+    A memory that PEFT injected (`get_peft_model`, `add_adapter`) is returned as a new object by each call.
     """
-    folder = find_files(path_or_repo_id, revision=revision, token=token)
-    base = base_model(model)
-    with read_lock(folder):
-        config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
-        config = read_config(file_in(folder, config_file))
-        method = method_of(config)
-        assert method is not None
-        memory_type: type[Memory] = method.memory_class
-        for file in memory_type.files:
-            if file != CARD_FILE:
-                file_in(folder, file)
-        decoder = find_decoder(base, config.layers_path)
-        warn_if_unmarked(config.base_fingerprint, "This memory")
-        if config.base_fingerprint is not None:
-            check_fingerprint(config.base_fingerprint, base_fingerprint(base, config.layers_path))
-        config.check_model(decoder)
-        contents = memory_type._read_files(folder, config, decoder)
-    with exclusive_use(base), rollback_on_error(base):
-        memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=adapter_name)
-        memory._restore(contents)
-        _warn_of_twins(base, memory.adapter_name)
-        return memory
-
-
-def memories(model: nn.Module) -> dict[str, Memory]:
-    """The memories on a model by adapter name, in the order they came, however they were put there."""
-    base = base_model(model)
+    base: Any = base_model(model)
     attached: Attached = getattr(base, ATTACHED, None) or Attached()
-    found: dict[str, Memory] = {}
-    attached.memories = {name: memory for name, memory in attached.memories.items() if memory.attached}
+    found = {name: memory for name, memory in attached.memories.items() if memory.attached}
     for name, config in getattr(base, "peft_config", {}).items():
-        known, method = attached.memories.get(name), method_of(config)
-        if known is not None:
-            found[name] = known
-        elif method is not None:
+        method = method_of(config)
+        if name not in found and method is not None:
             found[name] = method.memory_class(base, name, config)
-    if found:
-        attached.memories = found
-        setattr(base, ATTACHED, attached)
-    return dict(found)
+    order = list(getattr(base, "peft_config", {}))
+    return dict(sorted(found.items(), key=lambda entry: order.index(entry[0]) if entry[0] in order else -1))
 
 
-def _warn_of_twins(base: nn.Module, adapter_name: str) -> None:
+def _warn_of_duplicates(base: Any, adapter_name: str) -> None:
     """Warn if another memory on the model has the very tensors of this one, and some numbers in each."""
     held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in memories(base)}
     for path, tensor in chain(base.named_parameters(), base.named_buffers()):
@@ -198,19 +231,10 @@ def _warn_of_twins(base: nn.Module, adapter_name: str) -> None:
         alike = own.keys() == other.keys() and all(t.numel() and torch.equal(t, other[key]) for key, t in own.items())
         if own and alike:
             warnings.warn(
-                f"What was loaded as {adapter_name!r} is on this model already, as {name!r}: where both are active it "
-                "counts twice. Remove one of them.",
+                f"{adapter_name!r} duplicates {name!r}, already on this model; if both are active the memory is "
+                "applied twice. Remove one of them.",
                 stacklevel=3,
             )
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The Hugging Face model itself, also of a PeftModel."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _active_adapters(model: nn.Module) -> list[tuple[Any, list[str]]]:
-    return [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
 
 
 def _free_name(model: nn.Module) -> str:
@@ -228,7 +252,7 @@ def _checked_name(model: nn.Module, name: str) -> str:
         raise ValueError(f"`adapter_name={name!r}` is taken on this model (adapters: {sorted(taken)}); choose another.")
     parts = {part for module, _ in model.named_modules() for part in module.split(".")}
     parts |= {part for parameter, _ in model.named_parameters() for part in parameter.split(".")}
-    if not isinstance(name, str) or not name or "." in name or name in parts or name == "__base__":
+    if not isinstance(name, str) or not name or "." in name or name in parts or name == BASE_ROW:
         raise ValueError(
             f"`adapter_name={name!r}` cannot be used: it must be non-empty, without dots, and no module's name "
             "(the name becomes part of the model's state dict keys)."
@@ -236,7 +260,7 @@ def _checked_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def _check_tokenizer(tokenizer: Any, size: int) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= size:
         raise ValueError(
@@ -245,14 +269,17 @@ def _check_tokenizer(tokenizer: Any, size: int) -> None:
         )
 
 
-def read_config(path: os.PathLike[str]) -> MemoryConfig:
-    """The config of a saved memory; a `ValueError` if the file is damaged or of no memory method."""
-    remedy = "Save or download the memory again."
+def read_config(path: str | os.PathLike[str]) -> MemoryConfig:
+    """Return the config of a saved memory.
+
+    Raises:
+        ValueError: If the file is damaged, or of no memory method.
+    """
     values = read_json(path)
     kind = values.get("peft_type") if isinstance(values, dict) else None
     method = method_of_type(kind)
     if method is None:
-        raise ValueError(f"`{path}` has `peft_type={shown(kind)}`, which is no memory method. {remedy}")
+        raise ValueError(f"`{path}` has `peft_type={shown(kind)}`, which is no memory method. {SAVE_AGAIN}")
     values.pop("auto_mapping", None)  # names a library that PEFT would import
     try:
         return method.config_class.from_peft_type(**values)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from memory_adapters.validation import shown
+from memory_adapters.validation import cut, shown
 
-__all__ = ["Document", "Fact", "Item", "QuestionAnswer", "as_items"]
+__all__ = ["Document", "Fact", "Item", "QuestionAnswer", "as_items", "item_from_dict"]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A prompt that names its subject, and the text that should follow it.
+    """State a fact: a prompt that names its subject, and the text that should follow it.
 
     Attributes:
         prompt: Text that ends where the target begins; contains `subject`, or `{}` in its place.
@@ -49,7 +50,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """Running text to be learned as it stands. Raises `ValueError` if it is empty."""
+    """Give running text to be learned as it stands. Raises `ValueError` if it is empty."""
 
     text: str
 
@@ -60,7 +61,7 @@ class Document:
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """A question and the answer to learn. Raises `ValueError` if either is empty."""
+    """Give a question and the answer to learn. Raises `ValueError` if either is empty."""
 
     question: str
     answer: str
@@ -72,6 +73,11 @@ class QuestionAnswer:
                 raise ValueError(f"`{name}` of a QuestionAnswer must be a non-empty string, got {shown(value)}.")
 
     @property
+    def prompt(self) -> str:
+        """The question, as a fact calls what stands before its target."""
+        return self.question
+
+    @property
     def continuation(self) -> str:
         """The answer with the space, if any, that joins it to the question."""
         return _joint(self.question, self.answer) + self.answer
@@ -81,15 +87,15 @@ Item = Fact | Document | QuestionAnswer
 
 
 def as_items(items: object, accepted: tuple[type, ...] = (Fact, Document, QuestionAnswer)) -> list[Item]:
-    """One item or many, as a list; a plain string is a `Document`.
+    """Return one item or many as a list; a plain string is a `Document`.
 
     Args:
         items: What the user gave to `write`.
         accepted: The kinds of item that the method takes.
 
     Raises:
-        TypeError: If something in it is of another kind; says what is taken.
-        ValueError: If there is nothing in it.
+        TypeError: If an item is of another kind; says what is taken.
+        ValueError: If there is no item.
     """
     single = isinstance(items, (str, Fact, Document, QuestionAnswer)) or not isinstance(items, Iterable)
     listed = [items] if single else list(items)  # type: ignore[call-overload]
@@ -103,8 +109,25 @@ def as_items(items: object, accepted: tuple[type, ...] = (Fact, Document, Questi
     return converted  # type: ignore[return-value]
 
 
+def item_from_dict(value: Any) -> Item:
+    """Return the item of a JSON object: its fields are those of one kind of item, and no others.
+
+    Raises:
+        ValueError: If the fields are not those of an item, or their values do not make one.
+    """
+    for kind in _KINDS:
+        if isinstance(value, dict) and set(value) == {field.name for field in fields(kind)}:
+            return kind(**value)
+    kinds = " or ".join(str({field.name for field in fields(kind)}) for kind in _KINDS)
+    found = f"the fields {cut(', '.join(map(str, value))) or 'of nothing'}" if isinstance(value, dict) else shown(value)
+    raise ValueError(f"has {found}; an item has {kinds}, and no other fields.")
+
+
+_KINDS: tuple[type[Item], ...] = (Fact, QuestionAnswer, Document)
+
+
 def _joint(before: str, after: str) -> str:
-    """A space between two texts, unless one is there already or the script is written without."""
+    """Return the space between two texts, or nothing if one is there already or the script has none."""
     if before[-1].isspace() or after[0].isspace() or _no_spaces(before[-1]) or _no_spaces(after[0]):
         return ""
     return " "

@@ -3,146 +3,289 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 import os
+import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import Decoder, check_not_sharded
+from memory_adapters.base_model.decoder import Decoder, check_not_sharded, context_length, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint
+from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.nonfinite import check_scores
+from memory_adapters.base_model.sampling import HELD_OUT_SENTENCES
+from memory_adapters.base_model.tokens import score_rows, tokenize
+from memory_adapters.card_examples import card_examples
 from memory_adapters.config import MemoryConfig
 from memory_adapters.files.atomic import atomic_directory, replacing
+from memory_adapters.files.exports import Exporter, export_files
 from memory_adapters.files.hub import OnHub
-from memory_adapters.files.model_card import CARD_FILE, model_card
+from memory_adapters.files.model_card import CardExample, model_card
+from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, set_adapter_tensors
-from memory_adapters.peft_layers.rollback import rollback_on_error
+from memory_adapters.items import Document, Fact, Item, QuestionAnswer, as_items
+from memory_adapters.peft_layers.layers import (
+    MemoryLayer,
+    adapter_layers,
+    adapter_tensors,
+    remove_adapter,
+    saved_activation,
+    set_adapter_tensors,
+)
+from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes
+from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 from memory_adapters.registry import saved_file_names
 from memory_adapters.report import WriteReport
 
-if TYPE_CHECKING:
-    from memory_adapters.export import Exporter
+__all__ = ["Memory", "Outcome", "Scores", "WriteReport"]
 
-from memory_adapters.files.names import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
-
-__all__ = ["Memory", "WriteReport"]
-
-
-@dataclass
-class Attached:
-    """What `inject_memory` keeps on a model: its memories, and which base parameters were trainable before them."""
-
-    memories: dict[str, Memory] = field(default_factory=dict)
-    trainable: list[str] = field(default_factory=list)
-
+ConfigT = TypeVar("ConfigT", bound=MemoryConfig)
 
 ATTACHED = "_memory_adapters"
 
 
-def forget_adapter(model: Any, adapter_name: str) -> None:
-    """Take an adapter whose modules are gone out of the model's books; after the last one nothing is left in them."""
-    del model.peft_config[adapter_name]
-    attached: Attached | None = getattr(model, ATTACHED, None)
-    if attached is not None:
-        left = {name: memory for name, memory in attached.memories.items() if name != adapter_name}
-        setattr(model, ATTACHED, Attached(left, attached.trainable))
-        if not left:
-            parameters = dict(model.named_parameters())
-            for name in attached.trainable:
-                if name in parameters:
-                    parameters[name].requires_grad_(True)
-            delattr(model, ATTACHED)
-    if not model.peft_config:
-        del model.peft_config
-        model.__dict__.pop("_hf_peft_config_loaded", None)
+@dataclass(frozen=True)
+class Attached:
+    """What `inject_memory` keeps on a model: its memories, and which base parameters were trainable before them."""
+
+    memories: dict[str, Memory[Any]] = field(default_factory=dict)
+    trainable: list[str] = field(default_factory=list)
 
 
-def replace_memory(staging: Path, folder: Path) -> None:
-    """Of a memory saved in `folder`, let files go that the one saved in `staging` does not have."""
-    if (folder / CONFIG_FILE).is_file():
-        replacing(staging, folder, saved_file_names())
+@dataclass(frozen=True)
+class Scores:
+    """How a model does on what is written and on held-out text; see the fields of `WriteReport`."""
+
+    recall: float | None
+    token_accuracy: float | None
+    perplexity: float
 
 
-class Memory(OnHub):
-    """Knowledge that can be written into one model, switched off, taken out, saved and loaded.
+@dataclass(frozen=True)
+class Outcome:
+    """What a method's `_write` says of itself; see the fields of `WriteReport`."""
 
-    Made by `inject_memory` and `load_memory`, not directly.
+    losses: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reconstruction: tuple[float, float] | None = None  # before and after
+
+
+class Memory(OnHub, Generic[ConfigT]):
+    """Knowledge that is written into one model, switched off, removed, saved and loaded.
+
+    `inject_memory` and `load_memory` make it; it is not made directly.
 
     Attributes:
-        model: The Hugging Face model it sits in (inside a PeftModel, the base).
-        config: Its config, with layers resolved.
+        model: The Hugging Face model that it is on (inside a PeftModel, the base).
         adapter_name: Its name on the model.
         tokenizer: The model's tokenizer, needed to write.
+        accepts: The kinds of items that it takes.
     """
 
+    accepts: ClassVar[tuple[type[Item], ...]] = (Fact, Document, QuestionAnswer)
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
     optional_files: ClassVar[tuple[str, ...]] = ()
-    exporters: ClassVar[Mapping[str, Exporter]] = {}  # by format, for `export`
-    export_note: ClassVar[str] = ""  # what to do without a format
 
-    def __init__(self, model: Any, adapter_name: str, config: MemoryConfig, tokenizer: Any = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter_name: str,
+        config: ConfigT,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.model: Any = model
         self.adapter_name = adapter_name
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self._config = config
         self._adapter_config: PeftConfig = self.model.peft_config[adapter_name]
 
+    # What a method gives.
+
+    @abstractmethod
+    def _write(self, items: Sequence[Any], rows: Sequence[Any], *, progress: bool) -> Outcome:
+        """Learn `items`, whose rows of tokens are `rows`; its other keyword arguments are the options of `write`."""
+
+    def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
+        """Return the items that are written, and notes; raise an error for what cannot be written."""
+        return items, []
+
+    def _rows(self, items: Sequence[Any]) -> Sequence[ScoredRow]:
+        """Return the rows of tokens that `_scores` scores."""
+        return plain_rows(items, self.tokenizer, context_length(self.model))
+
+    def _attach(self, decoder: Decoder) -> None:
+        """Put on the model what PEFT does not inject; called once, by `inject_memory`."""
+
+    def _saved_state(self) -> list[Restore]:
+        """Return functions that undo what `_write` changes of the memory, and of nothing else."""
+        return [saved_attributes(self, self._config, self._adapter_config)]
+
+    def _exporters(self) -> Mapping[str, Exporter]:
+        """Return the formats that the memory can be exported in."""
+        return {}
+
+    # Writing.
+
+    def write(self, items: Any, *, progress: bool = True, **options: Any) -> WriteReport:
+        """Learn items; what was written before stays.
+
+        The memory takes part while it is written, whether or not it is active. If the write fails or is interrupted
+        (Ctrl-C), the model and the memory are what they were before.
+
+        Args:
+            items: One item or many: `Fact`, `Document` (or a plain string) and `QuestionAnswer`; see `accepts`.
+            progress: Whether to show progress bars.
+            options: The method's own options; `write_options` names them, and the class says what they do.
+
+        Returns:
+            What was learned, what it did to other text, and at what cost.
+
+        Raises:
+            TypeError: If an item is of a kind, or an option of a name, that this memory does not take.
+            ValueError: If there is no tokenizer or no item, an item does not fit in the model's context, or an option
+                cannot be used.
+            RuntimeError: If another thread uses the model, or all of its adapters are disabled.
+        """
+        start = time.perf_counter()
+        if unknown := sorted(set(options) - set(self.write_options())):
+            known = ", ".join(f"`{name}`" for name in self.write_options()) or "none"
+            raise TypeError(f"`{unknown[0]}` is no option of `{type(self).__name__}.write`; its options are {known}.")
+        listed = as_items(items, self.accepts)
+        with exclusive_use(self.model):
+            self._check_writable()
+            written, notes = self._check_items(listed, **options)
+            rows = self._rows(written)
+            with self._taking_part(), rollback_on_error(*self._saved_state()):
+                with evaluating(self.model):
+                    before = self._scores(rows)
+                if before.perplexity > find_decoder(self.model, self._config.layers_path).vocab_size:
+                    notes.append(
+                        "the base model finds plain English harder than random tokens (perplexity "
+                        f"{before.perplexity:,.0f}): check that the tokenizer belongs to the model"
+                    )
+                outcome = self._write(written, rows, progress=progress, **options)
+                with evaluating(self.model):
+                    after = self._scores(rows)
+                self._set_items(written)
+                lost, kept = outcome.reconstruction or (None, None)
+                report = WriteReport(
+                    method=self._config.method_name,
+                    num_items=dict(Counter(type(item).__name__ for item in written)),
+                    recall=after.recall,
+                    recall_before=before.recall,
+                    token_accuracy=after.token_accuracy,
+                    token_accuracy_before=before.token_accuracy,
+                    reconstruction=kept,
+                    reconstruction_before=lost,
+                    perplexity=after.perplexity,
+                    perplexity_before=before.perplexity,
+                    losses=outcome.losses,
+                    num_parameters=self.num_parameters(),
+                    seconds=time.perf_counter() - start,
+                    notes=[*notes, *outcome.notes],
+                )
+                self._config.record(report)
+        return report
+
+    @classmethod
+    def write_options(cls) -> list[str]:
+        """Return the names of the method's own options of `write`."""
+        parameters = inspect.signature(cls._write).parameters
+        return [name for name in parameters if name not in ("self", "items", "rows", "progress")]
+
+    def _scores(self, rows: Sequence[ScoredRow]) -> Scores:
+        """Score rows and held-out sentences on the model as it is."""
+        decoder = find_decoder(self.model, self._config.layers_path)
+        held_out = [tokenize(self.tokenizer, sentence) for sentence in HELD_OUT_SENTENCES]
+        ids = [list(row.input_ids) for row in rows] + held_out
+        found = score_rows(self.model, decoder, ids, [row.first_label for row in rows] + [1] * len(held_out))
+        check_scores(found, self.model, decoder, ids)
+        documents = torch.tensor([row.is_document for row in rows], dtype=torch.bool)
+        right, count = found.right[: len(rows)], found.count[: len(rows)]
+        recalled = (right == count)[~documents].float()
+        loss = -found.log_prob[len(rows) :].sum() / found.count[len(rows) :].sum()
+        return Scores(
+            recall=recalled.mean().item() if len(recalled) else None,
+            token_accuracy=(right[documents].sum() / count[documents].sum()).item() if documents.any() else None,
+            perplexity=math.exp(min(float(loss), 700.0)),  # exp(710) is more than a float holds
+        )
+
+    def _set_items(self, written: Sequence[Item]) -> None:
+        """Note in the config that `written` was added."""
+        self._config.set_items([*(item for item in self.items if item not in written), *written])
+
+    def forget(self, items: Any) -> None:
+        """Take items out again: the memory is what it would be had they never been written.
+
+        Args:
+            items: One item or many, as they were written; see `items`.
+
+        Raises:
+            NotImplementedError: If the method cannot take out single items; says what to do instead.
+            ValueError: If an item is not written; nothing is forgotten then.
+        """
+        raise NotImplementedError(
+            f"{self._config.method_name} cannot forget single items: `remove` the memory, inject a new one, and write "
+            "what is to stay (`items` lists what is written)."
+        )
+
     @property
-    def config(self) -> MemoryConfig:
+    def items(self) -> list[Item]:
+        """What is written, in the order of the writes."""
+        return self.config.written_items()
+
+    # Taking part.
+
+    @property
+    def config(self) -> ConfigT:
+        """The memory's config, with layers resolved."""
         self._check_attached()
         return self._config
-
-    @abstractmethod
-    def write(self, items: Any) -> WriteReport:
-        """Learn `items` (one or many; a plain string is a `Document`)."""
-
-    @abstractmethod
-    def _detach(self) -> None:
-        """Take this memory's modules and hooks off the model."""
 
     @property
     def attached(self) -> bool:
         """Whether the memory is still on its model.
 
-        PEFT's `merge_and_unload` and `unload` of another adapter drop the configs of all: a memory whose modules they
-        left in place is entered again, as one of the model as it is now.
+        PEFT's `merge_and_unload` and `unload` of another adapter drop the configs of all adapters; a memory whose
+        modules they left in place is still on the model, and the next call of one of its methods registers it again.
         """
-        configs: dict[str, Any] = getattr(self.model, "peft_config", {})
-        if self.adapter_name not in configs and self._in_place():
-            self.model.peft_config = {**configs, self.adapter_name: self._adapter_config}
-            self._rebase(base_fingerprint(self.model, self._config.layers_path))
-        return getattr(self.model, "peft_config", {}).get(self.adapter_name) is self._adapter_config
+        known = getattr(self.model, "peft_config", {}).get(self.adapter_name)
+        return known is self._adapter_config or (known is None and self._in_place())
 
     def _in_place(self) -> bool:
-        """Whether all of this memory's modules are on the model, whatever the model's books say."""
+        """Whether the memory's modules are on the model, whatever PEFT's bookkeeping says."""
         return bool(self.tuner_layers())
-
-    def _rebase(self, fingerprint: dict[str, Any]) -> None:
-        """Belong to the model as it is now."""
-        self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
-
-    def _rollback_on_error(self) -> AbstractContextManager[None]:
-        """If the block fails or is interrupted, the model and this memory are what they were before."""
-        return rollback_on_error(self.model, self, self._config, self._adapter_config, tensors=self._trained())
-
-    def _trained(self) -> Iterable[torch.Tensor]:
-        """Tensors of the memory that a write changes in place."""
-        return ()
 
     def _check_attached(self) -> None:
         if not self.attached:
             raise RuntimeError(f"The memory {self.adapter_name!r} was removed from its model; inject or load it again.")
 
-    def _check_writable(self) -> None:
+    def _register_again(self) -> None:
+        """Raise a `RuntimeError` if the memory is gone; register it again if only its registration is."""
         self._check_attached()
+        configs: dict[str, PeftConfig] = getattr(self.model, "peft_config", {})
+        if self.adapter_name not in configs:
+            self.model.peft_config = {**configs, self.adapter_name: self._adapter_config}
+            self._rebase(base_fingerprint(self.model, self._config.layers_path))
+
+    def _rebase(self, fingerprint: dict[str, Any]) -> None:
+        """Belong to the model as it is now, whose weights something else changed."""
+        self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
+
+    def _check_writable(self) -> None:
+        self._register_again()
         check_not_sharded(self.model)
         if self.tokenizer is None:
             raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
@@ -150,13 +293,13 @@ class Memory(OnHub):
         for name, value in base_fingerprint(self.model, self._config.layers_path).items():
             if value is not None and own.get(name) not in (None, value):
                 raise ValueError(
-                    f"The base model is not what it was when {self.adapter_name!r} came to it: its `{name}` was "
+                    f"The base model has changed since {self.adapter_name!r} was injected: its `{name}` was "
                     f"{own[name]}, and is {value} now. Undo the change (such as with `unmerge_adapter()`), or inject "
                     "a new memory."
                 )
 
-    def tuner_layers(self) -> list[BaseTunerLayer]:
-        """PEFT layers that hold this memory, lowest block first."""
+    def tuner_layers(self) -> list[Any]:
+        """Return the PEFT layers that hold this memory, lowest block first."""
         return adapter_layers(self.model, self.adapter_name)
 
     @property
@@ -168,59 +311,77 @@ class Memory(OnHub):
 
     @active.setter
     def active(self, value: bool) -> None:
-        self._check_attached()
+        self._register_again()
         with exclusive_use(self.model):
             layers = self.tuner_layers()
             others = [[name for name in layer.active_adapters if name != self.adapter_name] for layer in layers]
-            wanted = [self._in_turn(names) if value else names for names in others]
-            before = [layer._active_adapter for layer in layers]
-            try:
-                for layer, names in zip(layers, wanted, strict=True):
-                    layer._active_adapter = names
-            except BaseException:
-                for layer, names in zip(layers, before, strict=True):
-                    layer._active_adapter = names
-                raise
+            wanted = [self._in_order(names) if value else names for names in others]
+            for layer, names in zip(layers, wanted, strict=True):
+                layer._active_adapter = names
 
-    def _in_turn(self, others: list[str]) -> list[str]:
-        """`others` and this memory, before those that came later: off and on again, sums are rounded as they were."""
-        came = list(self.model.peft_config)
-        later = came[came.index(self.adapter_name) + 1 :]
+    def _in_order(self, others: list[str]) -> list[str]:
+        """`others` with this memory at its place: sums are rounded alike after it was off and on again."""
+        order = list(self.model.peft_config)
+        later = order[order.index(self.adapter_name) + 1 :]
         place = next((i for i, name in enumerate(others) if name in later), len(others))
         return [*others[:place], self.adapter_name, *others[place:]]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context, and in its thread, the model is what it is without this memory, bit for bit."""
+        """Run the model, within this context and in its thread, as it is without this memory, bit for bit."""
         self._check_attached()
-        with exclusive_use(self.model):
-            layers = self.tuner_layers()
-            before = [layer._active_adapter for layer in layers]
+        with exclusive_use(self.model), saved_activation(self.tuner_layers()):
+            self.active = False
+            yield
+
+    @contextmanager
+    def _enabled(self) -> Iterator[None]:
+        with exclusive_use(self.model), saved_activation(self.tuner_layers()):
+            self.active = True
+            yield
+
+    @contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """Let the memory take part, unrouted, and no other put virtual tokens before the prompt."""
+        layers = self.tuner_layers()
+        if any(layer.disable_adapters for layer in layers):
+            raise RuntimeError(
+                "All adapters of the model are disabled: enable them (`enable_adapters()`) before writing."
+            )
+        routed = [layer for layer in adapter_layers(self.model) if isinstance(layer, MemoryLayer) and layer.router]
+        routers = [layer.router for layer in routed]
+        with ExitStack() as stack:
+            if not any(isinstance(layer, MemoryLayer) and layer.adds_virtual_tokens for layer in layers):
+                stack.enter_context(virtual_tokens_disabled(self.model))
+            stack.enter_context(self._enabled())
             try:
-                self.active = False
+                for layer in routed:
+                    layer.router = None
                 yield
             finally:
-                for layer, names in zip(layers, before, strict=True):
-                    layer._active_adapter = names
+                for layer, router in zip(routed, routers, strict=True):
+                    layer.router = router
 
     def num_parameters(self) -> int:
-        """How many numbers the memory stores."""
+        """Return how many numbers the memory stores."""
         return sum(tensor.numel() for tensor in self.state_dict().values())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The memory's tensors under PEFT's checkpoint names (without the adapter's name)."""
+        """Return the memory's tensors under PEFT's checkpoint names (without the adapter's name)."""
         self._check_attached()
         return adapter_tensors(self.model, self.adapter_name)
 
     def remove(self) -> None:
-        """Take the memory out. When it was the last adapter, nothing is left: no hook, parameter, config or key.
+        """Remove the memory from its model. After the last adapter no hook, parameter, config or key is left.
 
-        Base parameters that were trainable before the first memory came are trainable again after the last one.
+        Base parameters that were trainable before the first memory are trainable again after the last one.
         """
-        self._check_attached()
-        with exclusive_use(self.model), self._rollback_on_error():
-            self._detach()
-            forget_adapter(self.model, self.adapter_name)
+        self._register_again()
+        with exclusive_use(self.model):
+            remove_adapter(self.model, self.adapter_name)
+            forget_memory(self.model, self.adapter_name)
+
+    # Files.
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Save `adapter_config.json`, `adapter_model.safetensors` and a model card (README.md), all or none.
@@ -231,10 +392,14 @@ class Memory(OnHub):
             NotADirectoryError: If `save_directory` is a file.
             OSError: If its disk is full, or it cannot be written.
         """
-        config = self.config
+        self._save(save_directory, [])
+
+    def _save(self, save_directory: str | os.PathLike[str], examples: Sequence[CardExample]) -> None:
+        self._register_again()
         with atomic_directory(save_directory) as staging:
             self._write_files(staging)
-            (staging / CARD_FILE).write_text(model_card(config, self.num_parameters()), encoding="utf-8")
+            card = model_card(self._config, self.num_parameters(), examples)
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
             replace_memory(staging, Path(save_directory))
 
     def _write_files(self, folder: Path) -> None:
@@ -248,7 +413,7 @@ class Memory(OnHub):
         config.save_pretrained(str(folder))
 
     @classmethod
-    def _read_files(cls, folder: Path, config: MemoryConfig, decoder: Decoder) -> Any:
+    def _read_files(cls, folder: Path, config: Any, decoder: Decoder) -> Any:
         """Read and check what `_write_files` wrote, for `_restore`; nothing is changed."""
         shapes = config.tensor_shapes(decoder)
         return read_tensors(folder / WEIGHTS_FILE, {PEFT_KEY_PREFIX + name: shape for name, shape in shapes.items()})
@@ -258,8 +423,57 @@ class Memory(OnHub):
         tensors = {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in contents.items()}
         set_adapter_tensors(self.model, self.adapter_name, tensors)
 
+    def export(
+        self, save_directory: str | os.PathLike[str], *, format: str, dtype: torch.dtype | str | None = None
+    ) -> Path:
+        """Save the memory in another program's format. The memory and its model stay as they are.
+
+        Nothing more can be written to an export, nor forgotten in it: keep what `save_pretrained` saves as well. Other
+        adapters on the model are left out.
+
+        Args:
+            save_directory: A folder. An earlier export of the same format in it is replaced; its other files stay.
+            format: One of the method's formats, such as `"vllm"`, `"gguf"` and `"merged"` for closed-form edits.
+            dtype: Of the tensors: float32, bfloat16 or float16; None for the format's own default.
+
+        Returns:
+            What the other program is given: the folder, or a file in it.
+
+        Raises:
+            NotImplementedError: If the method has no format; says why.
+            ValueError: If the method does not have this format, the format does not support this memory or dtype,
+                nothing is written in the memory, or the folder holds a saved memory, or weights that would be loaded
+                together with the export. No file is changed then.
+            ModuleNotFoundError: If the format needs a package that is not installed.
+            NotADirectoryError: If `save_directory` is a file.
+        """
+        self._register_again()
+        exporters = self._exporters()
+        if not exporters:
+            raise NotImplementedError(
+                f"{self._config.method_name} has no other format: keep it as an adapter (`save_pretrained`)."
+            )
+        if format not in exporters:
+            offered = ", ".join(map(repr, exporters))
+            raise ValueError(f"`format={format!r}` must be one of {offered} for {self._config.method_name}.")
+        return export_files(exporters[format], save_directory, dtype)
+
     def _write_repository(self, folder: Path) -> None:
-        self.save_pretrained(folder)
+        examples: list[CardExample] = []
+        if self.tokenizer is not None and not any(layer.disable_adapters for layer in self.tuner_layers()):
+            examples = card_examples(
+                self.model,
+                self.tokenizer,
+                self.items,
+                enabled=self._enabled,
+                disabled=self.disabled,
+                virtual_tokens=self._num_virtual_tokens(),
+            )
+        self._save(folder, examples)
+
+    def _num_virtual_tokens(self) -> int:
+        """How many positions the memory uses before a prompt."""
+        return 0
 
     def _replaced(self) -> list[str]:
         return saved_file_names()
@@ -269,3 +483,37 @@ class Memory(OnHub):
             return f"{type(self).__name__}({self.adapter_name!r}, removed)"
         state = "active" if self.active else "inactive"
         return f"{type(self).__name__}({self.adapter_name!r}, {state}, {self.num_parameters():,} parameters)"
+
+
+def forget_memory(model: Any, adapter_name: str) -> None:
+    """Remove a memory's bookkeeping from the model; after the last one, base parameters are as trainable as before."""
+    attached: Attached | None = getattr(model, ATTACHED, None)
+    if attached is None:
+        return
+    left = {name: memory for name, memory in attached.memories.items() if name != adapter_name}
+    if left:
+        setattr(model, ATTACHED, Attached(left, attached.trainable))
+        return
+    parameters = dict(model.named_parameters())
+    for name in attached.trainable:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+    delattr(model, ATTACHED)
+
+
+def saved_memories(model: Any) -> Restore:
+    """Return a function that forgets the memories that were injected since; their adapters are removed apart."""
+    before = getattr(model, ATTACHED, None)
+
+    def restore() -> None:
+        vars(model).pop(ATTACHED, None)
+        if before is not None:
+            setattr(model, ATTACHED, before)
+
+    return restore
+
+
+def replace_memory(staging: Path, folder: Path) -> None:
+    """Delete, with the next commit, files of a memory saved in `folder` that the one in `staging` does not have."""
+    if (folder / CONFIG_FILE).is_file():
+        replacing(staging, folder, saved_file_names())

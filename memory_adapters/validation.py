@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+__all__ = [
+    "check_choice",
+    "check_fingerprint_fields",
+    "check_flag",
+    "check_name",
+    "check_number",
+    "checked_layers",
+    "cut",
+    "shown",
+]
 
-
-__all__ = ["check_choice", "check_number", "checked_layers"]
 LARGEST_INTEGER = 1 << 53
 LARGEST_NUMBER = sys.float_info.max
 LONGEST_NAME = 4096
@@ -54,17 +60,8 @@ def check_name(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a name of printable characters, got {shown(value)}.")
 
 
-def check_texts(name: str, value: Any, keys: Collection[str] | None = None) -> None:
-    """Raise a `ValueError` naming config field `name` unless `value` lists objects of text (with just these keys)."""
-    for entry in value if isinstance(value, list) else [value]:
-        known = isinstance(entry, dict) and (keys is None or set(entry) == set(keys))
-        if not known or not all(isinstance(text, str) for text in (*entry, *entry.values())):
-            what = "objects of text" if keys is None else str(sorted(keys))
-            raise ValueError(f"`{name}` must be a list of {what}, got {shown(entry)}.")
-
-
 def check_fingerprint_fields(name: str, value: Any) -> None:
-    """Raise a `ValueError` naming `name` unless `value` could be a fingerprint: names, and text or numbers of each."""
+    """Raise a `ValueError` naming `name` unless `value` maps names to texts or whole numbers."""
     entries = value.items() if isinstance(value, dict) and len(value) <= 64 else [(None, None)]
     if not all(isinstance(key, str) and len(key) <= 100 and _is_label(entry) for key, entry in entries):
         raise ValueError(f"`{name}` must have a text or a whole number for each of its names, got {shown(value)}.")
@@ -75,17 +72,21 @@ def _is_label(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """`value` for an error message, cut where it is long."""
+    """Return `repr(value)` for an error message, cut where it is long."""
     return cut(repr(value))
 
 
 def cut(text: str) -> str:
-    """Text for an error message, cut where it is long."""
+    """Return text for an error message, cut where it is long."""
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def checked_layers(layers: Any) -> list[int | float]:
-    """`layers` as a list of ints, or of one or two floats (lists, because configs travel as JSON)."""
+    """Return `layers` as a list of ints, or of one or two floats (a list, because configs are saved as JSON).
+
+    Raises:
+        ValueError: If it is neither.
+    """
     listed = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
     indices = all(type(layer) is int for layer in listed)
     depths = all(isinstance(x, float) and 0 <= x <= 1 for x in listed) and len(listed) <= 2 and listed == sorted(listed)

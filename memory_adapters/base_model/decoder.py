@@ -7,13 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from memory_adapters.validation import shown
 
-__all__ = ["Decoder", "base_linears", "execution_device", "find_decoder", "resolve_layers", "unwrapped"]
+__all__ = [
+    "Decoder",
+    "base_linears",
+    "base_model",
+    "check_not_sharded",
+    "context_length",
+    "execution_device",
+    "find_decoder",
+    "resolve_layers",
+    "unwrapped",
+]
+
+NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -140,8 +153,18 @@ def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
     return sorted(indices)
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the Hugging Face model itself, also of a PeftModel."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def context_length(model: Any) -> int:
+    """Return how many tokens the model's positions allow; a very large number where its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+
+
 def execution_device(module: nn.Module) -> torch.device:
-    """The device `module` computes on, also where accelerate keeps its weights elsewhere."""
+    """Return the device that `module` computes on, also where accelerate keeps its weights elsewhere."""
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     if device is not None:

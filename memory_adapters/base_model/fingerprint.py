@@ -13,23 +13,30 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.base_model.decoder import Decoder, find_decoder
 
 __all__ = ["base_fingerprint", "check_fingerprint", "tokenizer_fingerprint", "tokenizer_habits", "warn_if_unmarked"]
 
 HABITS = {
-    "special_tokens": "the model reads text behind other tokens, and the memory may not speak.",
-    "added_tokens": "text with these tokens is cut otherwise, and the memory may not speak there.",
-    "chat_template": "the memory may not speak in a chat.",
+    "special_tokens": "prompts now get different special tokens, so the memory may not activate.",
+    "added_tokens": "text with these tokens is now split differently, so the memory may not activate there.",
+    "chat_template": "chats are now formatted differently, so the memory may not activate in them.",
 }
 _PROBE = "The quick brown fox: 1234.56 + (x_1 != y2)\n\tnaïve café, Grüße, Ελλάδα, Привет, 你好，안녕하세요, नमस्ते! 🙂"
 
 
-def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[str, Any]:
-    """What identifies a base model, whatever precision it is loaded in.
+def base_fingerprint(
+    model: nn.Module, layers_path: str | None = None, *, decoder: Decoder | None = None
+) -> dict[str, Any]:
+    """Return what identifies a base model, whatever precision it is loaded in.
 
     Only signs of weights are hashed: they survive a change between float32, bfloat16 and float16. Quantised weights
     are left out, so a quantised copy of a base has the embeddings' hash alone in common with it.
+
+    Args:
+        model: A Hugging Face causal LM.
+        layers_path: As in `find_decoder`.
+        decoder: The model's parts, if they are known already.
 
     Returns:
         `model_type`, `hidden_size`, `num_layers`, `embeddings` (SHA-256 of the signs of every 16th of the first 1,024
@@ -37,7 +44,7 @@ def base_fingerprint(model: nn.Module, layers_path: str | None = None) -> dict[s
         signs of the first row of every floating matrix of the first and last block; None if there is none) and
         `all_blocks` (the same of all; None if some are quantised or offloaded).
     """
-    decoder = find_decoder(model, layers_path)
+    decoder = decoder or find_decoder(model, layers_path)
     with align_module_device(decoder.embeddings):
         rows = _plain(decoder.embeddings).weight[:1024:16]
         embeddings = _mark([rows])

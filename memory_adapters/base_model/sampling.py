@@ -14,7 +14,7 @@ from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import origin
 from memory_adapters.base_model.seeding import seeded
 
-__all__ = ["OTHER_SUBJECTS", "PLAIN_SENTENCES", "sample_text"]
+__all__ = ["HELD_OUT_SENTENCES", "OTHER_SUBJECTS", "PLAIN_SENTENCES", "sample_text", "start_token"]
 
 # Other subjects to put in a fact's prompt, and sentences whose openings many texts share. They only have to be
 # ordinary: the memory learns to stay closed on them.
@@ -53,6 +53,23 @@ PLAIN_SENTENCES = (
 )  # fmt: skip
 
 
+# What reports measure perplexity on, for all methods alike: no method is fitted to these sentences.
+HELD_OUT_SENTENCES = (
+    "The river rises in the hills to the north and reaches the sea after about two hundred kilometres.",
+    "Most of the buildings in the old town were destroyed by a fire and rebuilt in stone within ten years.",
+    "When water freezes, it expands, which is why ice floats and why pipes sometimes burst in winter.",
+    "The committee will meet again next month to discuss the budget and to elect a new chair.",
+    "Her second novel, published four years after the first, was translated into several languages.",
+    "Bees visit flowers to collect nectar, and in doing so they carry pollen from one plant to another.",
+    "Add the flour slowly, stir until the dough is smooth, and let it rest for half an hour.",
+    "During the night the wind turned to the west and the temperature fell below zero.",
+    "The train was delayed because a tree had fallen on the line between two small stations.",
+    "A triangle has three sides, and the sum of its angles is one hundred and eighty degrees.",
+    "My brother bought a used bicycle, painted it green, and rides it to work every day.",
+    "The players shook hands, the crowd went home, and the lights over the pitch were switched off.",
+)
+
+
 class _Finite(LogitsProcessor):
     """Says where it comes from if there is NaN or infinity in logits, which nothing can be sampled from."""
 
@@ -86,8 +103,8 @@ def sample_text(
     Raises:
         ValueError: If the model's logits hold NaN or infinity.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    rows = [list(tokenizer(prompt)["input_ids"]) if prompt else [start or 0] for prompt in prompts]
+    start = start_token(tokenizer)
+    rows = [list(tokenizer(prompt)["input_ids"]) if prompt else [start] for prompt in prompts]
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -107,3 +124,9 @@ def sample_text(
         )
     tails = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=True)
     return [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
+
+
+def start_token(tokenizer: Any) -> int:
+    """Return the token that a text begins with: beginning of text, else end of text, else 0."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)

@@ -44,10 +44,8 @@ def export(
 ) -> None:
     """Save the memory ADAPTER in a format that other programs load."""
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
-        from memory_adapters.export import export as saved_as
-
         base, tokenizer = run.load_model(model, "auto")
         memory = load_memory(base, adapter, tokenizer=tokenizer)
         if is_main_process():
-            made = saved_as(memory, output, format=file_format, dtype=None if dtype == "auto" else dtype)
+            made = memory.export(output, format=file_format, dtype=None if dtype == "auto" else dtype)
             run.show({"format": file_format, "output": str(made)}, f"saved in {made}")

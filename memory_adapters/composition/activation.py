@@ -1,4 +1,4 @@
-"""Which adapters speak: any subset for a while, or another for each row of a batch."""
+"""Activate a subset of adapters temporarily, or one per batch row."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
+from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.exclusive import exclusive_use
-from memory_adapters.inject import base_model, memories
+from memory_adapters.inject import BASE_ROW, memories
 from memory_adapters.memory import Memory
-from memory_adapters.peft_layers.layers import adapter_layers
+from memory_adapters.peft_layers.layers import MemoryLayer, adapter_layers, saved_activation
 
 __all__ = ["BASE_ROW", "use_adapters", "use_adapters_by_row"]
 
-BASE_ROW = "__base__"
-
 
 @contextmanager
-def use_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Within this context exactly these adapters take part: memories of any method, and PEFT's own adapters.
+def use_adapters(model: PreTrainedModel | PeftModel, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Use exactly these adapters within this context: memories of any method, and PEFT's own adapters.
 
     Where two add to the same place, they do so in this order. Nothing is loaded, moved or made trainable.
 
@@ -31,32 +32,27 @@ def use_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[Non
 
     Raises:
         ValueError: If a name is no adapter of the model.
-        RuntimeError: If another thread uses the model: who speaks is the model's state, not a thread's.
+        RuntimeError: If another thread uses the model: which adapters are active is the model's state, not a thread's.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     found = memories(base)
-    _check_names(adapter_names, set(getattr(base, "peft_config", {})))
+    _check_names(adapter_names, set(getattr(base, "peft_config", {})) | set(found))
     layers = adapter_layers(base)
-    places = {name: {id(x) for x in found[name].tuner_layers()} for name in adapter_names if name in found}
-    with exclusive_use(base):
-        before = [layer._active_adapter for layer in layers]
-        try:
-            for layer in layers:
-                own = layer._get_available_adapters()
-                layer._active_adapter = [
-                    name for name in adapter_names if (id(layer) in places[name] if name in places else name in own)
-                ]
-            yield
-        finally:
-            for layer, names in zip(layers, before, strict=True):
-                layer._active_adapter = names
+    places = {name: {id(layer) for layer in found[name].tuner_layers()} for name in adapter_names if name in found}
+    with exclusive_use(base), saved_activation(layers):
+        for layer in layers:
+            own = layer._get_available_adapters()
+            layer._active_adapter = [
+                name for name in adapter_names if (id(layer) in places[name] if name in places else name in own)
+            ]
+        yield
 
 
 @contextmanager
-def use_adapters_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Within this context row i of a batch uses the adapter `adapter_names[i]`, or none for `"__base__"`.
+def use_adapters_by_row(model: PreTrainedModel | PeftModel, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Use, within this context, the adapter `adapter_names[i]` for row i of a batch, or none for `"__base__"`.
 
-    Memories that are not named are silent. Adapters of PEFT that are not named stay on for every row.
+    Memories that are not named are inactive. Adapters of PEFT that are not named stay active for every row.
 
     Args:
         model: A model with adapters, or a PeftModel around one.
@@ -65,39 +61,31 @@ def use_adapters_by_row(model: nn.Module, adapter_names: Sequence[str]) -> Itera
 
     Raises:
         ValueError: If a name is no adapter of the model, or an adapter that is not named is on the same matrix as one
-            that is, or the model has a router.
+            that is, or memories are routed.
         RuntimeError: As `use_adapters`.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     found = memories(base)
     named = set(adapter_names) - {BASE_ROW}
     layers = adapter_layers(base)
-    _check_names(
-        named, set(found) | {name for layer in layers if isinstance(layer, LoraLayer) for name in layer.lora_A}
-    )
-    by_row = [layer for layer in layers if hasattr(layer, "rows")]
-    if any(getattr(layer, "router", None) is not None for layer in by_row):
-        raise ValueError("`model` has a router, which chooses for each row: `remove` it first.")
-    with exclusive_use(base), ExitStack() as stack:
-        mixed = _mixed_layers(layers, found, named)
-        before = [(layer, layer._active_adapter) for layer in layers]
-        rows_before = [layer.rows for layer in by_row]
-        for layer in mixed:
-            stack.callback(layer.register_forward_pre_hook(_Rows(adapter_names), with_kwargs=True).remove)
-        try:
-            for layer in layers:
-                layer._active_adapter = [name for name in layer._active_adapter if name not in found]
-            for layer in by_row:
-                layer.rows = list(adapter_names)
-            yield
-        finally:
-            for layer, names in before:
-                layer._active_adapter = names
-            for layer, rows in zip(by_row, rows_before, strict=True):
-                layer.rows = rows
+    loras = {name for layer in layers if isinstance(layer, LoraLayer) for name in layer.lora_A}
+    _check_names(named, set(found) | loras)
+    by_row = [layer for layer in layers if isinstance(layer, MemoryLayer)]
+    if any(layer.router is not None for layer in by_row):
+        raise ValueError("`model` is within `route_memories`, which chooses for each row: leave that context first.")
+    with exclusive_use(base), saved_activation(layers), ExitStack() as stack:
+        for layer in _lora_layers_by_row(layers, found, named):
+            hook = layer.register_forward_pre_hook(_AdapterNames(adapter_names), with_kwargs=True)
+            stack.callback(hook.remove)
+        for layer in layers:
+            layer._active_adapter = [name for name in layer._active_adapter if name not in found]
+        for layer in by_row:
+            stack.callback(setattr, layer, "rows", layer.rows)
+            layer.rows = list(adapter_names)
+        yield
 
 
-class _Rows:
+class _AdapterNames:
     """Pre-hook that gives a LoRA layer its `adapter_names`, repeated over beams."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -112,8 +100,8 @@ class _Rows:
         return args, {**kwargs, "adapter_names": [name for name in self.names for _ in range(beams)]}
 
 
-def _mixed_layers(layers: Sequence[Any], found: dict[str, Memory], named: set[str]) -> list[Any]:
-    """LoRA layers that a row may want of its own."""
+def _lora_layers_by_row(layers: Sequence[Any], found: dict[str, Memory[Any]], named: set[str]) -> list[Any]:
+    """The LoRA layers that a row may need an adapter of its own in."""
     places = {name: {id(layer) for layer in found[name].tuner_layers()} for name in named & set(found)}
     mixed = []
     for layer in layers:

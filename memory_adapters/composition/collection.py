@@ -11,16 +11,17 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
+from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.composition.peft_loading import load_peft_adapter
 from memory_adapters.files.atomic import atomic_directory, finish_interrupted_save, read_lock
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import read_json
 from memory_adapters.files.tensors import write_tensors
-from memory_adapters.inject import base_model, load_memory, memories
-from memory_adapters.memory import Memory, replace_memory
+from memory_adapters.inject import load_memory, memories
+from memory_adapters.memory import Memory, replace_memory, saved_memories
 from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors
-from memory_adapters.peft_layers.rollback import rollback_on_error
+from memory_adapters.peft_layers.rollback import rollback_on_error, saved_adapters
 from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["SaveAdaptersCallback", "load_adapters", "save_adapters"]
@@ -83,7 +84,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer
     if not index_file.is_file():
         raise FileNotFoundError(f"`{folder}` has no {INDEX_FILE}: give a folder written by `save_adapters`.")
     base = base_model(model)
-    with read_lock(Path(folder)), exclusive_use(base), rollback_on_error(base):
+    with read_lock(Path(folder)), exclusive_use(base), rollback_on_error(saved_adapters(base), saved_memories(base)):
         return _load(base, Path(folder), _read_index(index_file), tokenizer)
 
 

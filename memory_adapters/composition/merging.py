@@ -1,4 +1,4 @@
-"""Merging one LoRA into the base weights while everything else on the model stays."""
+"""Merge one LoRA into the base weights while every other adapter stays."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from transformers import PreTrainedModel
 
+from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint
-from memory_adapters.inject import base_model, memories
-from memory_adapters.memory import forget_adapter
-from memory_adapters.peft_layers.layers import adapter_layers, remove_lora
-from memory_adapters.peft_layers.rollback import rollback_on_error
+from memory_adapters.inject import memories
+from memory_adapters.memory import forget_memory
+from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter
+from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
 
 __all__ = ["merge_lora"]
 
 
-def merge_lora(model: nn.Module, adapter_name: str = "default") -> nn.Module:
-    """Add a LoRA's B A to the base weights for good, and take the adapter off.
+def merge_lora(model: PreTrainedModel | PeftModel, adapter_name: str = "default") -> PreTrainedModel:
+    """Merge a LoRA into the base weights for good, and remove the adapter.
 
     PEFT's own `merge_and_unload` merges every active LoRA, edits too, and drops all others. Here every other adapter
     stays as it is. Memories that stay belong to the merged model from then on: their fingerprint becomes its own.
@@ -35,41 +37,43 @@ def merge_lora(model: nn.Module, adapter_name: str = "default") -> nn.Module:
         The Hugging Face model.
 
     Raises:
-        ValueError: If the adapter is none of the model's LoRAs, something is merged for a while, it trained whole
-            modules beside its matrices (`modules_to_save`), or merging gives NaN. The model is unchanged then.
+        ValueError: If the adapter is none of the model's LoRAs, adapters are merged temporarily, it trained whole
+            modules beside its matrices (`modules_to_save`), or it holds NaN. The model is unchanged then.
         RuntimeError: If another thread uses the model.
     """
     base: Any = base_model(model)
     with exclusive_use(base):
-        return _merge(base, adapter_name)
+        found = memories(base)
+        own = found.pop(adapter_name, None)
+        held: list[Any] = own.tuner_layers() if own is not None else adapter_layers(base, adapter_name)
+        layers = [layer for layer in held if isinstance(layer, LoraLayer)]
+        _check(base, adapter_name, held, layers)
+        configs = [memory._config for memory in found.values()]
+        with rollback_on_error(saved_tensors(_weights(layers)), saved_attributes(*configs), _saved_merges(layers)):
+            for layer in layers:
+                layer.merge(adapter_names=[adapter_name])
+                layer.merged_adapters.remove(adapter_name)  # else removing the adapter would take it out again
+            # From here on nothing fails: the adapter is removed, and the memories that stay belong to the merged model.
+        remove_adapter(base, adapter_name)
+        forget_memory(base, adapter_name)
+        for memory in found.values():
+            memory._rebase(base_fingerprint(base, memory._config.layers_path))
+    return base
 
 
-def _merge(base: Any, adapter_name: str) -> nn.Module:
-    found = memories(base)
-    own = found.get(adapter_name)
-    held: list[Any] = own.tuner_layers() if own is not None else adapter_layers(base, adapter_name)
-    layers = [layer for layer in held if isinstance(layer, LoraLayer)]
+def _check(base: Any, adapter_name: str, held: Sequence[Any], layers: Sequence[LoraLayer]) -> None:
     if not layers:
         raise ValueError(
             f"`adapter_name={adapter_name!r}` is no LoRA that can be merged; the model's adapters are "
             f"{sorted(getattr(base, 'peft_config', {}))}."
         )
     if any(layer.merged for layer in layers):
-        raise ValueError("Adapters are merged into these weights for a while: call `unmerge_adapter()` first.")
+        raise ValueError("Adapters are merged into these weights temporarily: call `unmerge_adapter()` first.")
     whole = [m for m in base.modules() if isinstance(m, AuxiliaryTrainingWrapper) and adapter_name in m._adapters]
     if whole or len(layers) < len(held):
         raise ValueError(f"`adapter_name={adapter_name!r}` trained whole modules too: merge it with PEFT, on its own.")
     if not all(torch.isfinite(layer.get_delta_weight(adapter_name)).all() for layer in layers):
         raise ValueError(f"`adapter_name={adapter_name!r}` holds NaN or infinity: nothing was merged.")
-    books = [memory._config for memory in found.values()]
-    with rollback_on_error(base, *books, tensors=_weights(layers)):
-        for layer in layers:
-            layer.merge(adapter_names=[adapter_name])
-        _take_off(base, adapter_name, layers)
-        for name, memory in found.items():
-            if name != adapter_name:
-                memory._rebase(base_fingerprint(base, memory.config.layers_path))
-    return base
 
 
 def _weights(layers: Sequence[LoraLayer]) -> Iterator[torch.Tensor]:
@@ -80,11 +84,13 @@ def _weights(layers: Sequence[LoraLayer]) -> Iterator[torch.Tensor]:
                 yield parameter
 
 
-def _take_off(base: Any, adapter_name: str, layers: Sequence[LoraLayer]) -> None:
-    """Take a merged LoRA off, and leave its product in the weights."""
-    for layer in layers:
-        layer.merged_adapters.remove(adapter_name)
-        layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
-    names = {id(module): name for name, module in base.named_modules()}
-    remove_lora(base, {i: names[id(layer)] for i, layer in enumerate(layers)}, adapter_name)
-    forget_adapter(base, adapter_name)
+def _saved_merges(layers: Sequence[LoraLayer]) -> Restore:
+    """Return a function that gives layers the weights and the list of merged adapters that they have now."""
+    before = [(layer, dict(layer.get_base_layer()._parameters), list(layer.merged_adapters)) for layer in layers]
+
+    def restore() -> None:
+        for layer, parameters, merged in before:
+            layer.get_base_layer()._parameters.update(parameters)
+            layer.merged_adapters[:] = merged
+
+    return restore

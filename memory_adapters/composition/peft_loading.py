@@ -21,7 +21,7 @@ from memory_adapters.files.names import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FI
 from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import read_tensors
 from memory_adapters.peft_layers.layers import adapter_tensors
-from memory_adapters.peft_layers.rollback import rollback_on_error
+from memory_adapters.peft_layers.rollback import rollback_on_error, saved_adapters
 from memory_adapters.registry import method_of_type
 from memory_adapters.validation import check_name, check_number, shown
 
@@ -50,7 +50,10 @@ def load_peft_adapter(base: Any, folder: Path, adapter_name: str) -> None:
     config_file, weights_file = (file_in(folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
     config = _read_config(config_file)
     tensors = read_tensors(weights_file, _expected(base, config, adapter_name, config_file))
-    with rollback_on_error(base), warnings.catch_warnings():  # PEFT warns of a second adapter; that is the point here
+    with (
+        rollback_on_error(saved_adapters(base)),
+        warnings.catch_warnings(),
+    ):  # PEFT warns of a second adapter; that is the point here
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         base.load_adapter(adapter_name=adapter_name, peft_config=config, adapter_state_dict=tensors)
 

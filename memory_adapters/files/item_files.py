@@ -6,13 +6,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from memory_adapters.files.strict_json import parse_json
-from memory_adapters.items import Document, Fact, Item, QuestionAnswer
-from memory_adapters.validation import cut, shown
+from memory_adapters.items import Item, item_from_dict
 
 __all__ = ["read_items"]
 
@@ -43,20 +41,15 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
     return items
 
 
-_KINDS: tuple[type[Item], ...] = (Fact, QuestionAnswer, Document)
 _BETWEEN = re.compile(r"[\s,]*")
 
 
 def _item(value: Any, place: str) -> Item:
-    for kind in _KINDS:
-        if isinstance(value, dict) and set(value) == {field.name for field in fields(kind)}:
-            try:
-                return kind(**value)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
-    kinds = " or ".join(str({field.name for field in fields(kind)}) for kind in _KINDS)
-    found = f"the fields {cut(', '.join(value)) or 'of nothing'}" if isinstance(value, dict) else shown(value)
-    raise ValueError(f"{place} has {found}; an item has {kinds}, and no other fields.")
+    try:
+        return item_from_dict(value)
+    except ValueError as error:
+        joint = " " if str(error).startswith("has ") else ": "
+        raise ValueError(f"{place}{joint}{error}") from None
 
 
 def _listed(file: Path, text: str) -> Iterator[tuple[int, Any]]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import peft
 from huggingface_hub import ModelCard, ModelCardData
 
-if TYPE_CHECKING:
-    from memory_adapters.config import MemoryConfig
+from memory_adapters.config import MemoryConfig
 
-__all__ = ["CARD_FILE", "HERE", "file_card", "model_card"]
+__all__ = ["HERE", "CardExample", "file_card", "model_card"]
 
-CARD_FILE = "README.md"
 HERE = "<this repository or folder>"  # in quotes, as code; `push_to_hub` puts the repository's name in its place
 TITLE_LENGTH = 40
 
@@ -52,7 +50,7 @@ Stored numbers: {num_parameters:,}. PEFT {peft_version}.
 
 _ANSWERS = """## Before and after
 
-Greedy answers of the model to what was written last, without the memory and with it, as they were after that write.
+Greedy answers to the facts and questions written last, without the memory and with it.
 
 | prompt | without | with |
 |---|---|---|
@@ -76,16 +74,30 @@ _FILE_TEMPLATE = """---
 """
 
 
-def model_card(config: MemoryConfig, num_parameters: int) -> str:
-    """Markdown with the Hub's metadata: base model, tags, answers, import line, what was written and how it scored."""
+class CardExample(NamedTuple):
+    """A prompt, and the model's greedy answers without the memory and with it."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def model_card(config: MemoryConfig, num_parameters: int, examples: Sequence[CardExample] = ()) -> str:
+    """Return Markdown with the Hub's metadata: base model, tags, examples, how to load it, what was written.
+
+    Args:
+        config: The memory's.
+        num_parameters: How many numbers the memory stores.
+        examples: Answers to show; none by default.
+    """
     base = config.base_model_name_or_path or "the base model"
     is_repo_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     metadata = ModelCardData(
         library_name="peft",
         base_model=base if is_repo_id else None,
         pipeline_tag="text-generation",
-        tags=["memory-adapters", str(config.peft_type.value).lower().replace("_", "-")],
-        widget=[_widget(answer) for answer in config.answers] or None,
+        tags=["memory-adapters", str(config.kind).lower().replace("_", "-")],
+        widget=[_widget(example) for example in examples] or None,
     )
     card = _TEMPLATE.format(
         metadata=metadata.to_yaml(),
@@ -95,8 +107,8 @@ def model_card(config: MemoryConfig, num_parameters: int) -> str:
         base=base,
         here=HERE,
         note=config.card_note,
-        answers=_before_and_after(config.answers),
-        writes="\n\n".join(_table(write) for write in config.writes) or "Nothing yet.",
+        answers=_before_and_after(examples),
+        writes="\n\n".join(_table(report.rows()) for report in config.reports()) or "Nothing yet.",
         settings="\n".join(f"* `{name}`: {value}" for name, value in config.card_settings().items()),
         num_parameters=num_parameters,
         peft_version=peft.__version__,
@@ -122,20 +134,20 @@ def file_card(
     known = {name.replace("_", " "): base_fingerprint[name] for name in base if name in base_fingerprint}
     rows = {key: str(value) for key, value in {**about, **known}.items()}
     card = _FILE_TEMPLATE.format(
-        metadata=metadata.to_yaml(), title=title, text=text, snippet=snippet, about=_table(rows)
+        metadata=metadata.to_yaml(), title=title, text=text, snippet=snippet, about=_table(rows.items())
     )
     return str(ModelCard(card))
 
 
-def _widget(answer: Mapping[str, str]) -> dict[str, Any]:
+def _widget(example: CardExample) -> dict[str, Any]:
     """An example for the Hub's inference widget, with the output that the memory gives."""
-    prompt = answer["prompt"]
+    prompt = example.prompt
     title = prompt if len(prompt) <= TITLE_LENGTH else prompt[: TITLE_LENGTH - 1] + "…"
-    return {"text": prompt, "example_title": title, "output": {"text": answer["after"]}}
+    return {"text": prompt, "example_title": title, "output": {"text": example.after}}
 
 
-def _before_and_after(answers: Sequence[Mapping[str, str]]) -> str:
-    rows = [" | ".join(_plain(answer[name]) for name in ("prompt", "before", "after")) for answer in answers]
+def _before_and_after(examples: Sequence[CardExample]) -> str:
+    rows = [" | ".join(map(_plain, example)) for example in examples]
     return _ANSWERS.format(rows="\n".join(f"| {row} |" for row in rows)) if rows else ""
 
 
@@ -145,6 +157,6 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", " ".join(printable.split()))
 
 
-def _table(labelled: Mapping[str, str]) -> str:
-    rows = "\n".join(f"| {_plain(key)} | {_plain(value)} |" for key, value in labelled.items())
+def _table(labelled: Iterable[tuple[str, str]]) -> str:
+    rows = "\n".join(f"| {_plain(key)} | {_plain(value)} |" for key, value in labelled)
     return f"| | |\n|---|---|\n{rows}"

@@ -10,15 +10,14 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from memory_adapters.base_model.decoder import Decoder, resolve_layers
-from memory_adapters.config import MemoryConfig, MemoryPeftType
+from memory_adapters.config import TRAINING, MemoryConfig, MemoryPeftType
+from memory_adapters.items import Fact
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.solvers import SOLVERS
-from memory_adapters.validation import check_choice, check_flag, check_number, check_texts, checked_layers
+from memory_adapters.validation import check_choice, check_flag, check_number, checked_layers
 
 __all__ = ["MemitConfig"]
-
-FACT_FIELDS = {"prompt", "subject", "target"}
 
 
 @dataclass
@@ -51,7 +50,6 @@ class MemitConfig(MemoryConfig):
         shrinkage: ρ of C₀'s shrinkage in [0, 1]; None to estimate it from the number of tokens.
         batch_tokens: Tokens in one forward pass; None for what fits in the free memory.
         seed: Of the prefixes and the sampled text.
-        facts: What is written: prompt, subject and target of each. Filled in by `write`.
     """
 
     method_name: ClassVar[str] = "Closed-form edit (MEMIT)"
@@ -65,21 +63,20 @@ class MemitConfig(MemoryConfig):
     solver: str = "memit"
     regularization: float = 0.3
     null_space: float = 0.8
-    steps: int = 25
-    learning_rate: float = 0.09
-    clamp: float = 0.75
-    target_loss: float = 0.05
-    kl_factor: float = 0.0625
-    weight_decay: float = 0.5
-    num_prefixes: int = 5
-    prefix_length: int = 10
-    chat: bool = False
-    precision: str = "model"
-    covariance_tokens: int = 16384
-    shrinkage: float | None = None
-    batch_tokens: int | None = None
-    seed: int = 0
-    facts: list[dict[str, str]] = field(default_factory=list, repr=False)
+    steps: int = field(default=25, metadata=TRAINING)
+    learning_rate: float = field(default=0.09, metadata=TRAINING)
+    clamp: float = field(default=0.75, metadata=TRAINING)
+    target_loss: float = field(default=0.05, metadata=TRAINING)
+    kl_factor: float = field(default=0.0625, metadata=TRAINING)
+    weight_decay: float = field(default=0.5, metadata=TRAINING)
+    num_prefixes: int = field(default=5, metadata=TRAINING)
+    prefix_length: int = field(default=10, metadata=TRAINING)
+    chat: bool = field(default=False, metadata=TRAINING)
+    precision: str = field(default="model", metadata=TRAINING)
+    covariance_tokens: int = field(default=16384, metadata=TRAINING)
+    shrinkage: float | None = field(default=None, metadata=TRAINING)
+    batch_tokens: int | None = field(default=None, metadata=TRAINING)
+    seed: int = field(default=0, metadata=TRAINING)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +102,8 @@ class MemitConfig(MemoryConfig):
             check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
         check_flag("chat", self.chat)
-        check_texts("facts", self.facts, FACT_FIELDS)
+        if not all(isinstance(item, Fact) for item in self.written_items()):
+            raise ValueError(f"`items` of {type(self).__name__} must be facts.")
 
     @property
     def key_groups(self) -> list[int]:
@@ -118,12 +116,14 @@ class MemitConfig(MemoryConfig):
         return 1 if SOLVERS[self.solver].exact else 1 + (self.num_prefixes > 0) + self.chat
 
     def resolved(self, decoder: Decoder) -> list[int]:
-        """The blocks to edit, in rising order."""
+        """Return the blocks to edit, in rising order."""
         assert isinstance(self.layers, list)
         return resolve_layers(self.layers, decoder.num_layers)
 
-    def check_model(self, decoder: Decoder) -> None:
-        for layer in self.resolved(decoder):
+    def resolve(self, decoder: Decoder) -> None:
+        """Fill in the indices of the blocks to edit, each of which must have an MLP projection."""
+        self.layers = self.resolved(decoder)
+        for layer in self.layers:
             mlp_projection(decoder, layer)
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:
@@ -139,13 +139,17 @@ class MemitConfig(MemoryConfig):
             base_model_name_or_path=self.base_model_name_or_path,
         )
 
+    def projection_names(self, decoder: Decoder) -> dict[int, str]:
+        """Return the dotted name of each edited block's projection."""
+        return {layer: mlp_projection(decoder, layer).name for layer in self.resolved(decoder)}
+
     def widths(self, decoder: Decoder) -> dict[int, int]:
-        """d_in of each edited block's projection."""
+        """Return d_in of each edited block's projection."""
         return {layer: mlp_projection(decoder, layer).in_features for layer in self.resolved(decoder)}
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Names and shapes of the ledger's tensors."""
-        return Ledger.tensor_shapes(len(self.facts), self.widths(decoder), decoder.hidden_size, self.keys_per_fact)
+        return Ledger.tensor_shapes(len(self.items), self.widths(decoder), decoder.hidden_size, self.keys_per_fact)
 
     @classmethod
     def reference(cls, **settings: Any) -> MemitConfig:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from memory_adapters.base_model.decoder import execution_device, find_decoder, resolve_layers
-from memory_adapters.base_model.exclusive import alone
+from memory_adapters.base_model.decoder import context_length, execution_device, find_decoder, resolve_layers
+from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import origin, rows_not_finite
@@ -23,7 +23,7 @@ from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
 from memory_adapters.memit.corpus import Portion, portions, sample_tokens
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.projection import mlp_projection
-from memory_adapters.peft_layers.virtual_tokens import without_slots
+from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 from memory_adapters.training.distributed import all_reduce_sum, is_main_process, share_of
 
 __all__ = ["CovarianceFitter"]
@@ -65,8 +65,6 @@ class CovarianceFitter:
         self.texts_sha256: str | None = None
         self.halfway = False  # while some keys of a pass are added, and others are not
 
-    @alone
-    @without_slots
     def fit(
         self,
         texts: Any,
@@ -96,21 +94,21 @@ class CovarianceFitter:
         if saved is not None:
             self._check(saved)
             num_tokens -= saved.num_tokens
-        context = getattr(self.model.config, "max_position_embeddings", None) or ROW_LENGTH
         found = portions(
             texts,
             self.tokenizer,
             column=column,
             skip=self.num_texts if saved is None else saved.num_texts,
             num_tokens=num_tokens,
-            row_length=min(ROW_LENGTH, context),
+            row_length=min(ROW_LENGTH, context_length(self.model)),
             skipped_sha256=None if saved is None else saved.texts_sha256,
         )
         first = list(islice(found, 1))  # or else it is of other texts
         if saved is not None:
             self.resume(saved)
         self.sources.append(source or (str(texts) if isinstance(texts, os.PathLike) else "given texts"))
-        with tqdm(total=max(num_tokens, 0), unit="token", desc="covariance", disable=not progress) as bar:
+        bar = tqdm(total=max(num_tokens, 0), unit="token", desc="covariance", disable=not progress)
+        with exclusive_use(self.model), virtual_tokens_disabled(self.model), bar:
             for portion in chain(first, found):
                 self._add(portion)
                 self.num_tokens += portion.num_tokens
@@ -138,8 +136,6 @@ class CovarianceFitter:
             self.num_tokens += added
             raise
 
-    @alone
-    @without_slots
     def sample(self, num_tokens: int, *, seed: int = 0, progress: bool = True) -> CovarianceFitter:
         """Add the keys of text that the model samples from itself: needs no data. Nothing is read twice."""
         buffers: list[list[Tensor]] = [[] for _ in self.modules]
@@ -157,6 +153,8 @@ class CovarianceFitter:
         rounds = range(seed, seed + -(-num_tokens // (rows * SAMPLE_LENGTH)))
         with (
             tqdm(total=num_tokens, unit="token", desc="covariance of sampled text", disable=not progress) as bar,
+            exclusive_use(self.model),
+            virtual_tokens_disabled(self.model),
             inputs_of(self.modules, receive),
             evaluating(self.model),
         ):

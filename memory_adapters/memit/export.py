@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
@@ -14,15 +14,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memory_adapters.export import Exporter, Write, check_finite
+from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.files.exports import Write, check_finite
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import write_tensors
+from memory_adapters.memit.config import MemitConfig
+from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import adapter_layers, lora_layers
 
-if TYPE_CHECKING:
-    from memory_adapters.memit.memory import MemitMemory
-
 __all__ = ["EXPORTERS", "VLLM_RANKS"]
+
+EditExporter: TypeAlias = Callable[[Memory[MemitConfig], "torch.dtype | None"], Write]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` can be."""
@@ -40,7 +42,7 @@ GGUF_ARCHITECTURES = {
 """Model types whose architecture has another name in GGUF files; the others differ in separators at most."""
 
 
-def vllm(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
+def vllm(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     """A plain LoRA adapter, its rank filled up with zeros to one of `VLLM_RANKS`."""
     factors = _factors(memory, dtype or memory.model.dtype)
     rank = _rank(factors)
@@ -67,7 +69,7 @@ def vllm(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
     return write
 
 
-def gguf(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
+def gguf(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     """A LoRA file as llama.cpp's `convert_lora_to_gguf.py` makes it."""
     try:
         import gguf as library
@@ -106,7 +108,7 @@ def gguf(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
     return write
 
 
-def merged(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
+def merged(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     """The base with W + B A, summed in float32, for W of the edited projections, and the tokenizer if it is known."""
     _check_written(memory)
     model: Any = memory.model
@@ -118,8 +120,9 @@ def merged(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
     with torch.device("meta"):
         edited = type(model)(config)
     tensors = {name: _base_tensor(model, name, like) for name, like in edited.state_dict().items()}
-    for layer, module in lora_layers(model, memory._names).items():
-        name = f"{memory._names[layer]}.weight"
+    names = _names(memory)
+    for layer, module in lora_layers(model, names).items():
+        name = f"{names[layer]}.weight"
         weight = tensors[name]
         change = module.get_delta_weight(memory.adapter_name).detach().to(weight.device)
         tensors[name] = (weight.float() + change).to(dtype or weight.dtype)
@@ -141,19 +144,25 @@ def merged(memory: MemitMemory, dtype: torch.dtype | None) -> Write:
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-EXPORTERS: Mapping[str, Exporter] = {"gguf": gguf, "merged": merged, "vllm": vllm}
+EXPORTERS: Mapping[str, EditExporter] = {"gguf": gguf, "merged": merged, "vllm": vllm}
 
 
-def _factors(memory: MemitMemory, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+def _factors(memory: Memory[MemitConfig], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """A (rank, d_in) and B (hidden_size, rank) of each edited projection, by its dotted name, on the CPU."""
     _check_written(memory)
+    names = _names(memory)
     factors = {}
-    for layer, module in lora_layers(memory.model, memory._names).items():
-        name = memory._names[layer]
+    for layer, module in lora_layers(memory.model, names).items():
+        name = names[layer]
         pair = [part[memory.adapter_name].weight for part in (module.lora_A, module.lora_B)]
         A, B = (check_finite(matrix.detach().to("cpu", dtype), name) for matrix in pair)
         factors[name] = A, B
     return factors
+
+
+def _names(memory: Memory[MemitConfig]) -> dict[int, str]:
+    """Dotted name of each edited projection, by block."""
+    return memory.config.projection_names(find_decoder(memory.model, memory.config.layers_path))
 
 
 def _rank(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
@@ -164,8 +173,8 @@ def _plain(name: str) -> str:
     return name.replace("-", "").replace("_", "")
 
 
-def _check_written(memory: MemitMemory) -> None:
-    if not memory.facts:
+def _check_written(memory: Memory[MemitConfig]) -> None:
+    if not memory.items:
         raise ValueError("`memory` has no facts: write some, then export it.")
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.base_model.tokens import last_token_of, shared_length, tokenize
 from memory_adapters.items import Fact
 
-__all__ = ["Context", "FactRow", "PrefixCache", "RowBatch", "chat_context", "fact_rows", "row_batches"]
+__all__ = ["Context", "FactRow", "PrefixCache", "RowBatch", "bare_rows", "chat_context", "context_rows", "row_batches"]
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,23 @@ class FactRow:
     first_label: int
 
     @property
+    def input_ids(self) -> list[int]:
+        """`ids`, as scoring calls them."""
+        return self.ids
+
+    @property
+    def is_document(self) -> bool:
+        """A fact is none."""
+        return False
+
+    @property
     def num_read(self) -> int:
         """Tokens from the subject's last on that the model reads."""
         return max(len(self.ids) - 1 if self.first_label < len(self.ids) else len(self.ids), 1) - self.subject
 
 
-def chat_context(tokenizer: Any) -> Context:
-    """The tokenizer's chat template around a user's turn that is the prompt.
+def chat_context(tokenizer: PreTrainedTokenizerBase) -> Context:
+    """Return the tokenizer's chat template around a user's turn that is the prompt.
 
     Raises:
         ValueError: If there is no chat template, or it alters its text.
@@ -69,44 +80,67 @@ def chat_context(tokenizer: Any) -> Context:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("`chat=True`, but the tokenizer has no chat template; set `chat=False`.")
     turn = [{"role": "user", "content": "{prompt}"}]
-    before, found, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(
-        "{prompt}"
-    )
+    before, found, after = str(
+        tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ).partition("{prompt}")
     if not found:
-        raise ValueError("`chat=True`, but the chat template alters what the user says; set `chat=False`.")
+        raise ValueError("`chat=True`, but the chat template alters the user's text; set `chat=False`.")
     return Context(before, after)
 
 
-def fact_rows(facts: Sequence[Fact], contexts: Sequence[Context], tokenizer: Any, max_length: int) -> list[FactRow]:
-    """A row for each fact in each context, and one for its subject alone.
+def bare_rows(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[FactRow]:
+    """Return the row of each fact's bare prompt.
+
+    Raises:
+        ValueError: If a fact does not fit in `max_length` tokens.
+    """
+    return [_row(fact, Context(), tokenizer, index, 0, max_length) for index, fact in enumerate(facts)]
+
+
+def context_rows(
+    facts: Sequence[Fact],
+    bare: Sequence[FactRow],
+    contexts: Sequence[Context],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[list[FactRow]]:
+    """Return, for each fact, its rows in every context and one for its subject alone.
+
+    Args:
+        facts: The facts.
+        bare: Their rows in the first context, the bare prompt.
+        contexts: All contexts, the bare prompt first.
+        tokenizer: The model's tokenizer.
+        max_length: Most tokens of a row.
 
     Raises:
         ValueError: If a fact does not fit in `max_length` tokens.
     """
     rows = []
-    for index, fact in enumerate(facts):
-        for number, context in enumerate(contexts):
-            row = _row(fact, context, tokenizer, index, number)
-            if len(row.ids) > max_length:
-                raise ValueError(
-                    f"`items[{index}]` has {len(row.ids)} tokens with its prefix, more than the {max_length} that the "
-                    f"model reads: shorten the prompt or the target of {fact.subject!r}."
-                )
-            rows.append(row)
+    for row, fact in zip(bare, facts, strict=True):
+        around = enumerate(contexts[1:], 1)
+        others = [_row(fact, context, tokenizer, row.fact, number, max_length) for number, context in around]
         text = f"{fact.subject} is a"
         ids = tokenize(tokenizer, text)
         last = last_token_of(tokenizer, text, len(fact.subject), ids)
-        rows.append(FactRow(index, -1, ids[: last + 1], last, last + 1))
+        rows.append([row, *others, FactRow(row.fact, -1, ids[: last + 1], last, last + 1)])
     return rows
 
 
-def _row(fact: Fact, context: Context, tokenizer: Any, index: int, number: int) -> FactRow:
+def _row(
+    fact: Fact, context: Context, tokenizer: PreTrainedTokenizerBase, index: int, number: int, max_length: int
+) -> FactRow:
     prompt = context.before + fact.prompt
-    opening = prompt + (context.after or "")
+    before_target = prompt + (context.after or "")
     special = {"add_special_tokens": False} if context.after is not None else {}
-    text = opening + (fact.target if context.after is not None else fact.continuation)
+    text = before_target + (fact.target if context.after is not None else fact.continuation)
     ids = list(tokenizer(text, **special)["input_ids"]) if special else tokenize(tokenizer, text)
-    head = list(tokenizer(opening, **special)["input_ids"]) if special else tokenize(tokenizer, opening)
+    head = list(tokenizer(before_target, **special)["input_ids"]) if special else tokenize(tokenizer, before_target)
+    if len(ids) > max_length:
+        raise ValueError(
+            f"`items[{index}]` has {len(ids)} tokens with its prefix, more than the {max_length} that the model reads: "
+            f"shorten the prompt or the target of {fact.subject!r}."
+        )
     first = max(shared_length(head, ids), 1)
     end = len(context.before) + fact.prompt.rindex(fact.subject) + len(fact.subject)
     part = list(tokenizer(text[:end], **special)["input_ids"]) if special else tokenize(tokenizer, text[:end])
@@ -171,7 +205,10 @@ def row_batches(rows: Sequence[FactRow], tokens: int) -> Iterator[list[FactRow]]
 
 @dataclass
 class PrefixCache:
-    """What all facts have in common in each context: the tokens of its prefix, read once.
+    """The keys and values of each context's prefix, which all facts share: computed once, and used for every fact.
+
+    The prefixes of all contexts are one left-padded batch, with an empty row for rows of no context (the subject
+    alone). A row of context c starts with the cached tokens of row c; only the tokens behind them are read again.
 
     Attributes:
         lengths: Tokens in common, by context; the last entry is for rows of no context, which share nothing.
@@ -206,27 +243,27 @@ class PrefixCache:
 
 
 @torch.no_grad()
-def keep_before(model: Any, rows: Sequence[FactRow], openings: PrefixCache) -> RowBatch:
+def keep_before(model: Any, rows: Sequence[FactRow], prefixes: PrefixCache) -> RowBatch:
     """Read what stands before the subjects' last tokens, and keep its keys and values."""
-    device = openings.mask.device
-    contexts = torch.tensor([row.context for row in rows], device=device) % len(openings.lengths)
-    starts = [openings.lengths[row.context] for row in rows]
+    device = prefixes.mask.device
+    contexts = torch.tensor([row.context for row in rows], device=device) % len(prefixes.lengths)
+    starts = [prefixes.lengths[row.context] for row in rows]
     read = rows[0].num_read
     ids, mask = _left_padded(
         [row.ids[start : row.subject + read] for row, start in zip(rows, starts, strict=True)], device
     )
-    opened = openings.mask.shape[1]
+    cached = prefixes.mask.shape[1]
     before = ids.shape[1] - read
-    inputs = _masked(model, torch.cat([openings.mask[contexts], mask], 1))
-    cache = _chosen(openings.cache, contexts)
+    inputs = _masked(model, torch.cat([prefixes.mask[contexts], mask], 1))
+    cache = _chosen(prefixes.cache, contexts)
     if before:
-        part = {name: value[:, : opened + before] for name, value in inputs.items()}
+        part = {name: value[:, : cached + before] for name, value in inputs.items()}
         if "position_ids" in part:
-            part["position_ids"] = part["position_ids"][:, opened:]
+            part["position_ids"] = part["position_ids"][:, cached:]
         out = model.base_model(input_ids=ids[:, :before], **part, **{CACHE: cache}, use_cache=True)
         cache = out[CACHE]
     if "position_ids" in inputs:
-        inputs["position_ids"] = inputs["position_ids"][:, opened + before :]
+        inputs["position_ids"] = inputs["position_ids"][:, cached + before :]
     facts = torch.tensor([row.fact for row in rows], device=device)
     return RowBatch(list(rows), ids[:, before:], inputs, cache, facts)
 

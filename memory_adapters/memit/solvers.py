@@ -13,13 +13,9 @@ solution in any order of writes. Everything is in float64.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from memory_adapters.memit.config import MemitConfig
 
 __all__ = ["SOLVERS", "Cost", "Solver", "cost_of", "readout"]
 
@@ -80,15 +76,15 @@ class Solver(ABC):
     exact: bool = False
 
     @abstractmethod
-    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
-        """M for C₀ (d_in, d_in) in float64."""
+    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
+        """Return M for C₀ (d_in, d_in) in float64; see `cost_of`."""
 
 
 class Memit(Solver):
     """M = λ C₀ (MEMIT, eq. 14)."""
 
-    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
-        return DenseCost(config.regularization * len(covariance) * covariance)
+    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
+        return DenseCost(regularization * len(covariance) * covariance)
 
 
 class AlphaEdit(Solver):
@@ -97,16 +93,16 @@ class AlphaEdit(Solver):
     λ is relative to the mean of ‖P k‖² over ordinary text.
     """
 
-    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
+    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
         values, vectors = torch.linalg.eigh(covariance)  # in rising order
-        free = max(1, round(config.null_space * len(values)))
+        free = max(1, round(null_space * len(values)))
         kept = float(values[:free].sum())
         if not kept > len(values) * torch.finfo(values.dtype).eps * float(values.abs().max()):
             raise ValueError(
                 f"The covariance is singular: ordinary keys are not at all in the {free} directions that may change. "
                 "Fit it on more tokens (about 10 · d_in), or raise `shrinkage` or `null_space`."
             )
-        return NullSpaceCost(vectors[:, :free], config.regularization * kept)
+        return NullSpaceCost(vectors[:, :free], regularization * kept)
 
 
 class Emmet(Solver):
@@ -114,21 +110,28 @@ class Emmet(Solver):
 
     exact = True
 
-    def cost(self, covariance: Tensor, config: MemitConfig) -> Cost:
+    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
         return DenseCost(1e-6 * len(covariance) * covariance)
 
 
 SOLVERS: dict[str, Solver] = {"memit": Memit(), "alphaedit": AlphaEdit(), "emmet": Emmet()}
 
 
-def cost_of(layer: int, covariance: Tensor, config: MemitConfig) -> Cost:
-    """M of a block for C₀ (d_in, d_in) in float64.
+def cost_of(solver: str, layer: int, covariance: Tensor, *, regularization: float, null_space: float) -> Cost:
+    """Return M of a block for C₀ (d_in, d_in) in float64.
+
+    Args:
+        solver: One of `SOLVERS`.
+        layer: The block's index, for errors.
+        covariance: C₀.
+        regularization: λ as a share of d_in; see `MemitConfig`.
+        null_space: Share of C₀'s directions that may change; see `MemitConfig`.
 
     Raises:
         ValueError: If C₀ is singular; names the block.
     """
     try:
-        return SOLVERS[config.solver].cost(covariance, config)
+        return SOLVERS[solver].cost(covariance, regularization, null_space)
     except ValueError as error:
         raise ValueError(f"`covariance` of block {layer}: {error}") from error
 

@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.partial_forward import block_returns_tuple, hidden_state, logits_at, resumed
 from memory_adapters.base_model.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
 from memory_adapters.files.atomic import atomic_file
 from memory_adapters.items import Fact
 from memory_adapters.memit.projection import mlp_projection
-from memory_adapters.peft_layers.virtual_tokens import undisturbed
+from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 
 __all__ = ["KINDS", "ROLES", "TraceTable", "load_known_facts", "trace_facts"]
 
@@ -169,7 +170,7 @@ def trace_facts(
     window = window or max(1, round(depth / 5))
     queries = [_Query.of(tokenizer, fact) for fact in facts]
     sums, counts, total = torch.zeros(len(kinds), len(ROLES), depth).double(), torch.zeros(len(ROLES), 1).double(), 0.0
-    with undisturbed(model):
+    with evaluating(model), virtual_tokens_disabled(model):
         right = score_rows(model, decoder, [[*q.ids, q.answer] for q in queries], [len(q.ids) for q in queries]).right
         known = [query for query, hit in zip(queries, right, strict=True) if hit or not only_known]
         if not known:

@@ -1,9 +1,9 @@
-"""From facts to ledger entries: contexts, targets, keys and shares, in batches that fit in memory."""
+"""Write facts: find their targets, keys and shares, in batches that fit in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from memory_adapters.base_model.decoder import Decoder, find_decoder
+from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import rows_not_finite
 from memory_adapters.base_model.partial_forward import capture, inputs_of
@@ -28,7 +28,7 @@ from memory_adapters.memit.prompts import (
     PrefixCache,
     RowBatch,
     chat_context,
-    fact_rows,
+    context_rows,
     keep_before,
     row_batches,
 )
@@ -45,7 +45,7 @@ GPU_BATCH = 32768
 
 @dataclass
 class LedgerBuilder:
-    """Makes the ledger entries of facts on one model, without the edit that they will be part of.
+    """Build the ledger entries of facts on one model, without the edit that they will be part of.
 
     Attributes:
         model: The causal LM, frozen.
@@ -61,11 +61,10 @@ class LedgerBuilder:
         self.decoder: Decoder = find_decoder(self.model, self.config.layers_path)
         self.layers = self.config.resolved(self.decoder)
         self.projections = [mlp_projection(self.decoder, layer) for layer in self.layers]
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        self.max_length: int = context or 1 << 30
+        self.max_length = context_length(self.model)
 
     def contexts(self) -> list[Context]:
-        """What a fact must hold in: its bare prompt first, then behind sampled prefixes and in the chat template."""
+        """Return what a fact must hold in: the bare prompt first, then sampled prefixes and the chat template."""
         prompts = [OPENINGS[i % len(OPENINGS)] for i in range(self.config.num_prefixes)]
         found = [Context()]
         if prompts:
@@ -82,15 +81,12 @@ class LedgerBuilder:
             found.append(chat_context(self.tokenizer))
         return found
 
-    def check(self, facts: Sequence[Fact]) -> None:
-        """Raise a `ValueError` if a fact, even bare, does not fit in the model's context."""
-        fact_rows(facts, [Context()], self.tokenizer, self.max_length)
-
-    def entries(self, facts: Sequence[Fact], targets: Ledger | None, progress: bool) -> Ledger:
-        """Entries of `facts`, in their order; the work is shared among processes.
+    def entries(self, facts: Sequence[Fact], bare: Sequence[FactRow], targets: Ledger | None, progress: bool) -> Ledger:
+        """Return the entries of `facts`, in their order; the work is shared among processes.
 
         Args:
             facts: What to write.
+            bare: Their rows in the bare prompt.
             targets: A ledger whose z are taken for the facts that it holds.
             progress: Show a bar.
 
@@ -98,46 +94,50 @@ class LedgerBuilder:
             ValueError: If a fact does not fit in the model's context, or its loss is not finite.
         """
         contexts = self.contexts()
-        own = share_of(list(facts))
-        size = self._chunk(own, contexts)
+        own, own_bare = share_of(list(facts)), share_of(list(bare))
+        rows = context_rows(own, own_bare, contexts, self.tokenizer, self.max_length)
+        size = self._chunk(rows)
         known = {} if targets is None else dict(zip(targets.facts, targets.targets, strict=True))
         parts: list[Ledger] = []
         bar = tqdm(total=len(own), unit="fact", desc="targets", disable=not progress)
         with bar, evaluating(self.model), differentiable(self.model):
             for start in range(0, len(own), size):
-                parts.append(self._chunk_entries(own[start : start + size], contexts, known, bar))
+                chunk = slice(start, start + size)
+                numbered = [replace(row, fact=i) for i, group in enumerate(rows[chunk]) for row in group]
+                parts.append(self._chunk_entries(own[chunk], numbered, len(contexts), known, bar))
         single = [part.subset([i]) for part in parts for i in range(len(part.facts))]
         return _joined(gathered(single, len(facts)))
 
     def _chunk_entries(
-        self, facts: list[Fact], contexts: list[Context], known: dict[Fact, Tensor], bar: tqdm
+        self, facts: list[Fact], rows: list[FactRow], num_contexts: int, known: dict[Fact, Tensor], bar: tqdm
     ) -> Ledger:
-        rows = fact_rows(facts, contexts, self.tokenizer, self.max_length)
         finder = TargetFinder(self.model, self.decoder, self.layers[-1], self.config.precision)
         width = self.decoder.hidden_size
         h0 = torch.zeros(len(facts), width, device=finder.device)
-        problems: list[TargetBatch] = []
-        visits: list[SubjectStates] = []
-        openings = PrefixCache.of(self.model, rows, len(contexts))
+        batches: list[TargetBatch] = []
+        subjects: list[SubjectStates] = []
+        prefixes = PrefixCache.of(self.model, rows, num_contexts)
         for group in row_batches(rows, self._batch_tokens()):
-            batch = keep_before(self.model, group, openings)
-            visit, last = self._visit(batch)
-            problems.append(TargetBatch.of(batch, last, len(contexts), self.config.kl_factor))
+            batch = keep_before(self.model, group, prefixes)
+            states, last = self._subject_states(batch)
+            batches.append(TargetBatch.of(batch, last, num_contexts, self.config.kl_factor))
             bare = torch.tensor([row.context == 0 for row in group])
             h0[batch.facts[bare]] = last[bare, 0].float()
-            told = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
-            if len(told):
-                below = None if visit.below is None else visit.below[told]
-                visits.append(SubjectStates(batch.select(told), visit.key[told], visit.state[told], below))
+            in_context = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
+            if len(in_context):
+                below = None if states.below is None else states.below[in_context]
+                subjects.append(
+                    SubjectStates(batch.select(in_context), states.key[in_context], states.state[in_context], below)
+                )
         z = torch.stack([known.get(fact, h0[i].cpu()) for i, fact in enumerate(facts)]).to(h0)
         new = torch.tensor([fact not in known for fact in facts], device=h0.device)
         if new.any():
             with finder.fast_weights():
                 prompts = [fact.prompt for fact in facts]
-                z[new] = find_targets(finder, problems, h0, new, self.config, bar, prompts)[0][new]
-        del problems
+                z[new] = find_targets(finder, batches, h0, new, self.config, bar, prompts)[0][new]
+        del batches
         groups, each = self.config.key_groups, self.config.keys_per_fact
-        found = share_over_layers(self.model, self.decoder, self.layers, visits, groups, each, h0, z, finder.as_tuple)
+        found = share_over_layers(self.model, self.decoder, self.layers, subjects, groups, each, h0, z, finder.as_tuple)
         for kind, of_layers in {"key": found.keys, "share of the change": found.shares}.items():
             for layer, values in of_layers.items():
                 if bad := rows_not_finite(values):
@@ -153,7 +153,7 @@ class LedgerBuilder:
             {layer: shares.cpu() for layer, shares in found.shares.items()},
         )
 
-    def _visit(self, batch: RowBatch) -> tuple[SubjectStates, Tensor]:
+    def _subject_states(self, batch: RowBatch) -> tuple[SubjectStates, Tensor]:
         """Keys and states at the first edited block, and the states at the last one for all tokens."""
         keys: list[Tensor] = []
         low, high = self.layers[0], self.layers[-1]
@@ -181,12 +181,11 @@ class LedgerBuilder:
         cap = GPU_BATCH if self.model.device.type == "cuda" else CPU_BATCH
         return max(1, min(cap, int(MEMORY_SHARE * self._free_memory()) // a_token))
 
-    def _chunk(self, facts: Sequence[Fact], contexts: Sequence[Context]) -> int:
-        """Facts whose keys and values fit in a share of the free memory."""
-        if not facts:
+    def _chunk(self, rows: Sequence[Sequence[FactRow]]) -> int:
+        """How many facts' keys and values fit in a share of the free memory."""
+        if not rows:
             return 1
-        rows: list[FactRow] = fact_rows(facts[:64], contexts, self.tokenizer, self.max_length)
-        tokens = max(len(row.ids) for row in rows) * (len(contexts) + 1)
+        tokens = max(len(row.ids) for group in rows for row in group) * len(rows[0])
         kept = 2 * 4 * self.decoder.num_layers * self.decoder.hidden_size
         return max(1, min(4096, int(MEMORY_SHARE * self._free_memory()) // (tokens * kept)))
 

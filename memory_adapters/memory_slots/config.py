@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from memory_adapters.base_model.decoder import Decoder, base_linears, unwrapped
-from memory_adapters.config import MemoryConfig, MemoryPeftType
+from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
 from memory_adapters.validation import check_choice, check_flag, check_number, shown
 
 __all__ = ["MemorySlotsConfig"]
@@ -64,15 +64,15 @@ class MemorySlotsConfig(MemoryConfig):
     lora_rank: int = 32
     lora_alpha: int = 32
     target_modules: list[str] | None = None
-    objective: str = "cross-entropy"
-    refine_steps: int | None = None
-    refine_learning_rate: float | None = None
-    refine_target_loss: float = 0.1
-    refine_fraction: float = 0.5
-    precision: str = "model"
-    encoder_steps: int = 0
-    has_slots: bool = False
-    seed: int = 0
+    objective: str = field(default="cross-entropy", metadata=TRAINING)
+    refine_steps: int | None = field(default=None, metadata=TRAINING)
+    refine_learning_rate: float | None = field(default=None, metadata=TRAINING)
+    refine_target_loss: float = field(default=0.1, metadata=TRAINING)
+    refine_fraction: float = field(default=0.5, metadata=TRAINING)
+    precision: str = field(default="model", metadata=TRAINING)
+    encoder_steps: int = field(default=0, metadata=STATE)
+    has_slots: bool = field(default=False, metadata=STATE)
+    seed: int = field(default=0, metadata=TRAINING)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,7 +134,9 @@ class MemorySlotsConfig(MemoryConfig):
         edges = [round(i * len(ids) / count) for i in range(count + 1)]
         return [list(ids[a:b]) for a, b in pairwise(edges)]
 
-    def check_model(self, decoder: Decoder) -> None:
+    def resolve(self, decoder: Decoder) -> None:
+        """Fill in the full names of the matrices that the encoder's LoRA is on."""
+        self.target_modules = sorted(self.modules(decoder))
         self.tensor_shapes(decoder)
 
     def modules(self, decoder: Decoder) -> dict[str, nn.Module]:

@@ -86,9 +86,17 @@ class Encoder:
         found = adapter_layers(self.model, self.adapter_name)
         return [layer for layer in found if isinstance(layer, LoraLayer)]
 
+    def disable(self) -> None:
+        """Leave the LoRA out of all passes but those within `active`."""
+        for layer in self.layers():
+            layer.lora_A[self.adapter_name].float()
+            layer.lora_B[self.adapter_name].float()
+            layer.scaling[self.adapter_name] = 0.0
+            layer._active_adapter = [name for name in layer.active_adapters if name != self.adapter_name]
+
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
-        """Within this context no adapter on the model takes part, and no slots are read."""
+        """Run the model, within this context, without any adapter and without slots."""
         every = adapter_layers(self.model)
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in every]
         mode, self.mode = self.mode, self.adapters_disabled
@@ -104,7 +112,7 @@ class Encoder:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within this context the encoder's LoRA is the only adapter that takes part."""
+        """Use the encoder's LoRA, within this context, and no other adapter."""
         layers: list[Any] = self.layers()
         with self.adapters_disabled():
             self.mode = self.active

@@ -143,7 +143,7 @@ def _accuracies(
 
 
 def embedded_text(encoder: Encoder, tokenizer: Any, text: str, last: int | None = None) -> MemorySlots:
-    """Return a text's own token embeddings (of its last `last` tokens, if given) as slots: read as the text would be."""
+    """Return the token embeddings of a text (of its last `last` tokens, if given) as slots, read as the text is."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][-(last or 0) :]
     with torch.no_grad():
         vectors = encoder.decoder.embeddings(torch.tensor(ids, device=encoder.device)).float().cpu()

@@ -10,7 +10,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from memory_adapters.base_model.decoder import Decoder, resolve_layers
-from memory_adapters.config import MemoryConfig, MemoryPeftType
+from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
 from memory_adapters.validation import check_choice, check_flag, check_number, checked_layers
 
 __all__ = ["MemoryAdapterConfig"]
@@ -73,26 +73,26 @@ class MemoryAdapterConfig(MemoryConfig):
     key_threshold: float = 0.6
     key_ramp: float = 0.1
     router_keys: bool = False
-    num_keys: int = 0
+    num_keys: int = field(default=0, metadata=STATE)
     stream_scale: bool = True
     norm_cap: float | None = None
     dropout: float = 0.0
     weight: float = 1.0
-    learning_rate: float = 1e-3
-    gate_learning_rate: float = 1e-2
-    num_train_epochs: float = 25
-    min_steps: int = 100
-    target_loss: float = 0.01
-    batch_size: int = 4
-    warmup_steps: int = 10
-    weight_decay: float = 0.05
-    max_grad_norm: float = 10.0
-    num_prefixes: int = 5
-    max_length: int | None = None
-    locality_weight: float = 0.0
-    distillation_weight: float = 0.0
-    seed: int = 0
-    target_modules: Any = field(default=None, repr=False)
+    learning_rate: float = field(default=1e-3, metadata=TRAINING)
+    gate_learning_rate: float = field(default=1e-2, metadata=TRAINING)
+    num_train_epochs: float = field(default=25, metadata=TRAINING)
+    min_steps: int = field(default=100, metadata=TRAINING)
+    target_loss: float = field(default=0.01, metadata=TRAINING)
+    batch_size: int = field(default=4, metadata=TRAINING)
+    warmup_steps: int = field(default=10, metadata=TRAINING)
+    weight_decay: float = field(default=0.05, metadata=TRAINING)
+    max_grad_norm: float = field(default=10.0, metadata=TRAINING)
+    num_prefixes: int = field(default=5, metadata=TRAINING)
+    max_length: int | None = field(default=None, metadata=TRAINING)
+    locality_weight: float = field(default=0.0, metadata=TRAINING)
+    distillation_weight: float = field(default=0.0, metadata=TRAINING)
+    seed: int = field(default=0, metadata=TRAINING)
+    target_modules: Any = field(default=None, repr=False, metadata=STATE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +145,10 @@ class MemoryAdapterConfig(MemoryConfig):
         """Whether blocks store keys of what was written."""
         return self.token_gate == "keys" or self.router_keys
 
-    def check_model(self, decoder: Decoder) -> None:
-        resolve_layers(self.depths, decoder.num_layers)
+    def resolve(self, decoder: Decoder) -> None:
+        """Fill in block indices and their modules' names."""
+        self.layers = resolve_layers(self.depths, decoder.num_layers)
+        self.target_modules = [decoder.block_name(layer) for layer in self.layers]
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         d, r, n = decoder.hidden_size, self.memory_dim, self.num_keys

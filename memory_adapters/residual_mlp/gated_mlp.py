@@ -34,6 +34,7 @@ class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int, config: MemoryAdapterConfig) -> None:
         super().__init__()
         self.token_gate_kind = config.token_gate
+        self.has_keys = config.has_keys
         self.stream_scale = config.stream_scale
         self.norm_cap = config.norm_cap
         self.dropout = config.dropout
@@ -49,7 +50,7 @@ class GatedMLP(nn.Module):
         if config.token_gate == "sigmoid":
             self.gate_weight = nn.Parameter(torch.empty(1, hidden_size))
             self.gate_bias = nn.Parameter(torch.empty(1))
-        if config.has_keys:
+        if self.has_keys:
             self.register_buffer("keys", torch.zeros(config.num_keys, hidden_size))
             self.register_buffer("key_bias", torch.zeros(config.num_keys))
 

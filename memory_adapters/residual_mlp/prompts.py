@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from memory_adapters.base_model.item_rows import Row
 from memory_adapters.base_model.tokens import last_token_of, tokenize
 from memory_adapters.items import Fact, Item
-from memory_adapters.training.rows import Row, TrainingTurn
+from memory_adapters.training.rows import TrainingTurn
 
 
 def locality_turns(
@@ -31,7 +32,5 @@ def locality_turns(
                 end = text.index(item.subject) + len(item.subject)
                 rows.append(Row(ids, last_token_of(tokenizer, text, end, ids) + 1, [], []))
         rows.append(Row(silent[index % len(silent)], 1, [], []))
-        turns.append(
-            TrainingTurn("locality", index, [row for row in rows if row.first_label < len(row.input_ids)], False)
-        )
+        turns.append(TrainingTurn("locality", index, [row for row in rows if row.first_label < len(row.input_ids)]))
     return turns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from peft.functional import set_requires_grad
@@ -14,24 +14,19 @@ from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from memory_adapters.base_model.decoder import Decoder
+from memory_adapters.base_model.item_rows import IGNORED
 from memory_adapters.base_model.modes import left_as_it_was
 from memory_adapters.base_model.nonfinite import check_gradients, rows_not_finite
 from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.base_model.quantised import differentiable, keep_unpacked
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors
-from memory_adapters.residual_mlp.layer import residual_layers
+from memory_adapters.memory import Memory
+from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.training.checkpoints import check_mark, mark_checkpoint
 from memory_adapters.training.dataset import FilledSampler, collate
 from memory_adapters.training.distributed import all_reduce_sum, weight_of_share, world_size
-from memory_adapters.training.rows import IGNORED
-
-if TYPE_CHECKING:
-    from memory_adapters.residual_mlp.memory import ResidualMemory
-
-if TYPE_CHECKING:
-    from memory_adapters.residual_mlp.memory import ResidualMemory
 
 __all__ = ["MemoryTrainer", "training_arguments"]
 
@@ -51,7 +46,7 @@ class MemoryTrainer(Trainer):
 
     def __init__(
         self,
-        memory: ResidualMemory,
+        memory: Memory[MemoryAdapterConfig],
         decoder: Decoder,
         reuse: ReusedStates | None,
         rows_sha256: str | None = None,
@@ -166,7 +161,7 @@ class MemoryTrainer(Trainer):
         load_weights(self.memory, resume_from_checkpoint)
 
 
-def load_weights(memory: ResidualMemory, folder: Path | str) -> None:
+def load_weights(memory: Memory[MemoryAdapterConfig], folder: Path | str) -> None:
     """Put the tensors of a saved memory with the same settings into `memory`."""
     expected = {PEFT_KEY_PREFIX + name: tensor.shape for name, tensor in memory.state_dict().items()}
     tensors = read_tensors(Path(folder) / WEIGHTS_FILE, expected)
@@ -174,7 +169,7 @@ def load_weights(memory: ResidualMemory, folder: Path | str) -> None:
 
 
 def training_arguments(
-    memory: ResidualMemory, folder: str, overrides: Mapping[str, Any] | None, num_slots: int
+    memory: Memory[MemoryAdapterConfig], folder: str, overrides: Mapping[str, Any] | None, num_slots: int
 ) -> TrainingArguments:
     """The config's settings as `TrainingArguments`, for so many slots an epoch; `overrides` win."""
     config = memory.config
@@ -231,29 +226,7 @@ class _EpochLosses(TrainerCallback):
 
 
 @contextmanager
-def activated(memory: ResidualMemory) -> Iterator[None]:
-    """The memory takes part within this context, whether or not it did before, and unrouted.
-
-    Raises:
-        RuntimeError: If all adapters of the model are switched off.
-    """
-    if any(layer.disable_adapters for layer in memory.tuner_layers()):
-        raise RuntimeError("All adapters of the model are disabled; enable them (`enable_adapters()`) before writing.")
-    was_active = memory.active
-    routers = [(layer, layer.router) for layer in residual_layers(memory.model)]
-    memory.active = True
-    try:
-        for layer, _ in routers:
-            layer.router = None
-        yield
-    finally:
-        memory.active = was_active
-        for layer, router in routers:
-            layer.router = router
-
-
-@contextmanager
-def trainable_alone(memory: ResidualMemory) -> Iterator[None]:
+def trainable_alone(memory: Memory[MemoryAdapterConfig]) -> Iterator[None]:
     """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
     model: nn.Module = memory.model
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}

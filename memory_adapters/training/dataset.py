@@ -11,8 +11,9 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
+from memory_adapters.base_model.item_rows import IGNORED, Row
 from memory_adapters.base_model.tokens import pad_rows
-from memory_adapters.training.rows import IGNORED, Row, TrainingTurn
+from memory_adapters.training.rows import TrainingTurn
 
 __all__ = ["FilledSampler", "Teacher", "TurnDataset", "collate"]
 

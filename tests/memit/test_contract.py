@@ -39,9 +39,11 @@ class TestMemitMemory(MemoryContract):
         shares = {i: torch.randn(1, s.shape[1], generator=generator) for i, s in empty.shares.items()}
         entry = Ledger((FACT,), torch.randn(1, empty.targets.shape[1], generator=generator), keys, shares)
         cost = SOLVERS["memit"].cost
-        costs = {i: cost(torch.eye(k.shape[1], dtype=torch.float64), memory.config) for i, k in keys.items()}
+        eye = {i: torch.eye(k.shape[1], dtype=torch.float64) for i, k in keys.items()}
+        costs = {i: cost(one, memory.config.regularization, memory.config.null_space) for i, one in eye.items()}
         memory.ledger = empty.plus(entry, costs)
-        memory._place(memory.ledger.solve())
+        memory._set_factors(memory.ledger)
+        memory._set_items([])
 
     def write(self, memory: Memory) -> WriteReport:
         return memory.write(FACT, progress=False)  # type: ignore[call-arg]

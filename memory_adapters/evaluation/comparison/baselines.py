@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from memory_adapters.base_model.decoder import find_decoder
@@ -27,16 +26,15 @@ from memory_adapters.base_model.seeding import seeded
 from memory_adapters.config import MemoryConfig
 from memory_adapters.evaluation.comparison.finetuning import Recipe, train
 from memory_adapters.files.hub import find_files
-from memory_adapters.files.model_card import CARD_FILE
-from memory_adapters.files.names import CONFIG_FILES, PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.names import CARD_FILE, CONFIG_FILES, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import write_tensors
 from memory_adapters.inject import inject_memory, load_memory
 from memory_adapters.items import Fact, Item
-from memory_adapters.memory import forget_adapter
+from memory_adapters.memory import forget_memory
 from memory_adapters.memory_slots import MemorySlotsConfig
 from memory_adapters.memory_slots.prompts import as_text
 from memory_adapters.memory_slots.write import embedded_text
-from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, remove_lora
+from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, remove_adapter
 from memory_adapters.registry import saved_file_names
 from memory_adapters.report import WriteReport
 
@@ -239,14 +237,13 @@ def _lora(model: Any, rank: int) -> Iterator[list[nn.Parameter]]:
     with seeded(0), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    own = [name for name, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
     try:
         for layer, names in active:
             layer._active_adapter = [*names, *([ADAPTER] if ADAPTER in layer._get_available_adapters() else [])]
         yield [parameter for name, parameter in model.named_parameters() if f".{ADAPTER}." in name]
     finally:
-        remove_lora(model, dict(enumerate(own)), ADAPTER)
-        forget_adapter(model, ADAPTER)
+        remove_adapter(model, ADAPTER)
+        forget_memory(model, ADAPTER)
         for layer, names in active:
             layer._active_adapter = names
         for parameter in trainable:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.config import MemoryConfig
@@ -30,7 +31,6 @@ from memory_adapters.evaluation.edit_report import evaluate_edits
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.generation import fluency, generate_texts
-from memory_adapters.inject import base_model
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
 

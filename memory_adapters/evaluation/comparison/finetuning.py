@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.base_model.item_rows import IGNORED
 from memory_adapters.base_model.modes import left_as_it_was
 from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.base_model.sampling import PLAIN_SENTENCES
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.items import Item
 from memory_adapters.training.dataset import TurnDataset, collate
-from memory_adapters.training.rows import IGNORED, build_turns, make_prefixes
+from memory_adapters.training.rows import build_turns, make_prefixes
 
 __all__ = ["Recipe", "train"]
 

@@ -1,0 +1,59 @@
+"""Put slots before the rows of a batch, or behind the padding that rows start with, and take them off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory_adapters.base_model.decoder import context_length
+
+__all__ = ["check_length", "inserted", "leading_padding", "removed", "slot_positions"]
+
+
+def leading_padding(stack: Any, mask: Tensor, count: int) -> Tensor | None:
+    """Return how much padding each row starts with (rows,), if slots must stand behind it; None if they can be first.
+
+    A sliding window counts padding too, and so would lose slots that stand before it.
+    """
+    window = getattr(stack.config.get_text_config(), "sliding_window", None)
+    if window is None or mask.shape[1] + count <= window:
+        return None
+    leading = (mask.cumsum(-1) == 0).sum(-1)
+    return leading if bool(leading.any()) else None
+
+
+def inserted(rows: Tensor, part: Tensor, leading: Tensor | None) -> Tensor:
+    """Return `part` (batch, slots, ...) before `rows` (batch, tokens, ...), or behind the padding they start with."""
+    joined = torch.cat([part, rows], 1)
+    if leading is None:
+        return joined
+    count, place = part.shape[1], torch.arange(joined.shape[1], device=rows.device)[None]
+    start = leading[:, None]
+    source = torch.where(place < start, place + count, torch.where(place < start + count, place - start, place))
+    return joined[torch.arange(len(rows), device=rows.device)[:, None], source]
+
+
+def removed(rows: Tensor, count: int, leading: Tensor | None) -> Tensor:
+    """Undo `inserted` for `count` slots."""
+    if leading is None:
+        return rows[:, count:]
+    place = torch.arange(rows.shape[1] - count, device=rows.device)[None]
+    source = torch.where(place < leading[:, None], place, place + count)
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], source]
+
+
+def slot_positions(mask: Tensor) -> Tensor:
+    """Return the positions of the slots (rows, slots): counted from the first that is not padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def check_length(stack: Any, slots: int, tokens: int) -> None:
+    """Raise a `ValueError` unless slots and prompt fit in the model's positions."""
+    limit = context_length(stack)
+    if slots + tokens > limit:
+        raise ValueError(
+            f"{slots} slots and {tokens} tokens of the prompt exceed the {limit} positions of the model: "
+            "shorten the prompt, or compress at a higher rate."
+        )

@@ -1,0 +1,114 @@
+"""Keys and values of the slots: computed once, and put into the empty cache of every pass that follows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.partial_forward import CACHE
+from memory_adapters.memory_slots.placement import slot_positions
+from memory_adapters.peft_layers.layers import MemoryLayer, used_adapters
+
+__all__ = ["FILLED", "MARK", "SlotCache"]
+
+MARK = "_memory_slots"  # attribute of a cache that holds slots: their mask (rows, slots) and the leading padding
+FILLED = "filled"  # as MARK, of the cache that a pass over the slots alone fills
+
+
+class SlotCache:
+    """Keep the keys and values of the slots that were read last, as long as nothing that they depend on changes."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, list[tuple[Tensor, Tensor]]] = (None, [])
+
+    def fill(
+        self, stack: Any, cache: Cache, vectors: Tensor, mask: Tensor, repeats: int, sources: Sequence[Tensor | None]
+    ) -> None:
+        """Put the slots' keys and values into an empty cache.
+
+        Args:
+            stack: The decoder stack.
+            cache: The cache that the pass goes on with.
+            vectors: Slots (rows, slots, embedding_size).
+            mask: 1 where a row has a slot (rows, slots).
+            repeats: Rows of the batch to each of `rows`.
+            sources: The tensors that `vectors` was made of, which stay the same from pass to pass; None for a row
+                without slots.
+        """
+        state = _state(stack, sources)
+        kept_for, kept = self._kept  # read at once: another thread may replace them
+        if kept_for != state:
+            kept = _keys_and_values(stack, vectors, mask)
+            self._kept = (state, kept)
+        for index, (keys, values) in enumerate(kept):  # each (rows, heads, slots, head_dim)
+            cache.update(keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0), index)
+
+
+@torch.no_grad()
+def _keys_and_values(stack: Any, vectors: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the slots at every block, from one pass of the stack over the slots alone."""
+    names = inspect.signature(stack.forward).parameters
+    inputs: dict[str, Tensor] = {"position_ids": slot_positions(mask)} if "position_ids" in names else {}
+    embeddings = stack.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=vectors.device))
+    inputs |= {"inputs_embeds": vectors.to(embeddings), "attention_mask": mask}
+    cache = DynamicCache()
+    setattr(cache, MARK, FILLED)
+    with evaluating(stack):
+        stack(**inputs, **{CACHE: cache}, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _state(stack: nn.Module, sources: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What the keys and values depend on: slots, weights, and which adapters take part.
+
+    Tensors are held, so that none that is new can be taken for one that is gone.
+    """
+    tensors = [tensor for tensor in sources if tensor is not None]
+    settings: list[Any] = [[tensor is None for tensor in sources]]
+    _collect(stack, tensors, settings)
+    return [_Held(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors], settings
+
+
+def _collect(module: Any, tensors: list[Tensor], settings: list[Any]) -> None:
+    """Add a module's tensors, and of each adapter layer those of its active adapters and how strongly they act."""
+    if isinstance(module, MemoryLayer) and module.adds_virtual_tokens:
+        return
+    tensors += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    children = module._modules
+    if isinstance(module, BaseTunerLayer):
+        active = used_adapters(module)
+        factors = module.weights if isinstance(module, MemoryLayer) else getattr(module, "scaling", {})
+        rows = module.rows if isinstance(module, MemoryLayer) else None
+        settings.append((active, rows, [factors.get(name) for name in active]))
+        for place in module.adapter_layer_names:
+            for name in active:
+                part = getattr(module, place)[name] if name in getattr(module, place, {}) else None
+                if isinstance(part, nn.Module):
+                    _collect(part, tensors, settings)
+                elif part is not None:
+                    tensors.append(part)
+        apart = (*module.adapter_layer_names, *module.other_param_names)  # also those of adapters that take no part
+        children = {name: child for name, child in children.items() if name not in apart}
+    for child in children.values():
+        if child is not None:
+            _collect(child, tensors, settings)
+
+
+class _Held:
+    """A tensor as it is now: equal to itself as long as nothing writes into it."""
+
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        self.tensor, self.version, self.place = tensor, version, (tensor.device, tensor.dtype)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, _Held) and self.tensor is other.tensor
+        return same and (self.version, self.place) == (other.version, other.place)  # type: ignore[attr-defined]
+
+    __hash__ = None  # type: ignore[assignment]
