@@ -97,6 +97,7 @@ class Memory(OnHub, Generic[ConfigT]):
     accepts: ClassVar[tuple[type[Item], ...]] = (Fact, Document, QuestionAnswer)
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
     optional_files: ClassVar[tuple[str, ...]] = ()
+    export_note: ClassVar[str] = "Keep it as an adapter (`save_pretrained`)."  # why it has no other format, what to do
 
     def __init__(
         self,
@@ -450,9 +451,7 @@ class Memory(OnHub, Generic[ConfigT]):
         self._register_again()
         exporters = self._exporters()
         if not exporters:
-            raise NotImplementedError(
-                f"{self._config.method_name} has no other format: keep it as an adapter (`save_pretrained`)."
-            )
+            raise NotImplementedError(f"{self._config.method_name} has no other format. {self.export_note}")
         if format not in exporters:
             offered = ", ".join(map(repr, exporters))
             raise ValueError(f"`format={format!r}` must be one of {offered} for {self._config.method_name}.")

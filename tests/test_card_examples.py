@@ -1,4 +1,4 @@
-"""Answers before and after a write: the model's own, kept with the memory, on its card, gone with what they show."""
+"""Answers on the model card: the model's own, without the memory and with it, made when the memory is pushed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from memory_adapters import (
     MemoryAdapterConfig,
     MemorySlotsConfig,
     QuestionAnswer,
+    WriteReport,
     inject_memory,
-    load_memory,
 )
-from memory_adapters.card_examples import answers_to
 from memory_adapters.config import MemoryConfig
-from memory_adapters.files.model_card import model_card
+from memory_adapters.files.model_card import CardExample, model_card
 from tests.support.contract import encode, fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -33,7 +32,7 @@ EDITING: dict[str, Any] = dict(layers=[1, 2], steps=3, num_prefixes=1, prefix_le
 CONFIGS: dict[str, tuple[MemoryConfig, dict[str, Any]]] = {
     "mlp": (
         MemoryAdapterConfig(**TRAINING, token_gate="none", gate_init=1.0, learning_rate=0.1),
-        dict(unrelated=UNRELATED, training_args={"disable_tqdm": True}),
+        dict(unrelated=UNRELATED, progress=False),
     ),
     "edit": (MemitConfig(**EDITING, clamp=5.0, learning_rate=0.5), dict(progress=False)),
     "slots": (MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=2, refine_steps=2), dict(progress=False)),
@@ -53,123 +52,115 @@ def said(model: Any, prompt: str) -> str:
     return byte_tokenizer().decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def pushed_card(memory: Any, folder: Path) -> ModelCard:
+    """The card that `push_to_hub` uploads."""
+    folder.mkdir(exist_ok=True)
+    memory._write_repository(folder)
+    return ModelCard.load(folder / "README.md")
+
+
+def shown(card: ModelCard) -> list[tuple[str, str]]:
+    """Prompt and answer of each example."""
+    return [(one["text"], one["output"]["text"]) for one in card.data.to_dict().get("widget", [])]
+
+
 @methods
-def test_they_are_the_models_own_and_travel_with_the_memory(method: str, tmp_path: Path) -> None:
+def test_examples_are_the_models_own(method: str, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     memory, arguments = memory_of(method, tokenizer)
     model = memory.model.train()
-    report = memory.write([TOWER, LOUVRE] if method == "edit" else [TOWER, "A document.", QUESTION], **arguments)
+    memory.write([TOWER, LOUVRE] if method == "edit" else [TOWER, "A document.", QUESTION], **arguments)
+    card = pushed_card(memory, tmp_path)
     assert model.training
-    answers = memory.config.answers
     prompts = [TOWER.prompt, LOUVRE.prompt if method == "edit" else QUESTION.question]
-    assert [answer["prompt"] for answer in answers] == prompts
     model.eval()
-    assert [answer["after"] for answer in answers] == [said(model, prompt) for prompt in prompts]
-    with memory.disabled():
-        assert [answer["before"] for answer in answers] == [said(model, prompt) for prompt in prompts]
-    assert any(answer["before"] != answer["after"] for answer in answers)
-    assert report.answers == report.to_dict()["answers"] == answers
-    assert repr(prompts[0]) in repr(report)
-    assert "answer" in report._repr_html_()
-    assert "answer" not in memory.config.writes[0]
-    memory.save_pretrained(tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert [(x["text"], x["output"]["text"]) for x in card.data.to_dict()["widget"]] == [
-        (answer["prompt"], answer["after"]) for answer in answers
-    ]
+    assert shown(card) == [(prompt, said(model, prompt)) for prompt in prompts]
     assert "## Before and after" in card.text
-    assert load_memory(tiny_model(), tmp_path, tokenizer=tokenizer).config.answers == answers
+    with memory.disabled():
+        without = [said(model, prompt) for prompt in prompts]
+    assert any(after != before for (_, after), before in zip(shown(card), without, strict=True))
+    memory.save_pretrained(tmp_path / "saved")
+    assert shown(ModelCard.load(tmp_path / "saved" / "README.md")) == [], "saving runs no model"
 
 
 @methods
-def test_asking_changes_nothing(method: str) -> None:
+def test_asking_changes_nothing(method: str, tmp_path: Path) -> None:
     memory, arguments = memory_of(method)
-    memory.write(TOWER, **arguments)
-    model, answers = memory.model, memory.config.answers
+    memory.write([TOWER], **arguments)
+    model = memory.model
+    examples = shown(pushed_card(memory, tmp_path))
     spoken, before, state = logits(model), fingerprint(model), torch.get_rng_state()
     memory.active = False
-    assert answers_to(memory, [TOWER]) == answers, "the memory takes part in its own answers"
+    assert shown(pushed_card(memory, tmp_path)) == examples, "the memory takes part in its own examples"
     assert not memory.active
     memory.active = True
     assert torch.equal(logits(model), spoken)
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), state)
-    assert answers_to(memory, [Fact("x" * 300, "x", "y")]) == answers, "too long to show"
     model.disable_adapters()
-    assert answers_to(memory, [TOWER]) == []
+    assert shown(pushed_card(memory, tmp_path)) == []
 
 
-@methods
-def test_the_last_four_are_asked_again(method: str) -> None:
-    memory, arguments = memory_of(method)
-    memory.write([TOWER, LOUVRE], **arguments)
-    others = [Fact(f"The {name} is", name, "old") for name in ("sun", "moon")]
-    memory.write(others, **arguments)
-    prompts = [fact.prompt for fact in (TOWER, LOUVRE, *others)]
-    assert [answer["prompt"] for answer in memory.config.answers] == prompts
-    assert [answer["after"] for answer in memory.config.answers] == [said(memory.model, p) for p in prompts]
-    report = memory.write(
-        [LOUVRE, QUESTION] if method != "edit" else [LOUVRE, Fact("{} is", "Rome", "big")], **arguments
-    )
-    assert [answer["prompt"] for answer in report.answers[:3]] == [*prompts[2:], LOUVRE.prompt]
-    assert len(report.answers) == 4
-
-
-@methods
-def test_an_interruption_while_asking_undoes_the_write(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, arguments = memory_of(method)
-    memory.write(TOWER, **arguments)
-    spoken, answers = logits(memory.model), memory.config.answers
-
-    def interrupt(*_args: Any, **_kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("memory_adapters.card_examples._greedy", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        memory.write(LOUVRE, **arguments)
-    assert torch.equal(logits(memory.model), spoken)
-    assert memory.config.answers == answers
-    assert len(memory.config.writes) == 1
+def test_the_last_four_prompts_of_modest_length_are_asked(tmp_path: Path) -> None:
+    memory, arguments = memory_of("edit")
+    others = [Fact(f"The {name} is", name, "old") for name in ("sun", "moon", "Earth")]
+    memory.write([TOWER, LOUVRE, *others], **arguments)
+    prompts = [fact.prompt for fact in (LOUVRE, *others)]
+    assert [prompt for prompt, _ in shown(pushed_card(memory, tmp_path))] == prompts
+    memory.write(Fact("x" * 300, "x", "y"), **arguments)
+    assert [prompt for prompt, _ in shown(pushed_card(memory, tmp_path))] == prompts[1:], "too long to show"
 
 
 def test_what_is_forgotten_or_replaced_is_not_shown(tmp_path: Path) -> None:
     edit, arguments = memory_of("edit")
     edit.write([TOWER, LOUVRE], **arguments)
     edit.write(Fact(TOWER.prompt, TOWER.subject, "Bonn"), **arguments)
-    shown = edit.config.answers
-    assert [answer["prompt"] for answer in shown] == [LOUVRE.prompt, TOWER.prompt]
-    assert shown[1]["after"] == said(edit.model, TOWER.prompt)
+    assert shown(pushed_card(edit, tmp_path)) == [(f.prompt, said(edit.model, f.prompt)) for f in (LOUVRE, TOWER)]
     edit.forget(LOUVRE)
-    assert edit.config.answers == shown[1:]
-    edit.save_pretrained(tmp_path)
-    assert "Louvre" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = pushed_card(edit, tmp_path)
+    assert [prompt for prompt, _ in shown(card)] == [TOWER.prompt]
+    assert "Louvre" not in card.text
 
     slots, arguments = memory_of("slots")
     slots.write(TOWER, **arguments)
-    own, shown = slots.slots, slots.config.answers
+    own, examples = slots.slots, shown(pushed_card(slots, tmp_path))
     slots.use(slots.compress("Something else.", progress=False))
-    assert slots.config.answers == []
+    assert slots.items == []
+    assert shown(pushed_card(slots, tmp_path)) == []
     slots.use(own)
-    assert slots.config.answers == shown
-    slots.use(None)
-    assert slots.config.answers == []
+    assert slots.items == [TOWER]
+    assert shown(pushed_card(slots, tmp_path)) == examples
 
 
 def test_any_text_stays_text_on_the_card() -> None:
-    odd = {"prompt": "a | b\n---\n* {x} <b>", "before": "\x00`c`", "after": "---\n_ü_ 你 | [d](e)"}
-    card = ModelCard(model_card(MemitConfig(answers=[odd]), 3))
+    odd = CardExample("a | b\n---\n* {x} <b>", "\x00`c`", "---\n_ü_ 你 | [d](e)")
+    card = ModelCard(model_card(MemitConfig(), 3, [odd]))
     (widget,) = card.data.to_dict()["widget"]
-    assert widget == {"text": odd["prompt"], "example_title": odd["prompt"], "output": {"text": odd["after"]}}
+    assert widget == {"text": odd.prompt, "example_title": odd.prompt, "output": {"text": odd.after}}
     assert r"| a \| b --- \* {x} \<b\> | \`c\` | --- \_ü\_ 你 \| \[d\](e) |" in card.text
-    long = model_card(MemitConfig(answers=[odd | {"prompt": "word " * 20}]), 3)
+    long = model_card(MemitConfig(), 3, [odd._replace(prompt="word " * 20)])
     assert len(ModelCard(long).data.to_dict()["widget"][0]["example_title"]) == 40
 
 
-@pytest.mark.parametrize(
-    "answers", ["text", [{}], [{"prompt": "a", "before": "b"}], [{"prompt": 1, "before": "", "after": ""}]]
-)
-def test_answers_of_another_form_are_refused(answers: Any) -> None:
+def test_every_note_of_every_write_is_on_the_card() -> None:
+    config = MemitConfig()
+    for number in range(2):
+        config.record(WriteReport("MEMIT", {"Fact": 1}, notes=[f"first of {number}", f"second of {number}"]))
+    card = model_card(config, 3)
+    for number in range(2):
+        assert f"first of {number}" in card
+        assert f"second of {number}" in card
+
+
+@pytest.mark.parametrize("items", ["text", [{}], [{"prompt": "a", "before": "b"}], [{"text": 1}]])
+def test_items_of_another_form_are_refused(items: Any) -> None:
     for config in (MemitConfig, MemoryAdapterConfig, MemorySlotsConfig):
-        with pytest.raises(ValueError, match="`answers` must be a list"):
-            config(answers=answers)
+        with pytest.raises(ValueError, match="`items` must be a list"):
+            config(items=items)
+
+
+@pytest.mark.parametrize("writes", ["text", [{}], [{"method": "a", "num_items": {}, "seconds": "1.0"}], [1]])
+def test_reports_of_another_form_are_refused(writes: Any) -> None:
+    with pytest.raises(ValueError, match="`writes` must be a list"):
+        MemitConfig(writes=writes)

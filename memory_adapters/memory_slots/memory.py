@@ -68,6 +68,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         super().__init__(model, adapter_name, config, tokenizer)
         self._stack: Any = self.model.get_submodule(find_decoder(model, config.layers_path).stack_path)
         self.slots: list[MemorySlots] = []
+        self._written: tuple[list[MemorySlots], list[dict[str, str]]] = ([], [])  # slots, and the items they are of
 
     def _attach(self, decoder: Decoder) -> None:
         reader = SlotReader.attach(self._stack)
@@ -144,7 +145,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return Outcome(losses=made.losses, notes=[note], reconstruction=made.accuracy)
 
     def _set_items(self, written: Sequence[Item]) -> None:
-        self._config.set_items([*self.items, *written])  # slots are read twice, where an item is written twice
+        self._config.set_items([*self.items, *written])  # an item that is written twice is read twice
+        self._written = (self.slots, self._config.items)
 
     def forget(self, items: Any) -> None:
         """Take items out again, of slots that keep their text whole (`write(items, compress=False)`).
@@ -166,7 +168,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 left.remove(item)
             with rollback_on_error(*self._saved_state()):
                 self._read([embedded_text(self.encoder, self.tokenizer, as_text(left) + "\n")] if left else [])
-                self._config.set_items(left)
+                self._config.items = []
+                self._set_items(left)
 
     def _saved_state(self) -> list[Restore]:
         before = self.slots
@@ -209,8 +212,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             if row.encoder_fingerprint not in (own, None):
                 warnings.warn(OTHER_ENCODER, stacklevel=2)
         with exclusive_use(self.model), rollback_on_error(*self._saved_state()):
-            if list(map(id, rows)) != list(map(id, self.slots)):
-                self._config.items = []  # which text these are of is not known
+            slots, items = self._written
+            self._config.items = items if list(map(id, rows)) == list(map(id, slots)) else []  # of others: not known
             self._read(rows)
 
     def _read(self, rows: list[MemorySlots]) -> None:
@@ -320,3 +323,4 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             if slots.encoder_fingerprint not in (self.encoder.fingerprint(), None):
                 warnings.warn(OTHER_ENCODER, stacklevel=2)
             self._read([slots])
+            self._written = (self.slots, self._config.items)

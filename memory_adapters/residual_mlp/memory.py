@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
@@ -32,6 +32,10 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
         resume_from_checkpoint (`bool` or `str`): Continue from the newest complete checkpoint in `output_dir`, or from
             the one named.
     """
+
+    export_note: ClassVar[str] = (
+        "Its MLP is not linear, so no LoRA and no weight can hold it: keep it as an adapter (`save_pretrained`)."
+    )
 
     @property
     def weight(self) -> float:

@@ -171,7 +171,7 @@ def test_pefts_own_merge_leaves_no_memory_behind_unseen(kind: str) -> None:
         return
     assert memories(model) == {"knowledge": memory}
     if kind == "slots":
-        with pytest.raises(RuntimeError, match="taken off with another LoRA"):
+        with pytest.raises(RuntimeError, match="removed with another LoRA"):
             memory.write("some text")
     memory.remove()
     assert not torch.equal(logits(model), together)

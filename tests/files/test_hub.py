@@ -67,7 +67,7 @@ def method_there_and_back(method: str, repo_id: str) -> list[Any]:
         back.forget(fact)
         results.append(logits_hash(model) == base)
         back.write(fact, covariance=f"{repo_id}-c0", progress=False)
-        results.append(back.facts == [fact])
+        results.append(back.items == [fact])
         other = with_memory()
         other.push_to_hub(repo_id)
         results.append(loaded_hash(repo_id) == logits_hash(other.model))

@@ -71,7 +71,7 @@ def test_a_covariance_of_other_blocks_or_nothing_known(edit: Any) -> None:
     others = Covariance({3: fitted.matrices[1]}, *known, fitted.base_fingerprint)
     with pytest.raises(ValueError, match=r"has layers \[3\], but block 1"):
         edit.write(FACT, covariance=others, progress=False)
-    assert not edit.facts
+    assert not edit.items
     with pytest.warns(UserWarning, match="`covariance` does not say which base model"):
         edit.write(FACT, covariance=Covariance(fitted.matrices, *known, {}), progress=False)
 
@@ -119,7 +119,7 @@ def test_an_edit_saved_before_this_was_checked(saved: Callable[[str], Path], tmp
     assert "edit" in read_metadata(ledger)[1]
     write_tensors(ledger, load_file(ledger))
     memory: Any = load_memory(tiny_model(), tmp_path)
-    assert memory.facts == [FACT]
+    assert memory.items == [FACT]
 
 
 def test_a_fit_goes_on_with_the_same_texts_alone(tmp_path: Path) -> None:

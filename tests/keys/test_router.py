@@ -19,7 +19,7 @@ from memory_adapters import (
 )
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.partial_forward import capture
-from tests.support.contract import architectures, encode, logits
+from tests.support.contract import architectures, encode, fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
 SUBJECTS = {"red": "Eiffel Tower", "blue": "Mount Etna"}
@@ -105,20 +105,33 @@ def test_writing_and_training_are_not_routed() -> None:
 
 def test_what_cannot_be_routed() -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match="no residual memory to route"):
+    with pytest.raises(ValueError, match="no memory that can be routed"):
         route_memories(model)
     inject_memory(model, MemoryAdapterConfig(layers=[1], token_gate="none"), adapter_name="open")
     inject_memory(model, MemitConfig(layers=[1]), adapter_name="edit")
     with pytest.raises(ValueError, match=r"\['open'\], which keep no keys"):
         route_memories(model)
-    with pytest.raises(ValueError, match=r"\['edit'\], but the residual memories are \['open'\]"):
+    with pytest.raises(ValueError, match=r"\['edit'\], but the memories that can be routed are \['open'\]"):
         route_memories(model, ["edit"])
     inject_memory(model, MemoryAdapterConfig(layers=[1]), adapter_name="low")
     inject_memory(model, MemoryAdapterConfig(layers=[2]), adapter_name="high")
     with pytest.raises(ValueError, match="must begin at the same block"):
         route_memories(model, ["low", "high"])
     with route_memories(model, ["low"]):
-        with pytest.raises(ValueError, match="has a router already"):
-            route_memories(model, ["low"])
-        with pytest.raises(ValueError, match="has a router, which"), use_adapters_by_row(model, ["low"]):
+        with pytest.raises(ValueError, match="within `route_memories` already"), route_memories(model, ["low"]):
             raise AssertionError("unreachable")
+        with pytest.raises(ValueError, match="within `route_memories`, which"), use_adapters_by_row(model, ["low"]):
+            raise AssertionError("unreachable")
+
+
+def test_nothing_is_routed_until_the_context_is_entered() -> None:
+    model = routed_model()
+    before, spoken = fingerprint(model), logits(model, OTHER)
+    router = route_memories(model)
+    assert fingerprint(model) == before
+    assert torch.equal(logits(model, OTHER), spoken)
+    with pytest.raises(RuntimeError, match="does nothing until it is entered"):
+        router.choose(OTHER, byte_tokenizer())
+    with router:
+        assert router.choose(OTHER, byte_tokenizer()) == [None]
+    assert fingerprint(model) == before

@@ -34,7 +34,9 @@ def entries(count: int, seed: int = 0) -> Ledger:
 
 def written(*parts: Ledger, solver: str = "memit", **settings: float) -> Ledger:
     config = MemitConfig(solver=solver, **settings)  # type: ignore[arg-type]
-    costs = {layer: SOLVERS[solver].cost(covariance(layer), config) for layer in LAYERS}
+    costs = {
+        layer: SOLVERS[solver].cost(covariance(layer), config.regularization, config.null_space) for layer in LAYERS
+    }
     ledger = Ledger.empty(dict.fromkeys(LAYERS, D_IN), D_OUT)
     for part in parts:
         ledger = ledger.plus(part, costs)
@@ -181,4 +183,4 @@ def test_shrinkage_is_scikit_learns() -> None:
 def test_a_singular_covariance_is_refused() -> None:
     rows = torch.randn(5, D_IN, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"singular.*more tokens.*shrinkage"):
-        SOLVERS["memit"].cost(rows.T @ rows / 5, MemitConfig())
+        SOLVERS["memit"].cost(rows.T @ rows / 5, 0.3, 0.8)

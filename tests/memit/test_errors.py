@@ -16,12 +16,12 @@ from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
 
-@pytest.mark.parametrize("stage", ["keep_before", "find_targets", "spread"])
+@pytest.mark.parametrize("stage", ["keep_before", "find_targets", "share_over_layers"])
 def test_an_interrupted_write_changes_nothing(stage: str) -> None:
     model = tiny_model()
     memory = memory_on(model)
     memory.write(FACTS[:1], progress=False)
-    spoken, before, facts = logits(model), fingerprint(model), memory.facts
+    spoken, before, facts = logits(model), fingerprint(model), memory.items
     calls = itertools.count()
 
     def interrupt(*_args: Any, **_kwargs: Any) -> Any:
@@ -29,13 +29,13 @@ def test_an_interrupted_write_changes_nothing(stage: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"memory_adapters.memit.writer.{stage}", interrupt)
+        patch.setattr(f"memory_adapters.memit.write.{stage}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             memory.write(FACTS[1:], progress=False)
     assert next(calls) == 1
     assert torch.equal(logits(model), spoken)
     assert fingerprint(model) == before
-    assert memory.facts == facts
+    assert memory.items == facts
     memory.write(FACTS[1:], progress=False)
 
 
@@ -91,9 +91,9 @@ def test_bad_input_is_named_before_anything_changes() -> None:
         ("shrinkage", 2),
         ("batch_tokens", 0),
         ("seed", -1),
-        ("facts", [{"prompt": "a", "subject": 3, "target": "b"}]),
-        ("facts", ["a"]),
-        ("facts", {"prompt": "a"}),
+        ("items", [{"prompt": "a", "subject": 3, "target": "b"}]),
+        ("items", ["a"]),
+        ("items", {"prompt": "a"}),
     ],
 )
 def test_bad_value_names_its_field(field: str, value: Any) -> None:
@@ -109,9 +109,9 @@ def test_damaged_ledgers_are_refused(tmp_path: Path) -> None:
     model = tiny_model()
     base, before = logits(model), fingerprint(model)
     damages: list[tuple[str, Any]] = [
-        ("facts", settings["facts"][:1]),
-        ("facts", [{"prompt": "", "subject": "", "target": ""}] * 2),
-        ("facts", "everything"),
+        ("items", settings["items"][:1]),
+        ("items", [{"prompt": "", "subject": "", "target": ""}] * 2),
+        ("items", "everything"),
         ("layers", [1, 3]),
         ("solver", "none"),
         ("unknown", 1),

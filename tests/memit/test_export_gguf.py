@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_adapters import export
 from tests.memit.test_export import architectures, change, edited
 from tests.support.contract import encode
 from tests.support.models import VOCABULARY, tiny_model
@@ -21,7 +20,7 @@ from tests.support.models import VOCABULARY, tiny_model
 def test_a_gguf_file_is_what_the_format_says(architecture: str, dtype: str | None, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     memory = edited(tiny_model(architecture))
-    reader = gguf.GGUFReader(export(memory, tmp_path, format="gguf", dtype=dtype))
+    reader = gguf.GGUFReader(memory.export(tmp_path, format="gguf", dtype=dtype))
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert fields == {
         "general.architecture": architecture,
@@ -49,7 +48,7 @@ def test_llama_cpp_says_what_the_memory_says(architecture: str, tmp_path: Path) 
     base = tmp_path / "base.gguf"
     write_base(model, architecture, base)
     memory = edited(model)
-    lora = export(memory, tmp_path, format="gguf")
+    lora = memory.export(tmp_path, format="gguf")
     ids = encode("The Eiffel Tower is in")["input_ids"]
     with torch.no_grad():
         spoken = model(input_ids=ids).logits[0, -1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from memory_adapters import Fact, MemitConfig, MemitMemory, inject_memory, load_memory
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.memit import targets as targets_module
-from memory_adapters.memit.prompts import Context, fact_rows
+from memory_adapters.memit.prompts import bare_rows
 from memory_adapters.memit.write import LedgerBuilder
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -101,17 +101,17 @@ def test_writes_add_up_in_any_order_and_forgetting_is_exact() -> None:
     memory.write(FACTS[:2], progress=False)
     memory.write(FACTS[2:], progress=False)
     two = logits(model)
-    assert memory.facts == FACTS
+    assert memory.items == FACTS
     again = memory_on(tiny_model())
     again.write(FACTS, targets=memory, covariance=memory.covariance, progress=False)
     torch.testing.assert_close(logits(again.model), two, rtol=1e-5, atol=1e-5)
     memory.forget(FACTS[1::2])
-    assert memory.facts == FACTS[::2]
+    assert memory.items == FACTS[::2]
     half = memory_on(tiny_model())
     half.write(FACTS[::2], targets=again, covariance=memory.covariance, progress=False)
     torch.testing.assert_close(logits(model), logits(half.model), rtol=1e-5, atol=1e-5)
     memory.forget(FACTS[::2])
-    assert memory.facts == []
+    assert memory.items == []
     with memory.disabled():
         base = logits(model)
     assert torch.equal(logits(model), base)
@@ -129,7 +129,7 @@ def test_forgetting_and_writing_go_on_in_a_later_process(tmp_path: Path) -> None
     other = tiny_model()
     loaded = load_memory(other, tmp_path, tokenizer=byte_tokenizer())
     assert isinstance(loaded, MemitMemory)
-    assert loaded.facts == FACTS[:4]
+    assert loaded.items == FACTS[:4]
     assert torch.equal(logits(other), spoken)
     loaded.forget(FACTS[0])
     torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
@@ -142,7 +142,7 @@ def test_replacing_and_contradicting() -> None:
     memory = memory_on(tiny_model())
     memory.write(FACTS[:2], progress=False)
     report = memory.write(Fact(FACTS[0].prompt, FACTS[0].subject, "Oslo"), progress=False)
-    assert sorted(f.target for f in memory.facts) == ["Oslo", "Paris"]
+    assert sorted(f.target for f in memory.items) == ["Oslo", "Paris"]
     assert any("replaced" in note for note in report.notes)
     before = logits(memory.model)
     clash = [Fact("A x", "x", "1"), Fact("A {}", "x", "2"), Fact("B x", "x", "3"), Fact("B x", "x", "4")]
@@ -248,7 +248,7 @@ def test_the_stream_becomes_the_target(architecture: str) -> None:
     memory.write(FACTS[:2], progress=False)
     maker = LedgerBuilder(model, memory.tokenizer, memory.config)
     for fact, z in zip(FACTS[:2], memory.ledger.targets, strict=True):
-        row = fact_rows([fact], [Context()], memory.tokenizer, 1 << 30)[0]
+        row = bare_rows([fact], memory.tokenizer, 1 << 30)[0]
         ids = torch.tensor([row.ids])
         after = capture(model, maker.decoder, [2], input_ids=ids)[0][0, row.subject]
         with memory.disabled():

@@ -40,7 +40,7 @@ from memory_adapters import (
     use_adapters,
     use_adapters_by_row,
 )
-from memory_adapters.base_model.exclusive import _turns
+from memory_adapters.base_model.exclusive import _owners
 from memory_adapters.files.atomic import OWN
 from tests.reliability.operations import files_of
 from tests.support.composing import KINDS, SUITES, put
@@ -171,7 +171,7 @@ def operations(saved: Path) -> dict[str, Operation]:
             on_model(*KINDS[1:]),
             lambda s: _by_row(s, [name for name in rows if name != "lora"]),
         ),
-        "forget": Operation(written, lambda s: s.memory.forget(s.memory.facts[0])),
+        "forget": Operation(written, lambda s: s.memory.forget(s.memory.items[0])),
         "save_adapters": Operation(on_model(*KINDS), lambda s: save_adapters(s.model, s.folder / "files")),
         "fit a covariance": Operation(
             on_model(), lambda s: CovarianceFitter(s.model, tokenizer, [1, 2]).sample(300, progress=False)
@@ -216,7 +216,7 @@ def state(scene: Scene) -> dict[str, Any]:
     found: dict[str, Any] = {
         "structure": fingerprint(scene.model),
         "modes": [module.training for module in scene.model.modules()],
-        "threads": len(_turns),
+        "threads": len(_owners),
         "config": scene.model.config.to_dict(),
         "logits": logits(scene.model).tolist(),
         "weights": [parameter.double().sum().item() for parameter in scene.model.parameters()],

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from memory_adapters import Covariance, CovarianceFitter, MemorySlots, export, load_adapters, load_memory, save_adapters
+from memory_adapters import Covariance, CovarianceFitter, MemorySlots, load_adapters, load_memory, save_adapters
 from memory_adapters.files.atomic import COMMITTED, OWN, atomic_file
 from memory_adapters.training.checkpoints import newest_checkpoint
 from tests.files.test_hub_faults import publish
@@ -43,7 +43,7 @@ def saver(kind: str) -> tuple[Callable[[Path], object], Callable[[Path], object]
         return lambda folder: save_adapters(model, folder), lambda folder: load_adapters(tiny_model(), folder)
     if kind in ("vllm", "merged"):
         edit = put(tiny_model(), "memit", "knowledge", 1)
-        return lambda folder: export(edit, folder, format=kind), None  # type: ignore[arg-type]
+        return lambda folder: edit.export(folder, format=kind), None  # type: ignore[arg-type]
     if kind == "text":
         return lambda folder: write_text(folder / "text.json", "1" * 4000), None
     fingerprint = dict(put(tiny_model(), "slots", "knowledge", 1).config.base_fingerprint)  # type: ignore[union-attr]

@@ -42,7 +42,7 @@ def test_only_the_last_writes_are_on_record(method: str) -> None:
     for number in range(MOST_WRITES + 5):
         memory.config.record(WriteReport("a method", {"Fact": number + 1}))
     assert len(memory.config.writes) == MOST_WRITES
-    assert memory.config.writes[-1]["written"] == f"{MOST_WRITES + 5} Facts"
+    assert memory.config.writes[-1]["num_items"] == {"Fact": MOST_WRITES + 5}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -22,7 +22,7 @@ from memory_adapters import (
     use_adapters,
     use_adapters_by_row,
 )
-from memory_adapters.base_model.exclusive import _turns
+from memory_adapters.base_model.exclusive import _owners
 from tests.keys.test_router import OTHER, SUBJECTS, routed_model
 from tests.support.composing import KINDS, SUITES, put
 from tests.support.contract import PROMPT, encode, logits
@@ -82,7 +82,7 @@ def test_threads_with_different_memories_are_right_or_refused() -> None:
         found = rows(**encode(*[PROMPT] * len(KINDS)), **SETTINGS)
     for row, kind in zip(found, KINDS, strict=True):
         assert torch.equal(row, wanted[kind][0])
-    assert not _turns
+    assert not _owners
 
 
 @pytest.mark.parametrize("kind", ["residual", "memit", "slots"])
@@ -206,7 +206,7 @@ def test_a_running_pass_is_left_alone(generating: bool) -> None:
         assert torch.equal(found.result(), expected)
     handle.remove()
     assert threading.active_count() >= 1
-    assert not _turns
+    assert not _owners
 
 
 def test_nothing_is_left_on_the_model() -> None:

@@ -55,7 +55,7 @@ def write(memory: ResidualMemory, items: Any, **kwargs: Any) -> Any:
 def test_resuming_from_stored_states_is_the_whole_model(architecture: str, tmp_path: Path) -> None:
     memory = fresh(architecture, gate_init=0.5)
     writer = Writer(memory, [FACT, Document("A short text."), QuestionAnswer("Who is it?", "Me.")], UNRELATED)
-    rows = [row for slot in writer.slots for row in slot.rows]
+    rows = [row for turn in writer.turns for row in turn.rows]
     reuse = ReusedStates(writer.decoder, 1)
     states = reuse.compute(memory.model, [row.input_ids for row in rows])
     examples = [{"row": r, "state": s, "teacher": None, "kept": False} for r, s in zip(rows, states, strict=True)]
@@ -100,7 +100,7 @@ def test_documents_and_questions_are_learned() -> None:
     assert report.num_items == {"Document": 1, "QuestionAnswer": 1}
     assert report.recall == 1
     assert report.token_accuracy > 0.9 > report.token_accuracy_before
-    assert memory.config.writes[0]["written"] == "1 Document, 1 QuestionAnswer"
+    assert memory.config.writes[0]["num_items"] == {"Document": 1, "QuestionAnswer": 1}
 
 
 def test_nothing_else_moves() -> None:
@@ -199,7 +199,7 @@ def test_locality_loss_holds_the_base(tmp_path: Path) -> None:
 def test_distillation_is_from_the_model_that_has_read_it() -> None:
     memory = fresh(distillation_weight=1.0, num_train_epochs=30, gate_init=0.5)
     writer = Writer(memory, [FACT], UNRELATED)
-    row = writer.slots[0].rows[0]
+    row = writer.turns[0].rows[0]
     with memory.disabled():
         teacher = writer._teacher(row)
     ids = torch.tensor([row.context + row.input_ids])

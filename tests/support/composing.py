@@ -53,7 +53,7 @@ def vary(memory: Memory, seed: int) -> None:
         memory.ledger.targets.mul_(1 + 0.1 * seed)
         for shares in memory.ledger.shares.values():
             shares.mul_(1 + 0.1 * seed)
-        memory._place({i: Factors(f.A, f.B) for i, f in memory.ledger.solve().items()})
+        memory._set_factors(factors={i: Factors(f.A, f.B) for i, f in memory.ledger.solve().items()})
     else:
         for layer in adapter_layers(memory.model, memory.adapter_name):
             layer.memory_adapter_mlp[memory.adapter_name].gate.mul_(1 + 0.1 * seed)

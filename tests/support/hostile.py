@@ -105,7 +105,7 @@ class Reader:
         edit: Any = inject_memory(self.model, MemitConfig(layers=[1, 2]), tokenizer=self.tokenizer)
         edit.ledger = _ledger(edit.ledger)
         edit.config.facts = [{"prompt": f.prompt, "subject": f.subject, "target": f.target} for f in FACTS]
-        edit._place(edit.ledger.solve())
+        edit._set_factors(edit.ledger)
         self._keep(edit, "edit")
         small = MemorySlotsConfig(num_slots=2, span_length=4, lora_rank=2)
         slots: Any = inject_memory(self.model, small, tokenizer=self.tokenizer)
@@ -140,7 +140,7 @@ class Reader:
     def _config(self, folder: Path) -> Any:
         file = folder / "memory_config.json"
         config = read_config(file if file.is_file() else folder / "adapter_config.json")
-        config.check_model(self.decoder)
+        config.resolve(self.decoder)
         config.adapter_config(self.decoder)
         assert all(size < 1 << 63 for shape in config.tensor_shapes(self.decoder).values() for size in shape)
         return config.to_dict()
@@ -148,7 +148,7 @@ class Reader:
     def _files(self, folder: Path) -> Any:
         file = folder / "memory_config.json"
         config = read_config(file if file.is_file() else folder / "adapter_config.json")
-        config.check_model(self.decoder)
+        config.resolve(self.decoder)
         kind = method_of(config)
         assert kind is not None
         contents = kind._read_files(folder, config, self.decoder)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from memory_adapters import Covariance, Fact, MemitConfig
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.memit.projection import mlp_projection
-from memory_adapters.memit.prompts import Context, FactRow, fact_rows
+from memory_adapters.memit.prompts import Context, FactRow, bare_rows, context_rows
 
 
 @dataclass
@@ -45,7 +45,11 @@ class PlainMemit:
             apart: Whether keys and residuals of a fact are taken with its own shares in place below, as the library
                 does; otherwise with the lower layers edited, as MEMIT's authors do.
         """
-        rows = [fact_rows([fact], self.contexts, self.tokenizer, 1 << 30) for fact in facts]
+        bare = [bare_rows([fact], self.tokenizer, 1 << 30) for fact in facts]
+        rows = [
+            context_rows([fact], own, self.contexts, self.tokenizer, 1 << 30)[0]
+            for fact, own in zip(facts, bare, strict=True)
+        ]
         start = time.perf_counter()
         z = [self.target(own) for own in rows]
         self.seconds["z"] += time.perf_counter() - start
