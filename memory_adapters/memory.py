@@ -39,10 +39,10 @@ from memory_adapters.items import Document, Fact, Item, QuestionAnswer, as_items
 from memory_adapters.peft_layers.layers import (
     MemoryLayer,
     adapter_layers,
-    adapter_tensors,
+    own_tensors,
     remove_adapter,
     saved_activation,
-    set_adapter_tensors,
+    set_own_tensors,
 )
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes
 from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
@@ -368,9 +368,9 @@ class Memory(OnHub, Generic[ConfigT]):
         return sum(tensor.numel() for tensor in self.state_dict().values())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the memory's tensors under PEFT's checkpoint names (without the adapter's name)."""
+        """Return the memory's tensors by their names on the model, without the adapter's name, as PEFT saves them."""
         self._check_attached()
-        return adapter_tensors(self.model, self.adapter_name)
+        return own_tensors(self.model, self.adapter_name)
 
     def remove(self) -> None:
         """Remove the memory from its model. After the last adapter no hook, parameter, config or key is left.
@@ -422,7 +422,7 @@ class Memory(OnHub, Generic[ConfigT]):
     def _restore(self, contents: Any) -> None:
         """Put what `_read_files` read into a memory that was just injected."""
         tensors = {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in contents.items()}
-        set_adapter_tensors(self.model, self.adapter_name, tensors)
+        set_own_tensors(self.model, self.adapter_name, tensors)
 
     def export(
         self, save_directory: str | os.PathLike[str], *, format: str, dtype: torch.dtype | str | None = None

@@ -21,9 +21,10 @@ __all__ = [
     "adapter_layers",
     "adapter_tensors",
     "lora_layers",
+    "own_tensors",
     "remove_adapter",
     "saved_activation",
-    "set_adapter_tensors",
+    "set_own_tensors",
     "used_adapters",
 ]
 
@@ -192,22 +193,27 @@ def remove_adapter(model: Any, adapter_name: str) -> None:
         model.__dict__.pop("_hf_peft_config_loaded", None)
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors under PEFT's checkpoint names (without the adapter's name)."""
+def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return an adapter's parameters and buffers by their names on the model, without the adapter's name."""
+    found = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        parts = name.split(".")
+        if adapter_name in parts:
+            parts.remove(adapter_name)
+            found[".".join(parts)] = tensor.detach()
+    return found
+
+
+@torch.no_grad()
+def set_own_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy into an adapter what `own_tensors` returned of one with the same settings."""
+    for name, own in own_tensors(model, adapter_name).items():
+        own.copy_(tensors[name])
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return a PEFT adapter's tensors under PEFT's checkpoint names (without the adapter's name)."""
     # Not the whole model's state dict: asked for it, bitsandbytes' 4-bit layers on a CPU compute something else then.
     every = chain(model.named_parameters(), model.named_buffers())
     own = {name: tensor.detach() for name, tensor in every if adapter_name in name.split(".")}
     return get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False)
-
-
-@torch.no_grad()
-def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy into an adapter what `adapter_tensors` returned of one with the same settings.
-
-    PEFT would ask for the whole model's state dict, which changes what bitsandbytes' 4-bit layers compute on a CPU.
-    """
-    for name, own in chain(model.named_parameters(), model.named_buffers()):
-        parts = name.split(".")
-        if adapter_name in parts:
-            parts.remove(adapter_name)
-            own.copy_(tensors[".".join(parts)])

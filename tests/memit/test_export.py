@@ -187,7 +187,7 @@ def test_what_cannot_be_exported_is_named_before_any_file_changes(
     target = tmp_path / "export"
     residual = inject_memory(tiny_model(), MemoryAdapterConfig())
     for kind in ("vllm", "gguf", "merged"):
-        with pytest.raises(NotImplementedError, match="not linear.*keep it as an adapter"):
+        with pytest.raises(NotImplementedError, match=r"not linear.*keep it as an adapter"):
             residual.export(target, format=kind)
         with pytest.raises(ValueError, match="no facts"):
             memory_on(tiny_model()).export(target, format=kind)
