@@ -63,6 +63,11 @@ class BenchmarkParser(argparse.ArgumentParser):
             self.small[action.dest] = quick
         return action
 
+    def add_records(self, default: int, perplexity_tokens: int) -> None:
+        """Add how many CounterFact records to write, and on how many tokens to take the perplexity."""
+        self.add_argument("--records", type=int, default=default, quick=2)
+        self.add_argument("--perplexity-tokens", type=int, default=perplexity_tokens, quick=128)
+
     def parse(self) -> argparse.Namespace:
         """Read the command line, seed torch and set its threads. Quick results go to build/quick."""
         if self.parse_known_args()[0].quick:
@@ -96,8 +101,8 @@ def random_model(
     torch.manual_seed(seed)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters() if std else ():
-        if parameter.ndim >= 2:
+    for parameter in model.parameters():
+        if std is not None and parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, 0, std)
     model.generation_config.update(pad_token_id=0, eos_token_id=None)
     return model.eval()
@@ -152,7 +157,7 @@ def timed(run: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[Times, T]:
 
 
 def in_turn(
-    actions: Mapping[str, Callable[[], Any]], rounds: int, before: Callable[[str], Any] = lambda name: None
+    actions: dict[str, Callable[[], Any]], rounds: int, before: Callable[[str], Any] = lambda name: None
 ) -> dict[str, Times]:
     """Run actions in turn, after one round to warm up, and return the median times of each.
 

@@ -53,8 +53,7 @@ DESIGNS: dict[str, tuple[str, MemoryAdapterConfig]] = {
 
 def main() -> None:
     parser = BenchmarkParser(__doc__, "locality", data=True)
-    parser.add_argument("--records", type=int, default=20, quick=2)
-    parser.add_argument("--perplexity-tokens", type=int, default=8192, quick=128)
+    parser.add_records(20, perplexity_tokens=8192)
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS), quick=["default"])
     arguments = parser.parse()
     model, tokenizer = load_model(arguments)

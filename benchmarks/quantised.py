@@ -33,8 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = BenchmarkParser(__doc__, "quantised", data=True)
-    parser.add_argument("--records", type=int, default=20, quick=2)
-    parser.add_argument("--perplexity-tokens", type=int, default=4096, quick=128)
+    parser.add_records(20, perplexity_tokens=4096)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), quick=["residual"])
     arguments = parser.parse()
     records, text = counterfact(arguments, arguments.records), wikitext(arguments, "test")
