@@ -1,149 +1,133 @@
-"""Seconds to write facts: the library against one fact at a time with whole forward passes, in the same run.
+"""Measure how many times faster facts are written than one at a time with whole forward passes, in the same process.
 
-    python benchmarks/edit_speed.py --data FOLDER [--facts 100] [--plain-facts 6] [--output FILE]
+    python benchmarks/edit_speed.py --data FOLDER [--facts 100] [--plain-facts 6]
 
 The plain loop writes the first few of the facts, for its seconds a fact; the changes of the weights are compared on
-these. The covariance is the same and not counted. Also printed: the share of the arithmetic limit that finding z
+these. The covariance is the same and not counted. Also measured: the share of the arithmetic limit that finding z
 reaches (operations needed ÷ what a large matrix product does in the same run), and tokens a second of the covariance
 against a bare forward pass that stops at the same block.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from plain_memit import PlainMemit
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.common import (
+    DEVICE,
+    BenchmarkParser,
+    Times,
+    counterfact,
+    dumps,
+    in_turn,
+    load_model,
+    save,
+    timed,
+    wikitext,
+)
+from benchmarks.plain_memit import PlainMemit
 from memory_adapters import CovarianceFitter, MemitConfig, inject_memory
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
-from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.records import load_counterfact
-from memory_adapters.evaluation.scores.perplexity import load_wikitext
 from memory_adapters.memit.prompts import fact_rows
 from memory_adapters.memit.write import LedgerBuilder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("MEMORY_ADAPTERS_DATA"), help="folder with the data sets")
-    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--facts", type=int, default=100)
-    parser.add_argument("--plain-facts", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3, help="of the covariance")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/edit_speed.json"))
-    arguments = parser.parse_args()
-    name = arguments.model or embedded_model()
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    data = Path(arguments.data)
-    facts = [r.fact for r in load_counterfact(data / "counterfact" / "edit.json", arguments.facts)]
-    texts = load_wikitext(data / "wikitext2" / "valid.txt").split("\n")
-    found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
+    parser = BenchmarkParser(__doc__, "edit_speed", data=True)
+    parser.add_argument("--facts", type=int, default=100, quick=4)
+    parser.add_argument("--plain-facts", type=int, default=6, quick=1)
+    parser.add_argument("--covariance-tokens", type=int, default=20_000, quick=2_000)
+    parser.add_argument("--covariance-texts", type=int, default=60, quick=2, help="to take the time of a covariance on")
+    parser.add_argument("--rounds", type=int, default=3, quick=1, help="of the covariance")
+    arguments = parser.parse()
+    model, tokenizer = load_model(arguments)
+    facts = [record.fact for record in counterfact(arguments, arguments.facts)]
+    texts = wikitext(arguments, "valid").split("\n")
 
-    memory: Any = inject_memory(model, MemitConfig(), tokenizer=tokenizer)
-    covariance = memory.fit_covariance(texts, 20_000)
+    memory: Any = inject_memory(model, MemitConfig(seed=arguments.seed), tokenizer=tokenizer)
+    covariance = memory.fit_covariance(texts, arguments.covariance_tokens)
     few = facts[: arguments.plain_facts]
     with memory.disabled():
-        maker = LedgerBuilder(model, tokenizer, memory.config)
-        contexts = maker.contexts()
+        builder = LedgerBuilder(model, tokenizer, memory.config)
+        contexts = builder.contexts()
         plain = PlainMemit(model, tokenizer, memory.config, covariance, contexts)
-        wall, cpu = time.perf_counter(), time.process_time()
-        expected = plain.write(few, apart=True)
-        found["plain"] = {
-            "seconds a fact": (time.perf_counter() - wall) / len(few),
-            "CPU seconds a fact": (time.process_time() - cpu) / len(few),
-            **{f"seconds a fact, {stage}": seconds / len(few) for stage, seconds in plain.seconds.items()},
-        }
-        print(json.dumps(found["plain"], indent=1), flush=True)
-    for precision in ("model", "bfloat16"):
-        fast: Any = inject_memory(model, MemitConfig(precision=precision), tokenizer=tokenizer)
+        times, changes = timed(plain.write, few, apart=True)
+    baseline = times / len(few)
+    stages = {f"seconds a fact, {stage}": seconds / len(few) for stage, seconds in plain.seconds.items()}
+    found: dict[str, Any] = {"plain": a_fact(baseline) | stages}
+    print(dumps(found["plain"]), flush=True)
+    needed = operations(builder, fact_rows(facts, contexts, tokenizer, 1 << 30)) / len(facts)
+    for label, precision in (("float32", "model"), ("bfloat16", "bfloat16")):
+        config = MemitConfig(precision=precision, seed=arguments.seed)
+        fast: Any = inject_memory(model, config, tokenizer=tokenizer)
         fast.write(few, covariance=covariance)
         cosines = {
-            layer: torch.cosine_similarity((f.B @ f.A).flatten(), expected[layer].flatten(), dim=0).item()
+            layer: torch.cosine_similarity((f.B @ f.A).flatten(), changes[layer].flatten(), dim=0).item()
             for layer, f in fast.ledger.solve().items()
         }
         fast.forget(few)
-        wall, cpu = time.perf_counter(), time.process_time()
-        report = fast.write(facts, covariance=covariance)
-        seconds = (time.perf_counter() - wall) / len(facts)
-        rows = fact_rows(facts, contexts, tokenizer, 1 << 30)
-        needed = operations(model, maker, rows) * (fast.config.steps - 1) / len(facts)
-        peak = product_speed(torch.float32 if precision == "model" else torch.bfloat16)
-        row = {
-            "seconds a fact": seconds,
-            "CPU seconds a fact": (time.process_time() - cpu) / len(facts),
-            "times faster": found["plain"]["seconds a fact"] / seconds,
-            "times less CPU": found["plain"]["CPU seconds a fact"] / ((time.process_time() - cpu) / len(facts)),
-            "share of the arithmetic limit": needed / peak / seconds,
+        times, report = timed(fast.write, facts, covariance=covariance)
+        each = times / len(facts)
+        ratio = baseline / each
+        limit = (config.steps - 1) * needed / product_speed(torch.bfloat16 if label == "bfloat16" else torch.float32)
+        found[label] = a_fact(each) | {
+            "times faster": ratio.wall,
+            "times less CPU": ratio.cpu,
+            "share of the arithmetic limit": limit / each.wall,
             "cosine of the change, by layer": cosines,
             "recall": report.recall,
         }
-        found["float32" if precision == "model" else precision] = row
-        print(json.dumps(row, indent=1), flush=True)
+        print(dumps(found[label]), flush=True)
         fast.remove()
+    layers = list(memory.config.layers)
     memory.remove()
-    found["covariance"] = covariance_speed(model, tokenizer, memory._names, texts, arguments.rounds)
-    print(json.dumps(found["covariance"], indent=1))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    rows = [tokenize(tokenizer, text)[:1024] for text in texts if len(text) > 200][: arguments.covariance_texts]
+    found["covariance"] = covariance_speed(CovarianceFitter(model, tokenizer, layers), rows, arguments.rounds)
+    print(dumps(found["covariance"]))
+    save(arguments, found)
 
 
-def operations(model: Any, maker: LedgerBuilder, rows: Any) -> float:
-    """Multiplications and additions that one evaluation of all facts with its gradient needs, above the last block."""
-    blocks = maker.decoder.blocks[maker.layers[-1] + 1 :]
+def a_fact(times: Times) -> dict[str, float]:
+    """Name the seconds of a fact."""
+    return {"seconds a fact": times.wall, "CPU seconds a fact": times.cpu}
+
+
+def operations(builder: LedgerBuilder, rows: Any) -> float:
+    """Count the operations of one evaluation of all facts with its gradient, above the last edited block."""
+    blocks = builder.decoder.blocks[builder.layers[-1] + 1 :]
     weights = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
-    head = maker.decoder.head.weight.numel()
+    head = builder.decoder.head.weight.numel()
     read = sum(row.num_read for row in rows)
     scored = sum(max(len(row.ids) - row.first_label, 1) for row in rows)
     return 2 * 2.0 * (read * weights + scored * head)  # forward, and backward to the activations
 
 
 def product_speed(dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, median of 5."""
-    a = torch.randn(2048, 2048, dtype=dtype)
-    return 2 * 2048**3 / timed(lambda: a @ a, 5)
+    """Measure the operations a second of a large matrix product, median of 5."""
+    a = torch.randn(2048, 2048, dtype=dtype, device=DEVICE)
+    return 2 * 2048**3 / in_turn({"product": lambda: a @ a}, 5)["product"].wall
 
 
-def timed(run: Callable[[], Any], rounds: int) -> float:
-    run()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def covariance_speed(model: Any, tokenizer: Any, layers: Any, texts: list[str], rounds: int) -> dict[str, float]:
-    """Median tokens a second of the fitter and of the bare pass, in turns on the same batches."""
-    fitter = CovarianceFitter(model, tokenizer, list(layers))
-    rows = [tokenize(tokenizer, text)[:1024] for text in texts if len(text) > 200][:60]
+def covariance_speed(fitter: CovarianceFitter, rows: list[list[int]], rounds: int) -> dict[str, float]:
+    """Measure tokens a second of the fitter and of the bare pass, in turn on the same batches."""
     batches = [[rows[i] for i in batch] for batch in batches_of(rows)]
-    tokens = sum(map(len, rows))
 
     def bare() -> None:
         for batch in batches:
-            capture(model, fitter.decoder, [fitter.layers[-1]], **pad_rows(batch))
+            capture(fitter.model, fitter.decoder, [fitter.layers[-1]], **pad_rows(batch, DEVICE))
 
     def fit() -> None:
         for batch in batches:
             fitter.update(batch)
 
-    pairs = [(timed(bare, 1), timed(fit, 1)) for _ in range(rounds)]
-    seconds = [statistics.median(times) for times in zip(*pairs, strict=True)]
-    ratio = statistics.median(b / f for b, f in pairs)
-    return {"bare tokens a second": tokens / seconds[0], "tokens a second": tokens / seconds[1], "ratio": ratio}
+    times, tokens = in_turn({"bare": bare, "fit": fit}, rounds), sum(map(len, rows))
+    return {
+        "bare tokens a second": tokens / times["bare"].wall,
+        "tokens a second": tokens / times["fit"].wall,
+        "ratio": (times["bare"] / times["fit"]).wall,
+    }
 
 
 if __name__ == "__main__":

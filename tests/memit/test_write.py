@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from benchmarks.plain_memit import PlainMemit
 from memory_adapters import Fact, MemitConfig, MemitMemory, inject_memory, load_memory
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.memit import targets as targets_module
@@ -19,7 +20,6 @@ from memory_adapters.memit.prompts import bare_rows
 from memory_adapters.memit.write import LedgerBuilder
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
-from tests.support.reference_memit import PlainMemit
 
 FACTS = [
     Fact("The Eiffel Tower is in the city of", "Eiffel Tower", "Rome"),

@@ -1,4 +1,4 @@
-"""MEMIT as plainly as it can be written: one fact at a time, whole forward passes, dense solves. The baseline."""
+"""Write facts by MEMIT one at a time, with whole forward passes and dense solves: the baseline of `edit_speed.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memory_adapters.memit.prompts import Context, FactRow, bare_rows, context_r
 
 @dataclass
 class PlainMemit:
-    """Edits a model's weights in place.
+    """Compute the weight changes of MEMIT in the plainest way.
 
     Attributes:
         seconds: Wall time of each stage.
@@ -38,7 +38,7 @@ class PlainMemit:
         self.projections = {layer: mlp_projection(self.decoder, layer).module for layer in self.layers}
 
     def write(self, facts: Sequence[Fact], apart: bool) -> dict[int, Tensor]:
-        """The change of each layer's weight (hidden_size, d_in).
+        """Return the change of each layer's weight, (hidden_size, d_in); the weights stay as they were.
 
         Args:
             facts: What to write.
@@ -87,7 +87,7 @@ class PlainMemit:
 
     @torch.no_grad()
     def visit(self, row: FactRow, layer: int, pushed: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Key at `layer`, and stream at the last edited block, at the subject's last token."""
+        """Return the key at `layer` and the hidden state at the last edited block, at the subject's last token."""
         keys: list[Tensor] = []
         streams: list[Tensor] = []
 
@@ -116,7 +116,7 @@ class PlainMemit:
         return keys[0], streams[0]
 
     def target(self, rows: Sequence[FactRow]) -> Tensor:
-        """z of one fact, by whole forward passes over all its rows."""
+        """Find z of one fact, by whole forward passes over all its rows."""
         config = self.config
         length = max(len(row.ids) for row in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -139,17 +139,17 @@ class PlainMemit:
         handle = self.decoder.blocks[self.layers[-1]].register_forward_hook(add)
         for step in range(config.steps):
             logs = self.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-            told = []
+            losses = []
             for i, row in enumerate(rows):
                 if row.context >= 0:
                     labels = torch.tensor(row.ids[row.first_label :])
-                    told.append(F.nll_loss(logs[i, row.first_label - 1 : len(row.ids) - 1], labels))
+                    losses.append(F.nll_loss(logs[i, row.first_label - 1 : len(row.ids) - 1], labels))
                 else:
                     now = logs[i, row.subject]
                     base = now.detach() if base is None else base
                     kept = (now.exp() * (now - base)).sum()
             decay = config.weight_decay * delta.norm() / h0.norm() ** 2
-            loss = torch.stack(told).mean() + config.kl_factor * kept + decay
+            loss = torch.stack(losses).mean() + config.kl_factor * kept + decay
             if loss < config.target_loss or step + 1 == config.steps:
                 break
             optimizer.zero_grad()
