@@ -24,9 +24,10 @@ from memory_adapters import Fact, MemoryAdapterConfig, ResidualMemory, inject_me
 from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.residual_mlp.stored_states import ReusedStates
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, trainable_alone, training_arguments
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.residual_mlp.write import Writer
 from memory_adapters.training.dataset import collate
+from memory_adapters.training.trainer import only_trainable
 
 DESIGNS = {
     "default": MemoryAdapterConfig(gate_init=0.5),
@@ -75,7 +76,7 @@ def compare(what: str, memory: ResidualMemory, facts: list[Fact], rounds: int) -
     parameters = [p for n, p in memory.model.named_parameters() if "residual_memory" in n]
     times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     losses: dict[bool, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, trainable_alone(memory):
+    with tempfile.TemporaryDirectory() as folder, only_trainable(memory.model, parameters_of(memory).values()):
         trainer = MemoryTrainer(memory, writer.decoder, reuse, args=training_arguments(memory, folder, None, len(rows)))
         for turn in range(rounds + 1):
             for reused in (True, False):
