@@ -65,7 +65,7 @@ def compare(what: str, memory: ResidualMemory, facts: list[Fact], rounds: int) -
     writer = Writer(memory, facts, PLAIN_SENTENCES)
     if memory.config.token_gate == "keys":
         writer.fit_keys()
-    rows = [slot.rows[0] for slot in writer.slots]
+    rows = [turn.rows[0] for turn in writer.turns]
     reuse = ReusedStates(writer.decoder, writer.layers[0])
     start = time.perf_counter()
     states = reuse.compute(memory.model, [row.input_ids for row in rows])
