@@ -18,9 +18,10 @@ from benchmarks.common import BenchmarkParser, in_turn, load_model, save, timed
 from memory_adapters import Fact, MemoryAdapterConfig, ResidualMemory, inject_memory
 from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES
 from memory_adapters.residual_mlp.stored_states import ReusedStates
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, trainable_alone, training_arguments
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.residual_mlp.write import Writer
 from memory_adapters.training.dataset import collate
+from memory_adapters.training.trainer import only_trainable
 
 DESIGNS = {
     "default": MemoryAdapterConfig(gate_init=0.5),
@@ -51,7 +52,7 @@ def measure(memory: ResidualMemory, facts: list[Fact], rounds: int) -> dict[str,
     writer = Writer(memory, facts, PLAIN_SENTENCES)
     if memory.config.token_gate == "keys":
         writer.fit_keys()
-    rows = [slot.rows[0] for slot in writer.slots]
+    rows = [turn.rows[0] for turn in writer.turns]
     reuse = ReusedStates(writer.decoder, writer.layers[0])
     storing, states = timed(reuse.compute, memory.model, [row.input_ids for row in rows])
     examples = [{"row": r, "state": s, "teacher": None, "kept": False} for r, s in zip(rows, states, strict=True)]
@@ -76,7 +77,7 @@ def measure(memory: ResidualMemory, facts: list[Fact], rounds: int) -> dict[str,
             optimizer.zero_grad()
             losses[reused].append(float(loss.detach()))
 
-    with tempfile.TemporaryDirectory() as folder, trainable_alone(memory):
+    with tempfile.TemporaryDirectory() as folder, only_trainable(memory.model, parameters_of(memory).values()):
         trainer = MemoryTrainer(memory, writer.decoder, reuse, args=training_arguments(memory, folder, None, len(rows)))
         times = in_turn(
             {"whole model": lambda: epoch(False), "reused": lambda: epoch(True)}, rounds, before=start_again

@@ -71,7 +71,7 @@ def wrong(option: str, why: str) -> typer.BadParameter:
 
 def say(message: str) -> None:
     """Print a line on stderr."""
-    who = "" if is_main_process() else f"process {distributed.get_rank()}: "
+    who = "" if is_main_process() else f"process {PartialState().process_index}: "
     print(f"{who}{message}", file=sys.stderr)
 
 

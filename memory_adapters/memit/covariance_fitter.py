@@ -233,7 +233,7 @@ class CovarianceFitter:
             )
         means = {}
         for layer, total in zip(self.layers, self.sums, strict=True):
-            upper = all_reduce_sum(total).triu()
+            upper = all_reduce_sum(total.triu())
             means[layer] = ((upper + upper.triu(1).T) / self.num_tokens).cpu()
         sources = ", ".join(dict.fromkeys(self.sources))
         return Covariance(means, self.num_tokens, self.num_texts, sources, self.base_fingerprint, self.texts_sha256)

@@ -33,7 +33,7 @@ from memory_adapters.memit.prompts import (
     row_batches,
 )
 from memory_adapters.memit.targets import TargetBatch, TargetFinder, find_targets
-from memory_adapters.training.distributed import gathered, share_of
+from memory_adapters.training.distributed import gather_items, share_of
 
 __all__ = ["LedgerBuilder"]
 
@@ -106,7 +106,7 @@ class LedgerBuilder:
                 numbered = [replace(row, fact=i) for i, group in enumerate(rows[chunk]) for row in group]
                 parts.append(self._chunk_entries(own[chunk], numbered, len(contexts), known, bar))
         single = [part.subset([i]) for part in parts for i in range(len(part.facts))]
-        return _joined(gathered(single, len(facts)))
+        return _joined(gather_items(single, len(facts)))
 
     def _chunk_entries(
         self, facts: list[Fact], rows: list[FactRow], num_contexts: int, known: dict[Fact, Tensor], bar: tqdm

@@ -1,35 +1,41 @@
-"""Training of an encoder on transformers' Trainer: autoencoding, text continuation and instructions, mixed."""
+"""Train an encoder on autoencoding, text continuation and instructions, mixed."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
 
 from memory_adapters.base_model.exclusive import exclusive_use
-from memory_adapters.base_model.modes import evaluating
-from memory_adapters.base_model.nonfinite import check_gradients, origin
-from memory_adapters.base_model.quantised import differentiable, keep_unpacked
+from memory_adapters.base_model.nonfinite import origin
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import pad_rows
-from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.files.tensors import read_tensors
+from memory_adapters.memory_slots.config import MemorySlotsConfig
+from memory_adapters.memory_slots.encoder import Encoder
 from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, distil, predict
-from memory_adapters.peft_layers.rollback import rollback_on_error
-from memory_adapters.training.checkpoints import checkpoint_to_resume
-from memory_adapters.training.distributed import all_reduce_sum, weight_of_share
-
-if TYPE_CHECKING:
-    from memory_adapters.memory_slots.memory import SlotMemory
+from memory_adapters.training.checkpoints import checkpoint_to_resume, digest_of
+from memory_adapters.training.distributed import all_reduce_sum, mean_weight
+from memory_adapters.training.trainer import AdapterTrainer, SavedAdapter, default_arguments, only_trainable
 
 __all__ = ["EncoderTrainer", "Example", "TextExamples", "instruction_examples", "train_encoder"]
+
+DIGESTED_EXAMPLES = 100  # by which a checkpoint knows its data again
+
+
+class MemoryWithEncoder(SavedAdapter, Protocol):
+    """A `SlotMemory`, as far as its encoder's training goes."""
+
+    encoder: Encoder
+    tokenizer: Any
+
+    @property
+    def config(self) -> MemorySlotsConfig: ...
+    def _check_writable(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,15 @@ class Example:
 
 
 class TextExamples(Dataset):
-    """Windows of running text: each is either to be given back, or to be continued.
+    """Cut running text into windows, each of which is either to be given back or to be continued.
 
     Args:
         ids: Token ids of the text.
         lengths: Least and most tokens of a context, so that several spans are seen from the first step.
-        continuation: Tokens to continue.
-        share: Of autoencoding among the examples.
-        count: How many examples.
-        seed: Of the windows; example i is always the same.
+        continuation: Number of tokens that continue a context.
+        share: Share of autoencoding among the examples, in [0, 1].
+        count: Number of examples.
+        seed: Seed of the windows; example i is always the same.
 
     Raises:
         ValueError: If the text is shorter than one example.
@@ -84,7 +90,7 @@ class TextExamples(Dataset):
 
 
 def instruction_examples(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> list[Example]:
-    """Examples from rows of `context`, `prompt` and `response` texts; the response ends with the end of text."""
+    """Make examples of rows of `context`, `prompt` and `response` texts; the response ends with the end of text."""
     found = []
     for row in rows:
         context = tokenizer(row["context"], add_special_tokens=False)["input_ids"]
@@ -94,111 +100,100 @@ def instruction_examples(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> l
     return found
 
 
-class EncoderTrainer(Trainer):
-    """Moves an encoder's LoRA, memory tokens, scale and [AE]; the model stays frozen and in evaluation mode.
+class EncoderTrainer(AdapterTrainer):
+    """Train an encoder: its LoRA, memory tokens, projection and [AE].
 
     Args:
         memory: The memory whose encoder is trained.
         kwargs: Passed to `transformers.Trainer`; datasets hold `Example`s.
     """
 
-    def __init__(self, memory: SlotMemory, **kwargs: Any) -> None:
+    def __init__(self, memory: MemoryWithEncoder, *, train_dataset: Any, **kwargs: Any) -> None:
         self.memory = memory
-        super().__init__(model=_Trained(memory), data_collator=list, **kwargs)
-        self.model_accepts_loss_kwargs = False
-        self.can_return_loss = True
+        super().__init__(
+            memory.encoder.model,
+            adapter=memory,
+            data_digest=_digest(train_dataset),
+            model=_BatchLoss(memory),
+            train_dataset=train_dataset,
+            data_collator=list,
+            **kwargs,
+        )
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean loss of what the examples ask, autoencoding and the rest weighed by their examples."""
-        self.memory.model.eval()
-        keep_unpacked(self.memory.model)
+    def set_modes(self) -> None:
+        """Put the model into evaluation mode; blocks that checkpoint their activations do so in training mode alone."""
+        super().set_modes()
         for block in self.memory.encoder.decoder.blocks:
-            block.training = self.args.gradient_checkpointing  # of itself alone: nothing in it drops out
-        loss = model(inputs)
+            block.training = self.args.gradient_checkpointing  # the block's own flag: nothing in it drops out
+
+    def batch_loss(self, model: nn.Module, inputs: Sequence[Example]) -> Tensor:
+        """Return the mean loss of what the examples ask; each kind of example counts by its number."""
+        loss: Tensor = model(inputs)
         if not torch.isfinite(loss):
-            text = self.memory.tokenizer.decode(inputs[0].context[:16])
-            encoder = self.memory.encoder
-            where = origin(
-                self.memory.model,
-                encoder.decoder,
-                pad_rows([inputs[0].context], encoder.device),
-                "lower `learning_rate`, or use the model in bfloat16 or float32",
-            )
+            encoder, context = self.memory.encoder, inputs[0].context
+            text = self.memory.tokenizer.decode(context[:16])
+            remedy = "lower `learning_rate`, or use the model in bfloat16 or float32"
+            where = origin(encoder.model, encoder.decoder, pad_rows([context], encoder.device), remedy)
             raise ValueError(
                 f"The loss of the batch that begins with {text!r} is NaN or infinite in step {self.state.global_step}: "
                 f"{where}."
             )
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's; gradients that are not finite are an error that names the parameter."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.scaler is None:  # which skips such steps, and lowers its scale
-            check_gradients((name, p) for name, p in self.memory.model.named_parameters() if p.requires_grad)
         return loss
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch of the held-out examples."""
         with torch.no_grad():
-            return model(inputs).detach(), None, None
+            return self.compute_loss(model, inputs).detach(), None, None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs  # examples are lists of ids: the encoder puts them on its device
+        return inputs  # lists of token ids, which the encoder puts on its device
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Checkpoints hold the encoder, not the base model."""
         self.memory.config.encoder_steps = self.state.global_step
-        self.memory.save_pretrained(output_dir or self.args.output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        expected = {PEFT_KEY_PREFIX + name: tensor.shape for name, tensor in self.memory.state_dict().items()}
-        saved = read_tensors(Path(resume_from_checkpoint) / WEIGHTS_FILE, expected)
-        with torch.no_grad():
-            for name, tensor in self.memory.state_dict().items():
-                tensor.copy_(saved[PEFT_KEY_PREFIX + name])
+        super()._save(output_dir, state_dict)
 
 
-class _Trained(nn.Module):
-    """The loss of a batch, as a module whose parameters that require gradients are the encoder's."""
+class _BatchLoss(nn.Module):
+    """The loss of a batch as a module, whose `forward` Trainer and DDP wrap."""
 
-    def __init__(self, memory: SlotMemory) -> None:
+    def __init__(self, memory: MemoryWithEncoder) -> None:
         super().__init__()
-        self.base = memory.model
-        self.memory: Callable[[], SlotMemory] = lambda: memory  # no submodule
+        self.base = memory.encoder.model
+        self.memory: Callable[[], MemoryWithEncoder] = lambda: memory  # not a submodule
 
     def activation_checkpointing_enable(self, **_settings: Any) -> None:
-        """Of the base model, each block with the adapters of the pass that it is computed again for."""
+        """Checkpoint the base model's activations; a block is recomputed with the adapters of its first pass."""
         settings = {"use_reentrant": False, "context_fn": self.memory().encoder.recomputing}
         _checkpointing(self.base, "enable")(settings)
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name in earlier versions of transformers
 
     def forward(self, examples: Sequence[Example]) -> Tensor:
+        """Return the loss, with a factor so that the mean over processes is that of all examples."""
         memory = self.memory()
         encoder = memory.encoder
         spans: list[list[int]] = []
-        sources: list[list[int]] = []
+        own: list[list[int]] = []  # of each example: which of the spans are its own
         for example in examples:
-            own = memory.config.spans_of(example.context)
-            sources.append(list(range(len(spans), len(spans) + len(own))))
-            spans += own
+            parts = memory.config.spans_of(example.context)
+            own.append(list(range(len(spans), len(spans) + len(parts))))
+            spans += parts
         slots = encoder.slots(spans)
-        told = [i for i, example in enumerate(examples) if example.asked is None]
-        asked = [i for i, example in enumerate(examples) if example.asked is not None]
+        back = [i for i, example in enumerate(examples) if example.asked is None]
         end = memory.tokenizer.eos_token_id
-        back = autoencoding_rows([examples[i].context for i in told], end, [sources[i] for i in told])
-        rest = [Row(a, sources[i]) for i in asked if (a := examples[i].asked) is not None]
-        total = encoder.parts.reconstruct.sum() * 0
-        everyone = float(all_reduce_sum(torch.tensor(float(len(examples)), device=encoder.device)))
-        for part, rows in ((told, back), (asked, rest)):
-            weight = weight_of_share(sum(len(row.asked.target) for row in rows))
-            share = float(all_reduce_sum(torch.tensor(float(len(part)), device=encoder.device))) / everyone
-            if not part:
+        autoencoding = autoencoding_rows([examples[i].context for i in back], end, [own[i] for i in back])
+        asked = [i for i, example in enumerate(examples) if example.asked is not None]
+        rest = [Row(query, own[i]) for i in asked if (query := examples[i].asked) is not None]
+        counts = torch.tensor([len(autoencoding), len(rest)], dtype=torch.float32, device=encoder.device)
+        counts = all_reduce_sum(counts)
+        total = encoder.parts.reconstruct.sum() * 0  # [AE] has a gradient also where no example asks for the text
+        for rows, share in zip((autoencoding, rest), counts / counts.sum(), strict=True):
+            weight = mean_weight(sum(len(row.asked.target) for row in rows))
+            if not rows:
                 continue
-            if part is asked and memory.config.objective == "distillation":
+            if rows is rest and memory.config.objective == "distillation":
                 loss = distil(encoder, slots, rows, [examples[i].context for i in asked])
             else:
                 loss = predict(encoder, slots, rows)[0].mean()
@@ -207,7 +202,7 @@ class _Trained(nn.Module):
 
 
 def train_encoder(
-    memory: SlotMemory,
+    memory: MemoryWithEncoder,
     examples: Dataset | Sequence[Example],
     *,
     held_out: Dataset | Sequence[Example] | None = None,
@@ -216,64 +211,47 @@ def train_encoder(
 ) -> list[dict[str, float]]:
     """Train the encoder of a memory; afterwards it is frozen again, and `write` uses it.
 
-    If it fails or is interrupted, the encoder is what it was trained to by then.
+    If it fails or is interrupted, the encoder stays as far as it was trained by then.
 
     Args:
-        memory: A memory with a tokenizer.
-        examples: What to learn, such as `TextExamples` or `instruction_examples`.
+        memory: A `SlotMemory` with a tokenizer.
+        examples: What to learn, such as `TextExamples` or `instruction_examples`; example i must always be the same.
         held_out: Examples whose loss is logged at every evaluation.
         training_args: Fields of `transformers.TrainingArguments`; give `output_dir` to be able to resume.
-        resume_from_checkpoint: Go on from the newest whole checkpoint in `output_dir`, or from the one named.
+        resume_from_checkpoint: Continue from the newest complete checkpoint in `output_dir`, or from the one named.
 
     Returns:
-        What was logged: loss, held-out loss, steps.
+        Trainer's log: loss, held-out loss, steps.
     """
     memory._check_writable()
-    on_cpu = memory.model.device.type == "cpu"
+    encoder, config = memory.encoder, memory.config
     settings: dict[str, Any] = dict(
         output_dir="slot-encoder",
         learning_rate=1e-4,
         warmup_steps=300,
         max_grad_norm=2.0,
-        lr_scheduler_type="cosine",
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
+        logging_strategy="steps",
         ddp_find_unused_parameters=True,  # a batch may ask for nothing of one kind
-        label_names=[],
-        seed=memory.config.seed,
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
+        seed=config.seed,
     )
-    arguments = TrainingArguments(**{**settings, **(training_args or {})})
+    arguments = default_arguments(encoder.model, {**settings, **(training_args or {})})
     checkpoint = checkpoint_to_resume(resume_from_checkpoint, arguments.output_dir)
-    model = memory.model
-    with exclusive_use(model), rollback_on_error(model), seeded(memory.config.seed), evaluating(model):
-        return _train(memory, arguments, examples, held_out, checkpoint)
-
-
-def _train(
-    memory: SlotMemory,
-    arguments: TrainingArguments,
-    examples: Dataset | Sequence[Example],
-    held_out: Dataset | Sequence[Example] | None,
-    checkpoint: str | None,
-) -> list[dict[str, float]]:
-    trained = [*memory.encoder.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    try:
+    model = encoder.model
+    with exclusive_use(model), seeded(config.seed), only_trainable(model, encoder.parameters()):
         trainer = EncoderTrainer(memory, args=arguments, train_dataset=examples, eval_dataset=held_out)
-        with differentiable(memory.model):
+        try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        memory.config.encoder_steps = trainer.state.global_step
-    finally:
-        if arguments.gradient_checkpointing:
-            _checkpointing(memory.model, "disable")()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        finally:
+            if arguments.gradient_checkpointing:
+                _checkpointing(model, "disable")()
+        config.encoder_steps = trainer.state.global_step
     return trainer.state.log_history
+
+
+def _digest(examples: Any) -> str:
+    """Digest of the number of examples and of the first of them."""
+    first = (examples[i].context for i in range(min(len(examples), DIGESTED_EXAMPLES)))
+    return digest_of([[len(examples)], *first])
 
 
 def _checkpointing(model: Any, action: str) -> Any:

@@ -1,46 +1,40 @@
-"""Training of a residual memory on transformers' Trainer."""
+"""Train a residual memory: next-token loss, context distillation and locality."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
-from peft.functional import set_requires_grad
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from memory_adapters.base_model.decoder import Decoder
 from memory_adapters.base_model.item_rows import IGNORED
-from memory_adapters.base_model.modes import left_as_it_was
-from memory_adapters.base_model.nonfinite import check_gradients, rows_not_finite
+from memory_adapters.base_model.nonfinite import rows_not_finite
 from memory_adapters.base_model.partial_forward import logits_at
-from memory_adapters.base_model.quantised import differentiable, keep_unpacked
-from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.files.tensors import read_tensors
 from memory_adapters.memory import Memory
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.stored_states import ReusedStates
-from memory_adapters.training.checkpoints import check_mark, mark_checkpoint
 from memory_adapters.training.dataset import FilledSampler, collate
-from memory_adapters.training.distributed import all_reduce_sum, weight_of_share, world_size
+from memory_adapters.training.distributed import mean_weight, world_size
+from memory_adapters.training.trainer import AdapterTrainer, check_training_args, default_arguments
 
-__all__ = ["MemoryTrainer", "training_arguments"]
+__all__ = ["MemoryTrainer", "parameters_of", "training_arguments"]
 
 GATE_NAMES = ("gate", "gate_weight", "gate_bias")
 
 
-class MemoryTrainer(Trainer):
-    """Trains one residual memory: only its parameters move, the base stays in evaluation mode.
+class MemoryTrainer(AdapterTrainer):
+    """Train one residual memory.
 
     Args:
         memory: The memory.
         decoder: Parts of its model.
         reuse: How to resume from stored states; None to run the whole model.
-        rows_sha256: What is trained on, for its checkpoints.
+        data_digest: `digest_of` the training rows, for checkpoints.
         kwargs: Passed to `transformers.Trainer`.
     """
 
@@ -49,53 +43,57 @@ class MemoryTrainer(Trainer):
         memory: Memory[MemoryAdapterConfig],
         decoder: Decoder,
         reuse: ReusedStates | None,
-        rows_sha256: str | None = None,
+        data_digest: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.memory = memory
+        self.config = memory.config
         self.decoder = decoder
         self.reuse = reuse
-        self.rows_sha256 = rows_sha256
-        self.epoch_losses: list[float] = []
-        self.step_losses: list[Tensor] = []
-        super().__init__(model=memory.model, data_collator=collate, **kwargs)
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        if not self.args.disable_tqdm:
-            self.add_callback(_Progress)
-        self.add_callback(_EpochLosses(self))
-        self.model_accepts_loss_kwargs = False
+        super().__init__(
+            memory.model,
+            adapter=memory,
+            data_digest=data_digest,
+            target_loss=self.config.target_loss,
+            data_collator=collate,
+            **kwargs,
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW; gates have a learning rate of their own and no weight decay."""
+        """Return AdamW; gates have a learning rate of their own and no weight decay."""
         gates: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
-        for layer in self.memory.tuner_layers():
-            for name, parameter in layer.memory_adapter_mlp[self.memory.adapter_name].named_parameters():
-                (gates if name in GATE_NAMES else rest).append(parameter)
+        for name, parameter in self.trained_parameters():
+            (gates if name.endswith(GATE_NAMES) else rest).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": rest, "weight_decay": self.args.weight_decay, "lr": self.args.learning_rate},
-                {"params": gates, "weight_decay": 0.0, "lr": self.memory.config.gate_learning_rate},
+                {"params": gates, "weight_decay": 0.0, "lr": self.config.gate_learning_rate},
             ]
         )
         return self.optimizer
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Next-token loss and, if the config asks for them, context distillation and locality."""
-        self.memory.model.eval()
+    def trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return the memory's parameters, named by their block."""
+        return parameters_of(self.memory).items()
+
+    def set_modes(self) -> None:
+        """Put the memory into training mode, for its dropout, and the rest of the model into evaluation mode."""
+        super().set_modes()
         for layer in self.memory.tuner_layers():
             layer.train()
-        keep_unpacked(self.memory.model)
-        config = self.memory.config
+
+    def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the next-token loss and, if the config asks for them, context distillation and locality.
+
+        Locality is not part of what `epoch_losses` reports, which is how well the items are learned.
+        """
         targets = inputs["labels"][:, 1:]
         wanted = F.pad(targets != IGNORED, (0, 1))
         logits = self._logits(model, inputs, wanted)
-        kept, share = inputs["kept"], config.distillation_weight
+        kept, share = inputs["kept"], self.config.distillation_weight
         learned = int((~kept).sum())
-        weight = weight_of_share(learned)
+        weight = mean_weight(learned)
         own = logits.sum() * 0
         if learned:
             own = own + (1 - share) * F.cross_entropy(logits[~kept], targets[wanted[:, :-1]][~kept]) * weight
@@ -104,18 +102,18 @@ class MemoryTrainer(Trainer):
             distance = _divergence(logits, inputs["teacher_ids"], inputs["teacher_log_probs"])
         if distance is not None and learned and share > 0:
             own = own + share * distance[~kept].mean() * weight
-        if learned or world_size() > 1:
+        if learned or world_size() > 1:  # all processes must report as many losses
             self.step_losses.append(own.detach())
         loss = own
-        if config.locality_weight > 0:
-            weight = weight_of_share(int(kept.sum()))
+        if self.config.locality_weight > 0:
+            weight = mean_weight(int(kept.sum()))
             if distance is not None and kept.any():
-                loss = loss + config.locality_weight * distance[kept].mean() * weight
+                loss = loss + self.config.locality_weight * distance[kept].mean() * weight
         if not torch.isfinite(loss):
-            self._explain(inputs, logits, wanted)
-        return (loss, {"logits": logits}) if return_outputs else loss
+            self._raise_not_finite(inputs, logits, wanted)
+        return loss
 
-    def _explain(self, inputs: dict[str, Tensor], logits: Tensor, wanted: Tensor) -> NoReturn:
+    def _raise_not_finite(self, inputs: dict[str, Tensor], logits: Tensor, wanted: Tensor) -> NoReturn:
         """Raise a `ValueError` that names the text on which the loss is NaN or infinite."""
         bad = rows_not_finite(logits)
         row = wanted.nonzero()[bad[0], 0] if bad else wanted.new_zeros((), dtype=torch.long)
@@ -125,25 +123,13 @@ class MemoryTrainer(Trainer):
             "`gate_learning_rate`, or use the model in bfloat16 or float32."
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's; gradients that are not finite are an error that names the parameter."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.scaler is None:  # which skips such steps, and lowers its scale
-            layers = zip(self.memory.config.depths, self.memory.tuner_layers(), strict=True)
-            check_gradients(
-                (f"block {block}: {name}", parameter)
-                for block, layer in layers
-                for name, parameter in layer.memory_adapter_mlp[self.memory.adapter_name].named_parameters()
-            )
-        return loss
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if world_size() == 1:
             return super()._get_train_sampler(train_dataset)
         return FilledSampler(train_dataset or self.train_dataset, self.args.train_batch_size * world_size())
 
     def _logits(self, model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
-        """Logits (wanted.sum(), vocabulary) in float32."""
+        """Return logits (wanted.sum(), vocabulary) in float32."""
         with ExitStack() as stack:
             stack.enter_context(logits_at(self.decoder, wanted))
             if self.reuse is not None:
@@ -151,47 +137,46 @@ class MemoryTrainer(Trainer):
             output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return output.logits[0].float()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Checkpoints hold the memory, not the base model."""
-        self.memory.save_pretrained(output_dir or self.args.output_dir)
-        mark_checkpoint(output_dir or self.args.output_dir, self.rows_sha256)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        check_mark(resume_from_checkpoint, self.rows_sha256)
-        load_weights(self.memory, resume_from_checkpoint)
-
-
-def load_weights(memory: Memory[MemoryAdapterConfig], folder: Path | str) -> None:
-    """Put the tensors of a saved memory with the same settings into `memory`."""
-    expected = {PEFT_KEY_PREFIX + name: tensor.shape for name, tensor in memory.state_dict().items()}
-    tensors = read_tensors(Path(folder) / WEIGHTS_FILE, expected)
-    memory._restore(tensors)
+def parameters_of(memory: Memory[MemoryAdapterConfig]) -> dict[str, nn.Parameter]:
+    """Return what training a residual memory moves, by block and name."""
+    config = memory.config
+    return {
+        f"block {block}: {name}": parameter
+        for block, layer in zip(config.depths, memory.tuner_layers(), strict=True)
+        for name, parameter in layer.memory_adapter_mlp[memory.adapter_name].named_parameters()
+    }
 
 
 def training_arguments(
-    memory: Memory[MemoryAdapterConfig], folder: str, overrides: Mapping[str, Any] | None, num_slots: int
+    memory: Memory[MemoryAdapterConfig], output_dir: str, training_args: Mapping[str, Any] | None, num_turns: int
 ) -> TrainingArguments:
-    """The config's settings as `TrainingArguments`, for so many slots an epoch; `overrides` win."""
+    """Return the config's settings as `TrainingArguments`, for so many turns an epoch.
+
+    Args:
+        memory: The memory.
+        output_dir: Where checkpoints go, unless `training_args` says otherwise.
+        training_args: Other fields, which the config does not have.
+        num_turns: Turns of an epoch.
+
+    Raises:
+        ValueError: If `training_args` has a field that the config has too.
+    """
+    training_args = training_args or {}
+    check_training_args(training_args, "set `memory.config.{field} = {value!r}` before `write` instead")
     config = memory.config
-    steps_an_epoch = -(-num_slots // config.batch_size)
+    steps_an_epoch = -(-num_turns // config.batch_size)
     settings: dict[str, Any] = dict(
-        output_dir=folder,
+        output_dir=output_dir,
         per_device_train_batch_size=-(-config.batch_size // world_size()),
         num_train_epochs=max(config.num_train_epochs, -(-config.min_steps // steps_an_epoch)),
         learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=memory.model.device.type == "cpu",
-        dataloader_pin_memory=memory.model.device.type != "cpu",
     )
-    return TrainingArguments(**{**settings, **(overrides or {})})
+    return default_arguments(memory.model, {**settings, **training_args})
 
 
 def _divergence(logits: Tensor, teacher_ids: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -201,42 +186,3 @@ def _divergence(logits: Tensor, teacher_ids: Tensor, teacher_log_probs: Tensor) 
     rest, teacher_rest = ((1 - p.sum(-1)).clamp_min(1e-6) for p in (log_probs.exp(), probs))
     head = torch.where(probs > 0, probs * (teacher_log_probs - log_probs), 0).sum(-1)
     return head + teacher_rest * (teacher_rest.log() - rest.log())
-
-
-class _Progress(ProgressCallback):
-    """Trainer's progress bar without its log lines."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class _EpochLosses(TrainerCallback):
-    """Collects the mean loss of every epoch, and ends training when it is low enough."""
-
-    def __init__(self, trainer: MemoryTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.step_losses:
-            losses = all_reduce_sum(torch.stack(self.trainer.step_losses)) / world_size()
-            self.trainer.epoch_losses.append(losses.mean().item())
-            self.trainer.step_losses.clear()
-            if self.trainer.epoch_losses[-1] < self.trainer.memory.config.target_loss:
-                control.should_training_stop = True
-
-
-@contextmanager
-def trainable_alone(memory: Memory[MemoryAdapterConfig]) -> Iterator[None]:
-    """Only this memory's parameters require gradients; modes and flags are put back afterwards."""
-    model: nn.Module = memory.model
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with left_as_it_was(model):
-            model.requires_grad_(False)
-            set_requires_grad(model, adapter_names=memory.adapter_name, requires_grad=True)
-            with differentiable(model):
-                yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None if not flag else parameter.grad

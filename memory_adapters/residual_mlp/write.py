@@ -24,10 +24,11 @@ from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 from memory_adapters.residual_mlp.prompts import locality_turns
 from memory_adapters.residual_mlp.stored_states import ReusedStates, row_states
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, trainable_alone, training_arguments
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.training.checkpoints import checkpoint_to_resume, digest_of
 from memory_adapters.training.dataset import Teacher, TurnDataset
 from memory_adapters.training.rows import TrainingTurn, build_turns, make_prefixes
+from memory_adapters.training.trainer import only_trainable
 
 __all__ = ["Writer", "longest_row", "write"]
 
@@ -223,7 +224,8 @@ def write(
     resume: bool | str,
 ) -> Outcome:
     """Find the items' keys and train the memory on them."""
-    with scratch_folder() as folder, seeded(memory.config.seed), trainable_alone(memory):
+    trained = parameters_of(memory).values()
+    with scratch_folder() as folder, seeded(memory.config.seed), only_trainable(memory.model, trained):
         writer = Writer(memory, items, unrelated)
         arguments = training_arguments(memory, str(folder), training_args, len(writer.turns))
         if memory.config.has_keys:

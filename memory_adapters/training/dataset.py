@@ -1,4 +1,4 @@
-"""What a residual memory is trained on, as a dataset, its batches and their order."""
+"""Serve training rows as a dataset, in batches and in their order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["FilledSampler", "Teacher", "TurnDataset", "collate"]
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the base model predicts at a row's labels, with the item in its context or without: its likeliest tokens.
+    """The base model's likeliest tokens at a row's labels, with the item in its context or without.
 
     Attributes:
         ids: (labels, k).
@@ -32,41 +32,40 @@ class Teacher:
 
 
 class TurnDataset(Dataset):
-    """One example a slot; which of the slot's rows depends on the epoch.
+    """Serve one example a turn; which of the turn's rows it is depends on the epoch.
 
     Args:
-        slots: The slots.
-        states: Stored state of every row of all slots, in order; None to run the whole model.
+        turns: The turns.
+        states: Stored state of every row of all turns, in order; None to run the whole model.
         teachers: Teacher of every row, or None for a row without one.
     """
 
     def __init__(
-        self, slots: Sequence[TrainingTurn], states: Sequence[Tensor] | None, teachers: Sequence[Teacher | None]
+        self, turns: Sequence[TrainingTurn], states: Sequence[Tensor] | None, teachers: Sequence[Teacher | None]
     ) -> None:
         self.examples: list[list[dict[str, Any]]] = []
         position = 0
-        for slot in slots:
-            turns = []
-            for row in slot.rows:
+        for turn in turns:
+            variants = []
+            for row in turn.rows:
                 state = None if states is None else states[position]
-                turns.append(
-                    {"row": row, "state": state, "teacher": teachers[position], "kept": slot.kind == "locality"}
-                )
+                teacher, kept = teachers[position], turn.kind == "locality"
+                variants.append({"row": row, "state": state, "teacher": teacher, "kept": kept})
                 position += 1
-            self.examples.append(turns)
+            self.examples.append(variants)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of every epoch."""
+        """Choose the rows of an epoch; accelerate's data loader calls this at its start."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Example `index`; for `FilledSampler.FILLER` one that teaches nothing."""
-        turns = self.examples[max(index, 0)]
-        example = turns[self.epoch % len(turns)]
+        """Return example `index`; for `FilledSampler.FILLER` one that teaches nothing."""
+        variants = self.examples[max(index, 0)]
+        example = variants[self.epoch % len(variants)]
         if index >= 0:
             return example
         row = replace(example["row"], first_label=len(example["row"].input_ids))
@@ -74,12 +73,12 @@ class TurnDataset(Dataset):
 
 
 class FilledSampler(Sampler[int]):
-    """The order in which one process alone would go through a dataset, then fillers up to a multiple of the batch.
+    """Go through a dataset in the order of a single process, then through fillers up to a multiple of the batch.
 
-    Several processes then see the batches that one would, where accelerate would repeat the first examples.
+    Several processes then get the batches that a single one would, where accelerate would repeat the first examples.
 
     Args:
-        dataset: What to go through.
+        dataset: The dataset.
         batch: Examples in a batch of all processes together.
     """
 
@@ -94,7 +93,7 @@ class FilledSampler(Sampler[int]):
         return len(self.order) + self.fillers
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of every epoch, instead of the dataset's."""
+        """Set the epoch of the order and of the dataset, which accelerate's data loader does not reach then."""
         self.order.set_epoch(epoch)
         self.dataset.set_epoch(epoch)
 

@@ -1,67 +1,66 @@
-"""Sharing work among the processes of `accelerate launch` or `torchrun`; alone, everything is this process's."""
+"""Share work among the processes that `accelerate launch` or `torchrun` started; a single process does it all."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from torch import distributed
+from accelerate.utils import gather_object, parse_flag_from_env, reduce
+from torch import Tensor, distributed
 
-__all__ = ["all_reduce_sum", "gathered", "is_main_process", "share_of", "weight_of_share", "world_size"]
+__all__ = ["all_reduce_sum", "gather_items", "is_main_process", "mean_weight", "share_of", "world_size"]
 
 T = TypeVar("T")
 
 
+def _state() -> PartialState:
+    """Return accelerate's state of this process, which joins the others if they were launched together.
+
+    On CPUs `PartialState()` starts a process group but counts one process, unless it is told so: `cpu=True`.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
+    if on_cpu and distributed.is_initialized() and state.num_processes < distributed.get_world_size():
+        PartialState._reset_state()  # as `TrainingArguments` does
+        state = PartialState(cpu=True)
+    return state
+
+
 def world_size() -> int:
-    """How many processes work together; joins them if they were launched together and have not met yet."""
-    if not distributed.is_available():
-        return 1
-    if not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState()
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def _alone() -> bool:
-    return world_size() == 1
+    """Return how many processes work together."""
+    return _state().num_processes
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes files."""
-    return _alone() or distributed.get_rank() == 0
+    """Return whether this process is the one that writes files."""
+    return _state().is_main_process
 
 
 def share_of(items: Sequence[T]) -> list[T]:
-    """This process's part of `items`: every n-th, starting with its rank."""
-    return list(items) if _alone() else list(items)[distributed.get_rank() :: distributed.get_world_size()]
+    """Return this process's part of `items`: every n-th, starting with its rank."""
+    state = _state()
+    return list(items)[state.process_index :: state.num_processes]
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over all processes, which all must call this; the argument stays as it is."""
-    if _alone():
-        return tensor
-    total = tensor.clone()
-    distributed.all_reduce(total)
-    return total
-
-
-def weight_of_share(count: int) -> float:
-    """Factor on this process's mean over `count` values, so that the mean over processes is the mean over all values.
-
-    All processes must call this; 0 where there is no value at all.
-    """
-    if _alone():
-        return 1.0
-    total = float(all_reduce_sum(torch.tensor(float(count), device=PartialState().device)))
-    return count * world_size() / total if total else 0.0
-
-
-def gathered(parts: list[T], length: int) -> list[T]:
-    """Undo `share_of`: all `length` items in order, on every process, from each one's share."""
-    if _alone():
-        return parts
-    shares: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(shares, parts)
+def gather_items(share: list[T], length: int) -> list[T]:
+    """Return all `length` items in order, on every process, given what became of each one's `share_of` them."""
+    _state()
+    shares: list[list[T]] = gather_object([share])
     return [shares[i % len(shares)][i // len(shares)] for i in range(length)]
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of `tensor` over all processes, which all must call this; the argument stays as it is."""
+    _state()
+    return reduce(tensor, "sum")
+
+
+def mean_weight(count: int) -> float:
+    """Return a factor for this process's mean over `count` values: the mean over processes is then that of all values.
+
+    All processes must call this. It is 0 where none has a value.
+    """
+    total = float(all_reduce_sum(torch.tensor(float(count), device=_state().device)))
+    return count * world_size() / total if total else 0.0

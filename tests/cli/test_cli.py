@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from torch import distributed
+from accelerate import PartialState
 from typer.testing import CliRunner, Result
 
 import memory_adapters
@@ -241,9 +241,9 @@ def test_info(here: Path, tmp_path: Path, method: str) -> None:
 
 
 def test_only_the_first_process_prints_and_saves(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    state = PartialState()
+    monkeypatch.setattr(state, "num_processes", 2)
+    monkeypatch.setattr(state, "process_index", 1)
     file = tmp_path / "scores.json"
     result = run("evaluate", here / "model", here / "memit", here / "records.json", "--output", file)
     assert not result.output

@@ -126,6 +126,12 @@ def test_only_the_given_parameters_are_trained() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_recipe_sets_nothing_twice() -> None:
+    with pytest.raises(ValueError, match=r"`per_device_train_batch_size=2`.* `batch_size=2` instead"):
+        Recipe(learning_rate=1e-2, training_args={"per_device_train_batch_size": 2})
+    assert Recipe(learning_rate=1e-2, training_args={"bf16": True}).training_args == {"bf16": True}
+
+
 def test_training_all_weights_casts_no_buffer() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     rotary = model.model.rotary_emb

@@ -150,7 +150,7 @@ def test_a_write_goes_on_with_the_same_items_alone(tmp_path: Path) -> None:
     write(memory, [ITEM, OTHER], training_args=settings)
     other = fresh(token_gate="none")
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"`resume_from_checkpoint`: .* is of a write of other items"):
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint`: .* was trained on other data"):
         write(other, [ITEM], training_args=settings, resume_from_checkpoint=True)
     assert all(tensor.equal(before[name]) for name, tensor in other.state_dict().items())
     for mark in tmp_path.glob("checkpoint-*/rows.json"):

@@ -85,6 +85,20 @@ def test_a_stopped_training_goes_on_to_the_same_encoder(tmp_path: Path) -> None:
         torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_a_training_goes_on_with_the_same_examples_alone(tmp_path: Path) -> None:
+    settings = QUIET | dict(output_dir=str(tmp_path), max_steps=4, save_steps=2, save_strategy="steps")
+    memory = memory_on(tiny_model())
+    train_encoder(memory, text_examples(), training_args=settings)
+    fresh = memory_on(tiny_model())
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    for other in (text_examples(seed=1), text_examples(count=60)):
+        with pytest.raises(ValueError, match=r"`resume_from_checkpoint`: .* was trained on other data"):
+            train_encoder(fresh, other, training_args=settings, resume_from_checkpoint=True)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+    train_encoder(fresh, text_examples(), training_args=settings, resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, memory.state_dict()[name]) for name, tensor in fresh.state_dict().items())
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_gradient_checkpointing_changes_nothing(architecture: str, tmp_path: Path) -> None:
     trained = []

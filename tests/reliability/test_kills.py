@@ -161,7 +161,7 @@ def test_a_checkpoint_that_was_being_saved_is_passed_over(tmp_path: Path) -> Non
     assert newest_checkpoint(tmp_path) == checkpoint_to_resume(True, tmp_path) == str(tmp_path / "checkpoint-9")
     assert checkpoint_to_resume(str(tmp_path / "checkpoint-3"), None) == str(tmp_path / "checkpoint-3")
     assert checkpoint_to_resume(False, tmp_path) is None
-    with pytest.raises(ValueError, match="not saved whole: name an earlier one"):
+    with pytest.raises(ValueError, match="an incomplete one: name an earlier one"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-12"), None)
-    with pytest.raises(ValueError, match="has no checkpoint that was saved whole"):
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         checkpoint_to_resume(True, tmp_path / "checkpoint-3")

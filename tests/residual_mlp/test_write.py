@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 from memory_adapters import Document, Fact, MemoryAdapterConfig, QuestionAnswer, ResidualMemory, inject_memory
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.residual_mlp.stored_states import ReusedStates
-from memory_adapters.residual_mlp.trainer import MemoryTrainer, trainable_alone, training_arguments
+from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.residual_mlp.write import Writer
 from memory_adapters.training.dataset import collate
+from memory_adapters.training.trainer import only_trainable
 from tests.residual_mlp.test_contract import UNRELATED
 from tests.support.contract import architectures, encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -282,10 +283,32 @@ def test_a_plain_loop_trains_the_same_memory() -> None:
 
 def test_only_the_memory_requires_gradients_while_it_trains() -> None:
     memory = fresh()
-    with trainable_alone(memory):
+    with only_trainable(memory.model, parameters_of(memory).values()):
         names = [name for name, p in memory.model.named_parameters() if p.requires_grad]
         assert len(names) == 14
         assert all(".residual_memory." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("learning_rate", "learning_rate"),
+        ("num_train_epochs", "num_train_epochs"),
+        ("weight_decay", "weight_decay"),
+        ("max_grad_norm", "max_grad_norm"),
+        ("warmup_steps", "warmup_steps"),
+        ("seed", "seed"),
+        ("per_device_train_batch_size", "batch_size"),
+    ],
+)
+def test_what_the_config_sets_is_not_set_twice(name: str, field: str) -> None:
+    memory = fresh()
+    before = {key: tensor.clone() for key, tensor in memory.state_dict().items()}
+    with pytest.raises(ValueError, match=f"`{name}=3`.* set `memory.config.{field} = 3` before `write`"):
+        write(memory, FACT, training_args={**QUIET, name: 3})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in memory.state_dict().items())
+    setattr(memory.config, field, 3)
+    assert getattr(training_arguments(memory, "unused", QUIET, 2), name) == 3
 
 
 def test_writing_leaves_the_models_config_and_modes() -> None:

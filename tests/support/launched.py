@@ -1,6 +1,6 @@
 """What two processes of `accelerate launch` do together, for comparison with one process alone.
 
-ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/launched.py OUTPUT FOLDER
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/support/launched.py OUTPUT FOLDER
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ def encoder(folder: Path) -> dict[str, torch.Tensor]:
     """A slot encoder, on autoencoding and continuation mixed."""
     config = MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=2)
     memory: Any = inject_memory(tiny_model(), config, tokenizer=byte_tokenizer())
-    settings = dict(use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no")
+    settings = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=2)
     settings |= dict(output_dir=str(folder), max_steps=4, learning_rate=1e-2, warmup_steps=0)
-    train_encoder(memory, text_examples(), training_args={**settings, "per_device_train_batch_size": 4 // world_size()})
+    settings |= dict(per_device_train_batch_size=4 // world_size())
+    train_encoder(memory, text_examples(), training_args=settings)
     return memory.state_dict()
 
 
@@ -85,7 +86,7 @@ def run(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
-    result = run(Path(sys.argv[2]))
     assert world_size() == 2
+    result = run(Path(sys.argv[2]))
     if is_main_process():
         torch.save(result, sys.argv[1])

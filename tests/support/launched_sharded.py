@@ -1,6 +1,6 @@
 """Memories on a model that two processes share with FSDP2.
 
-ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/launched_sharded.py OUTPUT
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/support/launched_sharded.py OUTPUT
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from memory_adapters import inject_memory
-from memory_adapters.training.distributed import is_main_process
+from memory_adapters.training.distributed import is_main_process, world_size
 from tests.support.composing import SUITES
 from tests.support.contract import PROMPT, encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -38,7 +38,8 @@ def refusal(action: Any) -> str:
 
 
 def main() -> None:
-    PartialState()
+    PartialState()  # as in a user's script: on CPUs it counts one process
+    assert world_size() == 2
     result: dict[str, Any] = {}
     for kind, suite in SUITES.items():
         model: Any = tiny_model()

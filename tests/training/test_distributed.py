@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
+from memory_adapters.training.distributed import gather_items, mean_weight, share_of
 from tests.support import launched
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +37,33 @@ def launch(script: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def test_a_single_process_does_everything_and_starts_no_process_group() -> None:
+    items = ["a", "b", "c"]
+    assert share_of(items) == items
+    assert gather_items(share_of(items), 3) == items
+    assert gather_items([], 0) == []
+    assert mean_weight(3) == 1.0
+    assert mean_weight(0) == 0.0
+    assert not distributed.is_initialized()
+
+
+def test_importing_the_package_joins_no_processes() -> None:
+    script = """
+import memory_adapters, memory_adapters.training.trainer
+from accelerate import PartialState
+from torch import distributed
+assert PartialState._shared_state == {}
+assert not distributed.is_initialized()
+"""
+    launched_by_torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **launched_by_torchrun, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, timeout=120, check=True)
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("two")
-    launch(ROOT / "tests" / "launched.py", str(folder / "result.pt"), str(folder))
+    launch(ROOT / "tests" / "support" / "launched.py", str(folder / "result.pt"), str(folder))
     return torch.load(folder / "result.pt", weights_only=True)
 
 
@@ -57,7 +82,7 @@ def test_two_processes_give_what_one_gives(
 
 @pytest.mark.slow
 def test_fsdp2_after_injection_is_exact_and_before_it_is_refused(tmp_path: Path) -> None:
-    launch(ROOT / "tests" / "launched_sharded.py", str(tmp_path / "result.pt"))
+    launch(ROOT / "tests" / "support" / "launched_sharded.py", str(tmp_path / "result.pt"))
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert set(result) == {"residual", "memit", "slots"}
     for found in result.values():
