@@ -1,4 +1,4 @@
-"""Plain training of parameters on the rows that a residual memory is trained on: what memories are compared with."""
+"""Train parameters of a model on items with `transformers.Trainer`: what memories are compared with."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Recipe", "train"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How parameters are trained: the defaults are those of a residual memory.
+    """Set how parameters are trained.
 
     Attributes:
         learning_rate: AdamW's peak (cosine schedule).
@@ -40,8 +40,8 @@ class Recipe:
         warmup_steps: Steps of linear warm-up.
         weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: Gradient clipping.
-        num_prefixes: PrefixCache, from plain sentences, behind which each fact is trained beside its bare prompt.
-        seed: Of the data order and the prefixes.
+        num_prefixes: Prefixes, from plain sentences, behind which each fact is trained beside its bare prompt.
+        seed: Seed of the data order and the prefixes.
         training_args: Fields of `transformers.TrainingArguments` that override these, such as `{"bf16": True}`.
     """
 
@@ -71,9 +71,9 @@ def train(
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     prefixes = make_prefixes(PLAIN_SENTENCES, recipe.num_prefixes, recipe.seed)
-    slots, _ = build_turns(items, tokenizer, prefixes=prefixes, max_length=context)
-    num_rows = sum(len(slot.rows) for slot in slots)
-    epochs = max(recipe.num_train_epochs, math.ceil(recipe.min_steps / math.ceil(len(slots) / recipe.batch_size)))
+    turns, _ = build_turns(items, tokenizer, prefixes=prefixes, max_length=context)
+    num_rows = sum(len(turn.rows) for turn in turns)
+    epochs = max(recipe.num_train_epochs, math.ceil(recipe.min_steps / math.ceil(len(turns) / recipe.batch_size)))
     with tempfile.TemporaryDirectory() as folder, seeded(recipe.seed), _only(model, parameters):
         settings: dict[str, Any] = dict(
             output_dir=folder,
@@ -96,7 +96,7 @@ def train(
             model=model,
             args=TrainingArguments(**{**settings, **recipe.training_args}),
             data_collator=collate,
-            train_dataset=TurnDataset(slots, None, [None] * num_rows),
+            train_dataset=TurnDataset(turns, None, [None] * num_rows),
         )
         trainer.add_callback(_EpochLosses(trainer, recipe.target_loss))
         trainer.train()
@@ -104,7 +104,7 @@ def train(
 
 
 class _Trainer(Trainer):
-    """Next-token loss where there is a label, with logits computed only there."""
+    """Compute the next-token loss where there is a label, with logits only there."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -129,14 +129,14 @@ class _Trainer(Trainer):
 
 
 class _Progress(ProgressCallback):
-    """Trainer's progress bar without its log lines."""
+    """Show Trainer's progress bar without its log lines."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
 class _EpochLosses(TrainerCallback):
-    """Collects the mean loss of every epoch, and ends training when it is low enough."""
+    """Collect the mean loss of every epoch, and end training when it is low enough."""
 
     def __init__(self, trainer: _Trainer, target: float) -> None:
         self.trainer, self.target = trainer, target
@@ -151,7 +151,7 @@ class _EpochLosses(TrainerCallback):
 
 @contextmanager
 def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Only these parameters require gradients; flags, modes and attributes are put back afterwards."""
+    """Let only these parameters require gradients; flags, modes and attributes are put back afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = set(parameters)
     for parameter in flags:
