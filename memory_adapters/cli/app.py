@@ -1,4 +1,4 @@
-"""The commands under one name."""
+"""Gather the commands in one program."""
 
 from __future__ import annotations
 
@@ -42,4 +42,4 @@ def callback(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Knowledge for frozen language models: written, measured, saved, shared."""
+    """Write knowledge for frozen language models, measure, save and share it."""

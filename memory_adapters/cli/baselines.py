@@ -1,133 +1,155 @@
-"""What `memory-adapters compare` compares, by name, with the settings of the command line."""
+"""Make the baselines of `memory-adapters compare`, by name, with the settings of the command line."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
 
-from memory_adapters import MemitConfig, MemoryAdapterConfig, MemorySlotsConfig
-from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.cli.run import wrong
-from memory_adapters.cli.saved_memory import SavedMemory, parsed_settings, with_settings, write_options
-from memory_adapters.config import MemoryConfig
-from memory_adapters.evaluation.comparison.baselines import (
-    Baseline,
-    FineTuned,
-    InPrompt,
-    Lora,
-    Memorised,
-    Unchanged,
-)
+from memory_adapters.cli.saved_memory import SavedMemory, with_settings
+from memory_adapters.cli.settings import check_config, check_names, method_named, parse_pairs
+from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, Unchanged, WrittenMemory
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.evaluation.comparison.results import NOTHING
+from memory_adapters.registry import Method, Variant, methods
 
-__all__ = ["NAMES", "Baselines"]
+__all__ = ["Baselines", "baseline_names"]
 
-REFINE_STEPS = 100  # of slots that start from a trained encoder, which by default are not refined
-SOLVERS = ("memit", "alphaedit", "emmet")
-CONFIGS: dict[str, type[MemoryConfig]] = {
-    "residual": MemoryAdapterConfig,
-    **dict.fromkeys(SOLVERS, MemitConfig),
-    "encoder": MemorySlotsConfig,
-    "slots": MemorySlotsConfig,
-}
 TRAINED: dict[str, Callable[..., Lora | FineTuned]] = {"lora": Lora, "full": FineTuned}
-NAMES = (*CONFIGS, *TRAINED, "prompt", NOTHING)
-_VALUES: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "Mapping[str, Any]": (dict,)}
+_TYPES: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "Mapping[str, Any]": (dict,)}
+Memories = dict[str, tuple[Method, Variant]]
+
+
+def baseline_names() -> list[str]:
+    """Return the names that `--methods` takes: variants of the registered methods, and the other baselines."""
+    return [*_variants(), *TRAINED, NOTHING]
 
 
 class Baselines:
-    """Baselines as the command line names them; wrong settings are refused at once, before a model is loaded.
+    """Make baselines as the command line names them; wrong settings are refused before a model is loaded.
 
     Args:
-        methods: Names, separated by commas; None for all that need no further option.
-        pairs: `METHOD.FIELD=VALUE` each.
-        encoder: Saved slot encoder, a folder or a Hub id; None for none.
-        covariance: Saved covariance for the edits; None for one of text that the model samples.
+        names: Names, separated by commas; None for all but those that need a saved memory which is not given.
+        pairs: `NAME.FIELD=VALUE` each: a field of the config or an option of the write of a method, for all of its
+            variants, or of one variant; or a field of the training of `lora` and `full`.
+        starts: `METHOD=ADAPTER` each: the saved memory that the method's variants start from.
     """
 
-    def __init__(self, methods: str | None, pairs: Sequence[str], encoder: str | None, covariance: str | None) -> None:
-        usable = [name for name in NAMES if name != "encoder" or encoder is not None]
-        self.names = usable if methods is None else [name.strip() for name in methods.split(",")]
-        if not set(self.names) <= set(NAMES) or len(set(self.names)) < len(self.names):
-            raise wrong("--methods", f"{methods!r} must name some of {', '.join(NAMES)}, each once.")
-        if not set(self.names) <= set(usable):
-            raise wrong("--methods", "encoder is a trained one: give it with --encoder.")
-        if encoder is not None and not {"encoder", "slots"} & set(self.names):
-            raise wrong("--encoder", "it is for encoder and slots, which --methods leaves out.")
-        if covariance is not None and not set(SOLVERS) & set(self.names):
-            raise wrong("--covariance", f"it is for {', '.join(SOLVERS)}, which --methods leaves out.")
-        own: dict[str, list[str]] = {name: [] for name in self.names if name in CONFIGS or name in TRAINED}
-        for pair in pairs:
-            name, _, field = pair.partition(".")
-            if name not in own:
-                raise wrong("--set", f"{pair!r} must begin with one of {', '.join(own)} and a dot.")
-            own[name].append(field)
-        self.settings = {
-            name: parsed_settings(CONFIGS[name], given) if name in CONFIGS else _trained_settings(name, given)
-            for name, given in own.items()
+    def __init__(self, names: str | None, pairs: Sequence[str], starts: Sequence[str]) -> None:
+        variants, given = _variants(), _parse_starts(starts)
+        missing = [name for name, (method, v) in variants.items() if v.start == "saved" and method.name not in given]
+        known = baseline_names()
+        chosen = [name for name in known if name not in missing]
+        if names is not None:
+            chosen = [name.strip() for name in names.split(",")]
+            if not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
+                raise wrong("--methods", f"{names!r} must name some of {', '.join(known)}, each once.")
+            for name in chosen:
+                if name in missing:
+                    start = f"--start {variants[name][0].name}=ADAPTER"
+                    raise wrong("--methods", f"{name} starts from a saved memory: give one with {start}.")
+        self.names = chosen
+        memories = {name: variants[name] for name in chosen if name in variants}
+        for started in given:
+            able = [name for name, (method, v) in variants.items() if method.name == started and v.start != "fresh"]
+            if not set(able) & set(memories):
+                raise wrong("--start", f"it is for {', '.join(able) or 'no variant'}, which --methods leaves out.")
+        owners = [name for name in chosen if name != NOTHING] + [method.name for method, _ in memories.values()]
+        values = _by_owner(pairs, list(dict.fromkeys(owners)))
+        self.memories: Memories = {
+            name: (method, _with_values(name, method, variant, values)) for name, (method, variant) in memories.items()
         }
-        for name in set(SOLVERS) & set(self.settings):
-            if self.settings[name].setdefault("solver", name) != name:
-                raise wrong("--set", f"{name}.solver cannot be another one: name that in --methods.")
-        self.encoder = None if encoder is None else SavedMemory.find(encoder)
-        if self.encoder is not None and self.encoder.method != "slots":
-            raise wrong("--encoder", f"{encoder} is of the method {self.encoder.method}; give one of slots.")
-        self.covariance = covariance
+        self.trained = {name: _training_settings(name, values[name]) for name in chosen if name in TRAINED}
+        self.starts = {method: _saved_start(method, adapter) for method, adapter in given.items()}
 
-    def baselines(self, model: Any, stack: ExitStack, progress: bool) -> dict[str, Baseline]:
-        """Baselines by name; what they need of the disk is there until `stack` is closed."""
-        return {name: self._contender(name, model, stack, progress) for name in self.names}
+    def baselines(self, stack: ExitStack, progress: bool) -> dict[str, Baseline]:
+        """Return the baselines by name; the files that they need exist until `stack` is closed."""
+        return {name: self._baseline(name, stack, progress) for name in self.names}
 
-    def _contender(self, name: str, model: Any, stack: ExitStack, progress: bool) -> Baseline:
-        settings = self.settings.get(name, {})
+    def _baseline(self, name: str, stack: ExitStack, progress: bool) -> Baseline:
+        if name == NOTHING:
+            return Unchanged()
         if name in TRAINED:
-            return _trained(name, settings, self._numbers_of_a_residual_memory(model), progress)
-        if name not in CONFIGS:
-            return Unchanged() if name == NOTHING else InPrompt()
-        config_class = CONFIGS[name]
-        options = write_options("residual" if config_class is MemoryAdapterConfig else name, progress)
-        if config_class is MemitConfig and self.covariance is not None:
-            options["covariance"] = self.covariance
-        if self.encoder is None or config_class is not MemorySlotsConfig:
-            return Memorised(config_class(**settings), options)
-        steps = {"refine_steps": 0 if name == "encoder" else REFINE_STEPS}
-        return Memorised(str(stack.enter_context(with_settings(self.encoder, {**steps, **settings}))), options)
-
-    def _numbers_of_a_residual_memory(self, model: Any) -> int:
-        """What a residual memory stores beside its keys, with the settings given for it."""
-        config = MemoryAdapterConfig(**self.settings.get("residual", {}))
-        return sum(math.prod(shape) for shape in config.tensor_shapes(find_decoder(model)).values())
+            return _trained(name, self.trained[name], progress)
+        method, variant = self.memories[name]
+        options = {"progress": progress, **variant.write_options}
+        start = self.starts.get(method.name)
+        if start is None or variant.start == "fresh":
+            return WrittenMemory(method.config_class(**variant.settings), options)
+        return WrittenMemory(str(stack.enter_context(with_settings(start, variant.settings))), options)
 
 
-def _trained(name: str, settings: Mapping[str, Any], num_parameters: int, progress: bool) -> Baseline:
-    recipe = {field: value for field, value in settings.items() if field != "rank"}
-    args = {"disable_tqdm": not progress, **recipe.pop("training_args", {})}
-    made = replace(TRAINED[name]().recipe, **recipe, training_args=args)
-    if name == "full":
-        return FineTuned(made)
-    return Lora(rank=settings["rank"], recipe=made) if "rank" in settings else Lora(num_parameters, recipe=made)
+def _variants() -> Memories:
+    return {name: (method, variant) for method in methods().values() for name, variant in method.variants.items()}
 
 
-def _trained_settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """`field=value` pairs as fields of a recipe, or of a LoRA its rank."""
-    known: dict[str, tuple[type, ...]] = {field.name: _VALUES[str(field.type)] for field in fields(Recipe)}
+def _parse_starts(starts: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for pair in starts:
+        name, equals, adapter = pair.partition("=")
+        if not equals:
+            raise wrong("--start", f"{pair!r} names no saved memory: write METHOD=ADAPTER.")
+        found[method_named(name, "--start").name] = adapter
+    return found
+
+
+def _saved_start(method: str, adapter: str) -> SavedMemory:
+    saved = SavedMemory.find(adapter)
+    if saved.method.name != method:
+        raise wrong("--start", f"{adapter} is of the method {saved.method.name}; give one of {method}.")
+    return saved
+
+
+def _by_owner(pairs: Sequence[str], owners: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Parse `OWNER.NAME=VALUE` pairs."""
+    texts: dict[str, list[str]] = {owner: [] for owner in owners}
+    for pair in pairs:
+        owner, _, text = pair.partition(".")
+        if owner not in texts:
+            raise wrong("--set", f"{pair!r} must begin with one of {', '.join(owners)} and a dot.")
+        texts[owner].append(text)
+    return {owner: parse_pairs("--set", own) for owner, own in texts.items()}
+
+
+def _with_values(name: str, method: Method, variant: Variant, values: Mapping[str, Mapping[str, Any]]) -> Variant:
+    """Return the variant with the values given for it, and below its own those given for all of the method."""
+    own, shared = values[name], {} if name == method.name else values[method.name]
+    settable, options = method.config_class.settable_fields(), method.memory_class.write_options()
+    for owner, given in ((name, own), (method.name, shared)):
+        check_names("--set", owner, "field or option", given, {*settable, *options})
+    settings = {**_part(shared, settable), **variant.settings, **_part(own, settable)}
+    check_config(method, settings)
+    if changed := _part(own, variant.settings):
+        distinctive = replace(variant, settings=_part(settings, variant.settings))
+        for other, same in method.variants.items():
+            if other != name and same == distinctive:
+                raise wrong("--set", f"with {', '.join(changed)} changed, {name} is {other}: name that in --methods.")
+    options = [option for option in options if option not in settable]
+    write = {**_part(shared, options), **variant.write_options, **_part(own, options)}
+    return replace(variant, settings=settings, write_options=write)
+
+
+def _part(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _training_settings(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check fields of a recipe, or of a LoRA its rank."""
+    known = {field.name: _TYPES[str(field.type)] for field in fields(Recipe)}
     if name == "lora":
         known["rank"] = (int,)
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        field, _, text = pair.partition("=")
-        if field not in known:
-            raise wrong("--set", f"{name} has no field `{field}`; it has {', '.join(sorted(known))}.")
-        try:
-            settings[field] = json.loads(text)
-        except ValueError:
-            settings[field] = text
-        if type(settings[field]) not in known[field]:
+    check_names("--set", name, "field", values, known)
+    for field, value in values.items():
+        if type(value) not in known[field]:
             kinds = " or ".join(kind.__name__ for kind in known[field])
-            raise wrong("--set", f"`{name}.{field}` must be of the type {kinds}, got {text!r}.")
-    return settings
+            raise wrong("--set", f"`{name}.{field}` must be of the type {kinds}, got {value!r}.")
+    return dict(values)
+
+
+def _trained(name: str, settings: Mapping[str, Any], progress: bool) -> Baseline:
+    own = {field: value for field, value in settings.items() if field == "rank"}
+    recipe = {field: value for field, value in settings.items() if field != "rank"}
+    args = {"disable_tqdm": not progress, **recipe.pop("training_args", {})}
+    return TRAINED[name](recipe=replace(TRAINED[name]().recipe, **recipe, training_args=args), **own)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from memory_adapters.cli.baselines import NAMES, Baselines
+from memory_adapters.cli.baselines import Baselines, baseline_names
 from memory_adapters.cli.evaluate import TEXT_TOKENS, read_records, read_text
 from memory_adapters.cli.options import (
     DebugOption,
@@ -32,7 +32,7 @@ from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["compare"]
 
-KEPT = "results"  # folder of the single results
+RESULTS = "results"  # folder of the single results
 
 
 def compare(
@@ -42,37 +42,35 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help=f"Some of {', '.join(NAMES)}, separated by commas; nothing always comes first.  [default: all, "
-            "without --encoder all but encoder]",
+            help=f"Some of {', '.join(baseline_names())}, separated by commas; nothing always comes first.  [default: "
+            "all but those that need a --start which is not given]",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="METHOD.FIELD=VALUE",
-            help="A field of a method's config, such as memit.precision=bfloat16, or of the training of lora and full; "
-            "repeat for several.",
+            metavar="METHOD.NAME=VALUE",
+            help="A field of a method's config, such as memit.precision=bfloat16, an option of its write, or of "
+            "the training of lora and full; repeat for several. A method's name sets it for all of its variants.",
         ),
     ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(metavar="ADAPTER", help="Trained slot encoder, a folder or a Hub id: slots start from its slots."),
-    ] = None,
-    covariance: Annotated[
-        str | None,
+    starts: Annotated[
+        list[str] | None,
         typer.Option(
-            metavar="FILE_OR_REPO",
-            help="What `covariance` made, for all edits.  [default: each samples text from the model]",
+            "--start",
+            metavar="METHOD=ADAPTER",
+            help="A saved memory that the method's variants start from, such as a trained slot encoder: a folder or a "
+            "Hub id; repeat for several.",
         ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Compare on the first N records.  [default: all]")
     ] = None,
-    numbers: Annotated[
+    fact_counts: Annotated[
         str | None,
         typer.Option(
-            metavar="NUMBERS",
+            metavar="COUNTS",
             help="Curves: score and perplexity with the first so many records, such as 1,10,100, beyond --limit too.",
         ),
     ] = None,
@@ -106,7 +104,7 @@ def compare(
         typer.Option(
             file_okay=False,
             metavar="FOLDER",
-            help="Keep every result here as soon as it is there, and go on from those that are; then tables and plots.",
+            help="Store every result here as soon as it is there, and resume from them; then tables and plots.",
         ),
     ] = None,
     output: ReportOption = None,
@@ -122,8 +120,8 @@ def compare(
     on --text, or else on text that the model samples.
     """
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run, ExitStack() as stack:
-        baselines = Baselines(methods, settings or [], encoder, covariance)
-        counts = _numbers(numbers)
+        baselines = Baselines(methods, settings or [], starts or [])
+        counts = _fact_counts(fact_counts)
         judged = read_records(records, None if limit is None else max([limit, *counts]))
         asked = None if portability is None else _portability(portability, portability_limit or limit)
         questions = None if choices is None else _choices(choices, choices_limit)
@@ -132,15 +130,15 @@ def compare(
             base,
             tokenizer,
             judged,
-            baselines.baselines(base, stack, run.progress),
+            baselines.baselines(stack, run.progress),
             num_facts=min(limit or len(judged), len(judged)),
             text=read_text(text),
             max_text_tokens=text_tokens,
             fluency_prompts=fluency,
             choices=questions,
             portability=asked,
-            numbers=counts,
-            folder=None if folder is None else folder / KEPT,
+            fact_counts=counts,
+            folder=None if folder is None else folder / RESULTS,
             progress=run.progress,
         )
         if folder is not None:
@@ -155,13 +153,13 @@ def compare(
             run.missed(f"failed: {'; '.join(failures)}")
 
 
-def _numbers(given: str | None) -> list[int]:
+def _fact_counts(given: str | None) -> list[int]:
     try:
         counts = [] if given is None else [int(number) for number in given.split(",")]
     except ValueError:
         counts = [0]
     if any(count < 1 for count in counts):
-        raise wrong("--numbers", f"{given!r} must be numbers of facts from 1 up, such as 1,10,100.")
+        raise wrong("--fact-counts", f"{given!r} must be counts of facts from 1 up, such as 1,10,100.")
     return counts
 
 
@@ -173,7 +171,7 @@ def _portability(source: str, limit: int | None) -> list[EditRecord]:
 
 
 def _choices(source: str, limit: int | None) -> list[Choice]:
-    """Questions in the first format that the file fits."""
+    """Read questions in the first format that the file fits."""
     problems = []
     for load in (load_choices, known_choices):
         try:
@@ -188,7 +186,7 @@ def _choices(source: str, limit: int | None) -> list[Choice]:
 
 
 def _save(run: Run, result: Comparison, folder: Path) -> None:
-    """comparison.json, comparison.md, and figures if matplotlib is there."""
+    """Write comparison.json, comparison.md, and figures if matplotlib is installed."""
     run.save(result.to_dict(), folder / "comparison.json")
     if is_main_process():
         (folder / "comparison.md").write_text(result.markdown(), encoding="utf-8")

@@ -65,7 +65,7 @@ def covariance(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fit the covariance that `write --covariance` takes.
+    """Fit the covariance that `write --option covariance=FILE` takes.
 
     It is of the keys that MODEL has in ordinary text: what an edit by memit must leave alone.
     """

@@ -1,4 +1,4 @@
-"""`memory-adapters evaluate`, and what it shares with `compare`."""
+"""`memory-adapters evaluate`, and the records and texts that `compare` reads too."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from memory_adapters.cli.options import (
     TextTokensOption,
 )
 from memory_adapters.cli.run import running
-from memory_adapters.evaluation.comparison.tables import aligned, score_table
-from memory_adapters.evaluation.edit_report import evaluate_edits
+from memory_adapters.evaluation.edit_report import evaluate_edits, score_table
 from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
 
 __all__ = ["evaluate", "read_records", "read_text"]
@@ -63,11 +62,11 @@ def evaluate(
         result = {"adapter": adapter, **{name: report.to_dict() for name, report in reports.items()}}
         if output is not None:
             run.save(result, output)
-        run.show(result, f"{len(judged)} facts, scores in %\n{aligned(score_table(reports))}")
+        run.show(result, f"{len(judged)} facts, scores in %\n{score_table(reports)}")
 
 
 def read_records(source: str, limit: int | None) -> list[EditRecord]:
-    """Records in the first format that their first row fits."""
+    """Read records in the first format that their first row fits."""
     problems = []
     for name, load in _FORMATS.items():
         try:
@@ -83,4 +82,5 @@ def read_records(source: str, limit: int | None) -> list[EditRecord]:
 
 
 def read_text(file: Path | None) -> str | None:
+    """Read a text file, if there is one."""
     return None if file is None else file.read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -26,11 +26,12 @@ def export(
     adapter: AdapterArgument,
     model: Annotated[str, typer.Option(metavar="MODEL", help="The model that the memory was written for.")],
     file_format: Annotated[
-        Literal["vllm", "gguf", "merged", "prompt-tuning"],
+        str,
         typer.Option(
             "--format",
-            help="vllm (a LoRA adapter for servers), gguf (a LoRA file for llama.cpp), merged (the edited model), "
-            "prompt-tuning (slots as a PEFT adapter). The first three are for memit, the last is for slots.",
+            metavar="FORMAT",
+            help="One that the memory's method offers, such as vllm (a LoRA adapter for servers), gguf (a LoRA file "
+            "for llama.cpp) or merged (the whole model). Another is an error that names those.",
         ),
     ],
     output: Annotated[Path, typer.Option(file_okay=False, metavar="FOLDER", help="Where to save it.")],

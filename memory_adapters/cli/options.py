@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share; import them after the methods are registered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of a command: what it loads, where its words go, and how it ends."""
+"""Run a command: load its model, print its result, and end with its exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)  # whose
 
 
 class Run:
-    """What a command works with.
+    """Give a command what it works with.
 
     Attributes:
         progress: Whether bars are shown.
@@ -40,7 +40,7 @@ class Run:
         self._stdout, self._device, self._as_json = stdout, device, as_json
 
     def load_model(self, name: str, dtype: str) -> tuple[Any, Any]:
-        """The model, on the device, and its tokenizer."""
+        """Load a model, on the device, and its tokenizer."""
         if name == "embedded":
             with PartialState().main_process_first() if distributed.is_initialized() else nullcontext():
                 name = str(embedded_model())  # the first process makes the folder
@@ -53,7 +53,7 @@ class Run:
             print(json.dumps(_finite(result)) if self._as_json else text, file=self._stdout)
 
     def save(self, result: Mapping[str, Any], path: Path) -> None:
-        """Write the result as JSON. A file that is there is replaced at once, or kept if this is interrupted."""
+        """Write the result as JSON. An existing file is replaced whole, or kept if this is interrupted."""
         if is_main_process():
             with atomic_file(path) as staging:
                 staging.write_text(json.dumps(_finite(result), indent=1) + "\n", encoding="utf-8")
@@ -65,7 +65,7 @@ class Run:
 
 
 def wrong(option: str, why: str) -> typer.BadParameter:
-    """Wrong usage of an option or argument: exit code 2."""
+    """Return the error for wrong usage of an option or argument: exit code 2."""
     return typer.BadParameter(why, param_hint=option)
 
 
@@ -77,7 +77,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def running(*, as_json: bool, quiet: bool, debug: bool, device: str = "cpu") -> Iterator[Run]:
-    """Within this context whatever is printed goes to stderr, and a failure ends the program with its exit code.
+    """Print to stderr within this context, and end the program with an exit code after a failure.
 
     Under `accelerate launch` or `torchrun` the processes are joined, and all but the first are silent.
     """
@@ -118,7 +118,7 @@ def _device(name: str, launched: bool) -> torch.device:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the bars of transformers and huggingface_hub; ours are turned off where they are made."""
+    """Turn off the bars of transformers and huggingface_hub; ours are turned off where they are made."""
     if not logging.is_progress_bar_enabled():
         yield
         return
@@ -130,7 +130,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with None for NaN and infinities, which JSON does not have."""
+    """Return `value` with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memory_adapters import Covariance, Document, Memory, inject_memory, load_memory
+from memory_adapters import Document, Memory, inject_memory, load_memory
 from memory_adapters.cli.options import (
     DebugOption,
     DeviceOption,
@@ -20,17 +20,12 @@ from memory_adapters.cli.options import (
     QuietOption,
 )
 from memory_adapters.cli.run import running, wrong
-from memory_adapters.cli.saved_memory import (
-    CONFIGS,
-    MethodName,
-    SavedMemory,
-    parsed_settings,
-    with_settings,
-    write_options,
-)
+from memory_adapters.cli.saved_memory import SavedMemory, with_settings
+from memory_adapters.cli.settings import check_config, check_names, method_named, parse_pairs
 from memory_adapters.files.item_files import read_items
 from memory_adapters.files.names import CONFIG_FILES
 from memory_adapters.items import Item
+from memory_adapters.registry import Method, methods
 from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["write"]
@@ -45,18 +40,15 @@ def write(
             dir_okay=False,
             metavar="ITEMS",
             help='What to write: a .json list or a .jsonl file of {"prompt", "subject", "target"}, '
-            '{"question", "answer"} and {"text"}, or a .txt file as one document. memit takes facts alone.',
+            '{"question", "answer"} and {"text"}, or a .txt file as one document. Not every method takes all kinds.',
         ),
     ],
     output: Annotated[
         Path, typer.Option(file_okay=False, metavar="FOLDER", help="Where to save; holds no other memory yet.")
     ],
     method: Annotated[
-        MethodName | None,
-        typer.Option(
-            help="residual (a trained MLP), memit (a closed-form edit) or slots (a compressed text). "
-            "Needed without --adapter."
-        ),
+        str | None,
+        typer.Option(metavar="METHOD", help=f"One of {', '.join(methods())}. Needed without --adapter."),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -68,14 +60,16 @@ def write(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="FIELD=VALUE",
+            metavar="NAME=VALUE",
             help="A field of the method's config, as JSON or else as a string; repeat for several.",
         ),
     ] = None,
-    covariance: Annotated[
-        str | None,
+    options: Annotated[
+        list[str] | None,
         typer.Option(
-            metavar="FILE_OR_REPO", help="memit: what `covariance` made.  [default: of text that the model samples]"
+            "--option",
+            metavar="NAME=VALUE",
+            help="An option of the method's write, as JSON or else as a string; repeat for several.",
         ),
     ] = None,
     min_recall: Annotated[
@@ -95,16 +89,15 @@ def write(
         taught = read_items(items)
         _check(taught, output, method, adapter, min_recall, push, private)
         saved = None if adapter is None else SavedMemory.find(adapter)
-        name = _method(method, saved)
-        fields = parsed_settings(CONFIGS[name], settings or [])
-        options = write_options(name, run.progress)
-        if covariance is not None:
-            if name != "memit":
-                raise wrong("--covariance", f"the method {name} uses none.")
-            options["covariance"] = Covariance.load(covariance)
+        chosen = _method(method, saved)
+        fields = parse_pairs("--set", settings or [])
+        check_names("--set", chosen.config_class.__name__, "field", fields, chosen.config_class.settable_fields())
+        check_config(chosen, fields)
+        given = parse_pairs("--option", options or [])
+        check_names("--option", f"The write of {chosen.name}", "option", given, chosen.memory_class.write_options())
         base, tokenizer = run.load_model(model, dtype)
-        memory = _memory(base, tokenizer, name, saved, fields)
-        report = memory.write(taught, **options)
+        memory = _memory(base, tokenizer, chosen, saved, fields)
+        report = memory.write(taught, progress=run.progress, **given)
         commit = None
         if is_main_process():
             memory.save_pretrained(output)
@@ -127,7 +120,7 @@ def _check(
     private: bool,
 ) -> None:
     if method is None and adapter is None:
-        raise wrong("--method", f"give one of {', '.join(CONFIGS)}, or a memory with --adapter.")
+        raise wrong("--method", f"give one of {', '.join(methods())}, or a memory with --adapter.")
     if private and push is None:
         raise wrong("--private", "it is for --push, which is not given.")
     if min_recall is not None and all(isinstance(item, Document) for item in taught):
@@ -139,18 +132,18 @@ def _check(
         )
 
 
-def _method(method: str | None, saved: SavedMemory | None) -> str:
+def _method(name: str | None, saved: SavedMemory | None) -> Method:
     if saved is None:
-        assert method is not None
-        return method
-    if method not in (None, saved.method):
-        raise wrong("--method", f"the memory of --adapter is of the method {saved.method}; leave --method out.")
+        assert name is not None
+        return method_named(name)
+    if name not in (None, saved.method.name):
+        raise wrong("--method", f"the memory of --adapter is of the method {saved.method.name}; leave --method out.")
     return saved.method
 
 
-def _memory(base: Any, tokenizer: Any, method: str, saved: SavedMemory | None, fields: dict[str, Any]) -> Memory:
+def _memory(base: Any, tokenizer: Any, method: Method, saved: SavedMemory | None, fields: dict[str, Any]) -> Memory:
     if saved is None:
-        return inject_memory(base, CONFIGS[method](**fields), tokenizer=tokenizer)
+        return inject_memory(base, method.config_class(**fields), tokenizer=tokenizer)
     with with_settings(saved, fields) as folder:
         try:
             return load_memory(base, folder, tokenizer=tokenizer)

@@ -1,8 +1,7 @@
-"""Everything that is measured of a set of edits in one report, and several reports side by side."""
+"""Measure everything of a set of edits in one report, and show several reports side by side."""
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import time
@@ -18,16 +17,18 @@ from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.edits import EditScores, mean_of, score_records
 from memory_adapters.evaluation.scores.generation import consistency, fluency, generate_texts, greedy_success
 from memory_adapters.evaluation.scores.perplexity import perplexity
+from memory_adapters.evaluation.tables import UNKNOWN, format_table, table_rows
 from memory_adapters.files.atomic import atomic_file
 
-__all__ = ["EditReport", "RelationScores", "comparable_cells", "compare", "evaluate_edits"]
+__all__ = ["EditReport", "RelationScores", "compare", "evaluate_edits", "report_cells", "score_table"]
 
 SHOWN_RELATIONS = 10
+SHOWN_SCORES = ("S", "ES", "PS", "NS", "exact", "perplexity")  # of `score_table`
 
 
 @dataclass(frozen=True)
 class RelationScores:
-    """Shares in [0, 1] over the records of one relation, as in `EditScores`; `number` is how many there are."""
+    """Hold the scores of one relation: shares in [0, 1] as in `EditScores`; `number` is how many records it has."""
 
     relation: str
     number: int
@@ -39,7 +40,7 @@ class RelationScores:
 
 @dataclass(frozen=True, repr=False)
 class EditReport:
-    """What `evaluate_edits` measured; None is what was not asked for or has nothing to be judged by.
+    """Hold what `evaluate_edits` measured; None is what was not asked for or has nothing to be judged by.
 
     Attributes:
         num_records: Edits judged.
@@ -66,19 +67,19 @@ class EditReport:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditReport:
-        """The report that `to_dict` was called on."""
+        """Return the report that `to_dict` was called on."""
         given = {f.name for f in fields(EditScores) if f.init}
         scores = EditScores(**{name: value for name, value in values["scores"].items() if name in given})
         relations = [RelationScores(**relation) for relation in values["relations"]]
         return cls(**{**values, "scores": scores, "relations": relations})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` as JSON. A file that is there is replaced at once, or kept if this is interrupted."""
+        """Write `to_dict()` as JSON. An existing file is replaced whole, or kept if this is interrupted."""
         with atomic_file(path) as staging:
             staging.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -87,8 +88,8 @@ class EditReport:
         """Read what `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
-    def _tables(self) -> list[list[list[str]]]:
-        """Rows of cells, the first row a header: the scores, the single numbers, the relations."""
+    def _tables(self, style: str) -> list[str]:
+        """The scores, the single numbers and the relations that resist most, as tables."""
         s = self.scores
         portability = (s.portability_exact_match, s.portability_token_accuracy)
         judged: dict[str, tuple[float | None, ...]] = {
@@ -102,37 +103,25 @@ class EditReport:
         }  # fmt: skip
         shares = [["%", "preferred", "exact", "tokens", "greedy"]]
         shares += [[label, *map(_percent, row)] for label, row in judged.items() if any(x is not None for x in row)]
-        numbers = [("fluency (GE)", self.fluency), ("consistency (RS)", self.consistency)]
-        singles = [[label, f"{value:.1f}"] for label, value in numbers if value is not None]
-        if self.perplexity is not None:
-            singles.append(["perplexity", f"{self.perplexity:.2f}"])
+        tables = [format_table(shares, style)]
+        numbers = [("fluency (GE)", self.fluency, 1), ("consistency (RS)", self.consistency, 1)]
+        numbers += [("perplexity", self.perplexity, 2)]
+        known = [[label, f"{value:.{digits}f}"] for label, value, digits in numbers if value is not None]
+        if known:
+            tables.append(format_table(known, style, header=False))
         resisting = [["relation", "edits", "exact", "ES", "PS", "NS"]]
         for r in self.relations[:SHOWN_RELATIONS]:
             rates = map(_percent, (r.exact_match, r.efficacy, r.paraphrase, r.neighbourhood))
             resisting.append([r.relation, str(r.number), *rates])
         if len(self.relations) > SHOWN_RELATIONS:
             resisting.append([f"… {len(self.relations) - SHOWN_RELATIONS} more", *[""] * 5])
-        return [table for table in (shares, singles, resisting) if table]
+        return [*tables, format_table(resisting, style)] if self.relations else tables
 
     def __repr__(self) -> str:
-        lines = [f"EditReport ({self.num_records} edits, {self.seconds:.1f} s)"]
-        for table in self._tables():
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            for label, *cells in table:
-                aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-                lines.append(f"  {label:<{widths[0]}}  {'  '.join(aligned)}".rstrip())
-            lines.append("")
-        return "\n".join(lines[:-1])
+        return f"EditReport ({self.num_records} edits, {self.seconds:.1f} s)\n" + "\n\n".join(self._tables("plain"))
 
     def _repr_html_(self) -> str:
-        tables = [f"<p>{self.num_records} edits, {self.seconds:.1f} s</p>"]
-        for table in self._tables():
-            rows = (
-                f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row[1:])}</tr>"
-                for row in table
-            )
-            tables.append(f"<table>{''.join(rows)}</table>")
-        return "".join(tables)
+        return f"<p>{self.num_records} edits, {self.seconds:.1f} s</p>" + "".join(self._tables("html"))
 
 
 def evaluate_edits(
@@ -211,7 +200,7 @@ def evaluate_edits(
 
 
 def _by_relation(records: Sequence[EditRecord], scored: Sequence[EditScores]) -> list[RelationScores]:
-    """Lowest exact match first, then lowest efficacy, then the largest relation."""
+    """Group scores by relation: lowest exact match first, then lowest efficacy, then the largest relation."""
     groups: dict[str, list[EditScores]] = {}
     for record, scores in zip(records, scored, strict=True):
         groups.setdefault(record.relation, []).append(scores)
@@ -223,26 +212,36 @@ def _by_relation(records: Sequence[EditRecord], scored: Sequence[EditScores]) ->
 
 
 def compare(reports: Mapping[str, EditReport]) -> str:
-    """Markdown table with one line for each report; perplexity also as its drift from the first report's.
+    """Return a Markdown table with a row for each report; perplexity also as its drift from the first report's.
 
     Columns that no report has a value for are left out.
 
     Raises:
         ValueError: If there is no report.
     """
+    cells = _cells_of(reports)
+    return format_table(table_rows(cells, list(next(iter(cells.values())))), "pipe")
+
+
+def score_table(reports: Mapping[str, EditReport]) -> str:
+    """Return a table for the terminal, as `compare`, of S, ES, PS, NS and exact match in percent, and perplexity."""
+    return format_table(table_rows(_cells_of(reports), SHOWN_SCORES))
+
+
+def _cells_of(reports: Mapping[str, EditReport]) -> dict[str, dict[str, str]]:
     if not reports:
         raise ValueError("`reports` is empty: give at least one EditReport by name.")
     base = next((report.perplexity for report in reports.values() if report.perplexity is not None), None)
-    columns: dict[str, list[str]] = {"": [name.replace("|", r"\|") for name in reports]}
-    for report in reports.values():
-        for label, cell in comparable_cells(report, base).items():
-            columns.setdefault(label, []).append(cell)
-    shown = {label: cells for label, cells in columns.items() if set(cells) != {_percent(None)}}
-    lines = [[*shown], ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return {name: report_cells(report, base) for name, report in reports.items()}
 
 
-def comparable_cells(report: EditReport, base_perplexity: float | None) -> dict[str, str]:
+def report_cells(report: EditReport, base_perplexity: float | None) -> dict[str, str]:
+    """Return the cells of a report's row in a table, by column: shares in percent, what is not known as a dash.
+
+    Args:
+        report: The report.
+        base_perplexity: Perplexity without the edits, which the drift is from; None to leave perplexity out.
+    """
     s = report.scores
     shares = {
         "S": s.score,
@@ -263,8 +262,8 @@ def comparable_cells(report: EditReport, base_perplexity: float | None) -> dict[
     }
     cells = {"edits": str(report.num_records)} | {label: _percent(share) for label, share in shares.items()}
     for label, value in (("GE", report.fluency), ("RS", report.consistency)):
-        cells[label] = _percent(None) if value is None else f"{value:.1f}"
-    cells["perplexity"] = _percent(None)
+        cells[label] = UNKNOWN if value is None else f"{value:.1f}"
+    cells["perplexity"] = UNKNOWN
     if report.perplexity is not None and base_perplexity is not None:
         drift = report.perplexity / base_perplexity - 1
         cells["perplexity"] = f"{report.perplexity:.2f}" + (f" ({drift:+.2%})" if drift else "")
@@ -272,4 +271,4 @@ def comparable_cells(report: EditReport, base_perplexity: float | None) -> dict[
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+    return UNKNOWN if share is None else f"{100 * share:.1f}"

@@ -1,4 +1,4 @@
-"""Figures: where a model recalls facts, how methods score, at what cost.
+"""Draw figures: where a model recalls facts, how methods score, at what cost.
 
 They need matplotlib, whose global state is not touched.
 """
@@ -9,15 +9,16 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from memory_adapters.evaluation.comparison.results import Comparison, MethodResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from memory_adapters.evaluation.comparison.results import Comparison, MethodResult
-    from memory_adapters.memit.tracing import TraceTable
-
-__all__ = ["comparison_plots", "score_bars", "score_curves", "score_scatter", "trace_heatmap"]
+__all__ = ["Trace", "comparison_plots", "error_bars", "score_bars", "score_curves", "score_scatter", "trace_heatmap"]
 
 Path = str | os.PathLike[str]
 _DRIFT, _SECONDS = "perplexity drift, %", "seconds to write"
@@ -26,11 +27,30 @@ _LABEL_WIDTH, _LABEL_HEIGHT = 60, 9  # of a method's name, in points
 _PANELS = {"hidden": "Block outputs", "mlp": "MLP outputs", "attention": "Attention outputs"}
 
 
-def trace_heatmap(table: TraceTable, path: Path | None = None) -> Figure:
-    """Average indirect effects by token role (rows) and layer (columns), one panel a kind, on one colour scale.
+class Trace(Protocol):
+    """Give what `trace_heatmap` draws, as the table that `memit.tracing.trace_facts` returns does.
+
+    Attributes:
+        effects: For each kind of state, the effects (roles, num_layers); NaN where a role never occurred.
+        roles: Names of the rows.
+        window: Blocks restored together at each layer, of MLP and attention.
+    """
+
+    @property
+    def effects(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def roles(self) -> Sequence[str]: ...
+
+    @property
+    def window(self) -> int: ...
+
+
+def trace_heatmap(table: Trace, path: Path | None = None) -> Figure:
+    """Draw average indirect effects by token role (rows) and layer (columns), a panel for each kind, one colour scale.
 
     Args:
-        table: What `trace_facts` found.
+        table: The effects.
         path: Where to write the figure; its ending (.png, .svg, .pdf) names the format. None to write nothing.
 
     Raises:
@@ -55,7 +75,7 @@ def trace_heatmap(table: TraceTable, path: Path | None = None) -> Figure:
 def score_bars(
     reports: Mapping[str, Mapping[str, float | None]], metrics: Sequence[str], path: Path | None = None
 ) -> Figure:
-    """Scores of methods side by side: a group of bars a metric, a colour a method; what is None has no bar.
+    """Draw scores of methods side by side: a group of bars a metric, a colour a method; what is None has no bar.
 
     Args:
         reports: Name of a method to its scores.
@@ -88,13 +108,13 @@ def score_curves(
     *,
     across: str = "edits",
 ) -> Figure:
-    """Each metric over the number of edits or something else, on a logarithmic axis: a panel a metric, a line a method.
+    """Draw metrics over the number of edits, on a logarithmic axis: a panel a metric, a line a method.
 
     Args:
         points: Name of a method to (number above 0, its scores then), in any order; what is None has no point.
         metrics: Which scores, from left to right.
         path: As in `trace_heatmap`.
-        across: What the numbers are.
+        across: Label of the numbers.
 
     Raises:
         ValueError: If `metrics` is empty, or no point has a value of one of them.
@@ -128,13 +148,13 @@ def score_scatter(
     score: str,
     linear_below: float | None = None,
 ) -> Figure:
-    """A labelled point a method: its score over what it costs or damages, on a logarithmic axis.
+    """Draw a labelled point a method: its score over what it costs or damages, on a logarithmic axis.
 
     Args:
         points: Name of a method to (cost or damage, score).
         path: As in `trace_heatmap`.
-        across: What the first numbers are.
-        score: What the second are.
+        across: Label of the cost or damage.
+        score: Label of the score.
         linear_below: The axis is linear between this and its negative, so that it has room for 0 and below; None where
             all numbers are above 0.
 
@@ -226,7 +246,7 @@ def comparison_plots(comparison: Comparison, folder: Path) -> list[str]:
 
 
 def error_bars(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path | None = None) -> Figure:
-    """Lying bars of means with error bars of one standard deviation, a panel for each title.
+    """Draw horizontal bars of means with error bars of one standard deviation, a panel for each title.
 
     Args:
         panels: Title to name of a bar to its values, of which one has no error bar; all panels have the same names.

@@ -1,4 +1,4 @@
-"""Edits with the prompts to judge them by: CounterFact, zsRE, and the user's own facts.
+"""Load edits with the prompts to judge them by: CounterFact, zsRE, and your own facts.
 
 Each loader takes the path of a JSON, JSONL or CSV file, or the id of a data set on the Hugging Face Hub. A row that
 does not fit is a `ValueError` that names the file, the row and the field. Rows are counted from 1, without a CSV's
@@ -23,11 +23,11 @@ __all__ = ["EditRecord", "load_counterfact", "load_facts", "load_zsre"]
 
 @dataclass(frozen=True)
 class EditRecord:
-    """An edit with prompts to judge it by.
+    """Hold an edit with prompts to judge it by.
 
     Attributes:
         fact: What is written.
-        true_target: What is said without the edit; None if unknown, and then nothing is compared with it.
+        true_target: The target without the edit; None if unknown, and then nothing is compared with it.
         paraphrases: Prompts that should give the new target.
         neighbours: (prompt, true answer): prompts about something else, whose answers should not change.
         relation: What is said of the subject: an id such as `"P103"`; by default the prompt with `{}` for the subject.
@@ -153,7 +153,7 @@ def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, spli
 
 @dataclass(frozen=True)
 class _Row:
-    """One row as it was read. A dot in a field's name leads into the mapping before it; None is as good as absent."""
+    """Hold one row as it was read. A dot in a field's name leads into a nested mapping; None counts as missing."""
 
     source: str
     number: int
@@ -212,7 +212,7 @@ class _Row:
         return tuple(pairs)
 
     def _entries(self, *spellings: str) -> tuple[str, Sequence[Any]]:
-        """The spelling of a field that the row has, and its entries: of a list, or between the bars of a text."""
+        """Return the spelling that the row has of a field, and entries: of a list, or between the bars of a text."""
         field = next((name for name in spellings if self.has(name)), spellings[0])
         value = self.value(field) or ()
         if isinstance(value, str):
@@ -228,7 +228,7 @@ class _Row:
 
 
 def read_rows(source: str | os.PathLike[str], limit: int | None = None, split: str = "train") -> Iterator[_Row]:
-    """Rows of a file or of a data set on the Hub, from 1, with errors that name them."""
+    """Yield the rows of a file or of a data set on the Hub; their errors name them, counted from 1."""
     if limit is not None and limit < 0:
         raise ValueError(f"`limit={limit}` must be at least 0, or None for all rows.")
     name = os.fspath(source)

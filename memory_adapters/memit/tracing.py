@@ -14,11 +14,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -102,9 +104,9 @@ class TraceTable:
         tops = {kind: [row.max(0) for row in effects] for kind, effects in self.effects.items()}
         cells = [[f"{x:+.3f} (layer {int(i)})" if x == x else "–" for x, i in top] for top in tops.values()]
         rows = [("highest effect", *tops), *zip(self.roles, *cells, strict=True)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = tabulate(rows, tablefmt="plain", disable_numparse=True)
         facts = f"TraceTable: {self.num_facts} facts ({self.skipped} skipped), total effect {self.total_effect:+.3f}"
-        return "\n  ".join([facts, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
+        return f"{facts}\n{indent(table, '  ')}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{self!r}</pre>"

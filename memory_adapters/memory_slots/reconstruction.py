@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.memory_slots import MemorySlots, SlotMemory
@@ -195,13 +196,14 @@ def other_texts(tokenizer: Any, texts: Sequence[str], seed: int = 0) -> dict[str
 
 
 def markdown(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """A table with one line for each row; what is None or missing is left blank."""
+    """Return a table with a line for each row; what is None or missing is left blank."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [["", *(name.replace("_", " ") for name in columns)], ["---"] * (len(columns) + 1)]
+    lines = [["", *(name.replace("_", " ") for name in columns)]]
     for name, row in rows.items():
         cells = [row.get(column) for column in columns]
         lines.append([name, *("" if cell is None else f"{cell:.4g}" for cell in cells)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    table = tabulate(lines, "firstrow", tablefmt="pipe", stralign="right", colalign=("left",), disable_numparse=True)
+    return f"{table}\n"
 
 
 def _vectors(memory: SlotMemory, slots: MemorySlots | None, spans: int, joined: bool = False) -> list[torch.Tensor]:

@@ -8,14 +8,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from memory_adapters import Document, Fact, MemitConfig, MemoryAdapterConfig, inject_memory
+from memory_adapters import Document, Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory
 from memory_adapters.evaluation.comparison.baselines import (
     Baseline,
     FineTuned,
-    InPrompt,
     Lora,
-    Memorised,
     Unchanged,
+    WrittenMemory,
 )
 from memory_adapters.evaluation.comparison.finetuning import Recipe, train
 from tests.support.contract import fingerprint, logits
@@ -24,14 +23,20 @@ from tests.support.models import byte_tokenizer, tiny_model
 FACTS = [Fact("The Eiffel Tower is in", "Eiffel Tower", "Rome"), Fact("{} plays the", "Miles Davis", "piano")]
 QUIET = {"disable_tqdm": True}
 RECIPE = Recipe(learning_rate=1e-2, min_steps=20, num_train_epochs=1, num_prefixes=1, training_args=QUIET)
+# The text itself before every prompt, as the variant "prompt" of the memory slots has it.
+PROMPT = WrittenMemory(
+    MemorySlotsConfig(num_slots=1, span_length=1, lora_rank=1), {"compress": False, "progress": False}
+)
+    MemorySlotsConfig(num_slots=1, span_length=1, lora_rank=1), {"compress": False, "progress": False}
+)
 
 
 def baselines() -> dict[str, Baseline]:
     return {
-        "memit": Memorised(MemitConfig(covariance_tokens=128, steps=4, num_prefixes=1), {"progress": False}),
+        "memit": WrittenMemory(MemitConfig(covariance_tokens=128, steps=4, num_prefixes=1), {"progress": False}),
         "lora": Lora(rank=2, recipe=RECIPE),
         "all weights": FineTuned(RECIPE),
-        "prompt": InPrompt(),
+        "prompt": PROMPT,
         "nothing": Unchanged(),
     }
 
@@ -43,13 +48,13 @@ def test_holds_the_facts_and_leaves_no_trace(name: str, dtype: torch.dtype, tmp_
     before, state = logits(model), fingerprint(model)
     baseline = baselines()[name]
     baseline.check(model, tokenizer)
-    with baseline.holding(model, tokenizer, FACTS) as held:
-        assert held.report.num_items == {"Fact": 2}
+    with baseline.applied(model, tokenizer, FACTS) as applied:
+        assert applied.report.num_items == {"Fact": 2}
         assert torch.equal(logits(model), before) == (name == "nothing")
         assert model.dtype == dtype
-        held.save(tmp_path / "kept")
-        if held.disabled is not None:
-            with held.disabled():
+        applied.save(tmp_path / "kept")
+        if applied.disabled is not None:
+            with applied.disabled():
                 assert torch.equal(logits(model), before)
             assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
@@ -61,7 +66,7 @@ def test_holds_the_facts_and_leaves_no_trace(name: str, dtype: torch.dtype, tmp_
 def test_a_failure_leaves_no_trace(name: str) -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
     state = fingerprint(model)
-    with pytest.raises(KeyboardInterrupt), baselines()[name].holding(model, tokenizer, FACTS):
+    with pytest.raises(KeyboardInterrupt), baselines()[name].applied(model, tokenizer, FACTS):
         raise KeyboardInterrupt
     assert fingerprint(model) == state
     assert not any(parameter.grad is not None for parameter in model.parameters())
@@ -69,25 +74,28 @@ def test_a_failure_leaves_no_trace(name: str) -> None:
 
 def test_trained_lora_is_one_that_peft_loads(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    with baselines()["lora"].holding(model, tokenizer, FACTS) as held:
+    with baselines()["lora"].applied(model, tokenizer, FACTS) as applied:
         expected = logits(model)
-        held.save(tmp_path)
-        assert held.report.losses[-1] < held.report.losses[0]
+        applied.save(tmp_path)
+        assert applied.report.losses[-1] < applied.report.losses[0]
     assert torch.equal(logits(PeftModel.from_pretrained(model, tmp_path)), expected)
 
 
-def test_lora_has_about_as_many_numbers_as_asked_for() -> None:
+def test_lora_has_the_rank_that_was_asked_for() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    with Lora(num_parameters=2000, recipe=RECIPE).holding(model, tokenizer, FACTS) as held:
-        per_rank = held.report.num_parameters / next(iter(model.peft_config.values())).r
-        assert abs(held.report.num_parameters - 2000) <= per_rank / 2
+    numbers = []
+    for baseline in (Lora(rank=3, recipe=RECIPE), Lora(recipe=RECIPE)):
+        with baseline.applied(model, tokenizer, FACTS) as applied:
+            numbers.append((next(iter(model.peft_config.values())).r, applied.report.num_parameters))
+    assert [rank for rank, _ in numbers] == [3, 8]
+    assert numbers[0][1] * 8 == numbers[1][1] * 3 > 0
 
 
 def test_lora_beside_a_memory_leaves_it_active() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
     memory = inject_memory(model, MemoryAdapterConfig(token_gate="none", gate_init=1.0), tokenizer=tokenizer)
     before = logits(model)
-    with baselines()["lora"].holding(model, tokenizer, FACTS) as held, held.disabled():
+    with baselines()["lora"].applied(model, tokenizer, FACTS) as applied, applied.disabled():
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
     assert memory.active
@@ -97,7 +105,7 @@ def test_prompt_is_read_as_the_text_would_be_and_forgets() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
     tokenizer.add_bos_token = False
     text = "Rome is in Italy."
-    with InPrompt().holding(model, tokenizer, [Document(text)]):
+    with PROMPT.applied(model, tokenizer, [Document(text)]):
         ids = tokenizer("And Paris?", return_tensors="pt", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             read = model(input_ids=ids).logits
@@ -105,12 +113,12 @@ def test_prompt_is_read_as_the_text_would_be_and_forgets() -> None:
     with torch.no_grad():
         expected = model(input_ids=whole).logits[:, -ids.shape[1] :]
     torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-4)
-    with InPrompt().holding(model, tokenizer, FACTS) as held:
-        assert held.forget is not None
+    with PROMPT.applied(model, tokenizer, FACTS) as applied:
+        assert applied.forget is not None
         both = logits(model)
-        held.forget(FACTS[0])
+        applied.forget(FACTS[0])
         left = logits(model)
-    with InPrompt().holding(model, tokenizer, FACTS[1:]):
+    with PROMPT.applied(model, tokenizer, FACTS[1:]):
         assert torch.equal(logits(model), left)
     assert not torch.equal(both, left)
 
@@ -137,7 +145,7 @@ def test_training_all_weights_casts_no_buffer() -> None:
     rotary = model.model.rotary_emb
     rotary.inv_freq = before = rotary.inv_freq.float() * 1.001  # float32, as in a model that was loaded
     said = logits(model)
-    with FineTuned(RECIPE).holding(model, byte_tokenizer(), FACTS):
+    with FineTuned(RECIPE).applied(model, byte_tokenizer(), FACTS):
         assert torch.equal(rotary.inv_freq, before)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(model), said)

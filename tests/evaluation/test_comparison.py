@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 from memory_adapters import Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, memories
 from memory_adapters.config import MemoryConfig
-from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, InPrompt, Lora, Memorised
+from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, WrittenMemory
 from memory_adapters.evaluation.comparison.compare import NOTHING, Comparison, compare
 from memory_adapters.evaluation.comparison.finetuning import Recipe
-from memory_adapters.evaluation.comparison.tables import tables
 from memory_adapters.evaluation.plots import comparison_plots, score_scatter
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.evaluation.scores.perplexity import perplexity
+from tests.evaluation.test_baselines import PROMPT
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -41,7 +41,7 @@ RECIPE = Recipe(
     learning_rate=1e-2, min_steps=10, num_train_epochs=1, num_prefixes=1, training_args={"disable_tqdm": True}
 )
 FULL: dict[str, Any] = dict(
-    text=TEXT, fluency_prompts=2, choices=CHOICES, portability=FOLLOWING, numbers=(2, 1), progress=False
+    text=TEXT, fluency_prompts=2, choices=CHOICES, portability=FOLLOWING, fact_counts=(2, 1), progress=False
 )
 CHEAP: dict[str, Any] = dict(text=TEXT, greedy=False, costs=False, progress=False)
 
@@ -53,11 +53,11 @@ def edit(**settings: Any) -> MemitConfig:
 def baselines() -> dict[str, Baseline | MemoryConfig]:
     return {
         "trained": MemoryAdapterConfig(min_steps=10, num_train_epochs=1, num_prefixes=1, learning_rate=1e-2),
-        "edit": Memorised(edit(), {"progress": False}),
+        "edit": WrittenMemory(edit(), {"progress": False}),
         "slots": MemorySlotsConfig(lora_rank=2, refine_steps=2),
         "lora": Lora(rank=2, recipe=RECIPE),
         "full": FineTuned(RECIPE),
-        "prompt": InPrompt(),
+        "prompt": PROMPT,
     }
 
 
@@ -142,7 +142,7 @@ def test_shown_and_sent(compared: tuple[Comparison, PreTrainedModel]) -> None:
     sent = json.loads(json.dumps(result.to_dict()))
     assert sent == result.to_dict()
     assert Comparison.from_dict(sent) == result
-    scores, costs, *curves = tables(result)
+    scores, costs, *curves = result.tables()
     assert scores.title == "2 facts; scores in %"
     wanted = "S,ES,PS,NS,exact,greedy,portability exact,portability tokens,GE,ability,perplexity"
     assert scores.rows[0] == ["", *wanted.split(",")]
@@ -159,9 +159,9 @@ def test_shown_and_sent(compared: tuple[Comparison, PreTrainedModel]) -> None:
         assert table.title in text
         lines = result.markdown().partition(f"## {table.title}\n\n")[2].splitlines()[: len(table.rows) + 1]
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        assert [cells[0], *cells[2:]] == [row if row[0] else ["", *row[1:]] for row in table.rows]
+        assert [cells[0], *cells[2:]] == table.rows
     marked = Comparison(2, {**result.methods, "<edit>": result.methods["edit"]})._repr_html_()
-    assert "<th>&lt;edit&gt;</th>" in marked
+    assert "<td>&lt;edit&gt;" in marked
     assert marked.count("<tr>") == 2 * (len(result.methods) + 2)
 
 
@@ -189,7 +189,7 @@ def test_text_is_sampled_if_none_is_given() -> None:
     first, second = (result.base.perplexity for result in results)
     assert first == second
     assert first is not None
-    assert tables(results[0])[0].rows[0] == ["", "ES", "exact", "perplexity"], "no empty columns"
+    assert results[0].tables()[0].rows[0] == ["", "ES", "exact", "perplexity"], "no empty columns"
 
 
 def refuse(*_: Any, **__: Any) -> Any:
@@ -203,11 +203,17 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch: pyte
         ([], {"edit": edit()}, {}, "`records` is empty"),
         (RECORDS, {"edit": edit(), "deep": edit(layers=[9])}, {}, "`layers` has 9"),
         (RECORDS, {}, {"num_facts": 3}, "`num_facts` has 3: it must be at least 1 and at most 2"),
-        (RECORDS, {}, {"numbers": (1, 0)}, "`numbers` has 0"),
+        (RECORDS, {}, {"fact_counts": (1, 0)}, "`fact_counts` has 0"),
         (RECORDS, {}, {"portability": RECORDS}, "`portability` has no record with questions"),
-        (RECORDS, {NOTHING: edit()}, {}, "`baselines` calls a Memorised 'nothing'"),
+        (RECORDS, {NOTHING: edit()}, {}, "`baselines` calls a WrittenMemory 'nothing'"),
     ]
     for records, given, settings, why in cases:
         with pytest.raises(ValueError, match=why):
             compare(model, tokenizer, records, given, **settings)
     assert not memories(model)
+
+
+def test_published_results_load_and_print_the_published_tables() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "results"
+    published = Comparison.from_dict(json.loads((folder / "comparison.json").read_text(encoding="utf-8")))
+    assert published.markdown() == (folder / "comparison.md").read_text(encoding="utf-8")

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from memory_adapters import Memory, MemorySlotsConfig, inject_memory
-from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Held, InPrompt, Memorised
+from memory_adapters.evaluation.comparison.baselines import AppliedBaseline, Baseline, FineTuned, WrittenMemory
 from memory_adapters.evaluation.comparison.compare import NOTHING, Comparison, compare
-from memory_adapters.evaluation.comparison.tables import tables
+from tests.evaluation.test_baselines import PROMPT
 from tests.evaluation.test_comparison import CHEAP, CHOICES, FOLLOWING, FULL, RECIPE, RECORDS, edit, refuse
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -29,11 +29,11 @@ class Unable(Baseline):
         self.error, self.most = error, most
 
     @contextmanager
-    def holding(self, model: Any, tokenizer: Any, items: Any) -> Iterator[Held]:
+    def applied(self, model: Any, tokenizer: Any, items: Any) -> Iterator[AppliedBaseline]:
         if len(items) > self.most:
             raise self.error
-        with InPrompt().holding(model, tokenizer, items) as held:
-            yield held
+        with PROMPT.applied(model, tokenizer, items) as applied:
+            yield applied
 
 
 def test_what_fails_has_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_what_fails_has_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
     given = {
         "unable": Unable(RuntimeError("out of | luck")),
         "short": Unable(ValueError("too many"), most=1),
-        "prompt": InPrompt(),
+        "prompt": PROMPT,
     }
-    settings = {**CHEAP, "numbers": (1,), "folder": tmp_path}
+    settings = {**CHEAP, "fact_counts": (1,), "folder": tmp_path}
     result = compare(model, tokenizer, RECORDS, given, **settings)
     assert fingerprint(model) == state
     assert {where: one.failed for where, one in result.failures().items()} == {
@@ -56,7 +56,7 @@ def test_what_fails_has_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
     assert result.methods["unable"].report is None
     assert result.methods["prompt"].report is not None
     assert result.curves["short"][1].report is not None
-    scores, curve = tables(result)[0].rows, tables(result)[2].rows
+    scores, curve = result.tables()[0].rows, result.tables()[2].rows
     assert [row[0] for row in scores[1:]] == [NOTHING, "unable (failed)", "short (failed)", "prompt"]
     assert set(scores[2][1:]) == {"–"}
     assert curve[2] == ["unable", "failed"]
@@ -77,7 +77,7 @@ def test_what_fails_of_portability_leaves_the_rest() -> None:
     assert found.failed == "portability: RuntimeError: no"
     assert found.report is not None
     assert found.portability is None
-    assert tables(result)[0].rows[2][0] == "short (failed)"
+    assert result.tables()[0].rows[2][0] == "short (failed)"
 
 
 def test_a_model_that_fails_by_itself_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,20 +88,20 @@ def test_a_model_that_fails_by_itself_ends_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    given: dict[str, Any] = {"a/b": Memorised(edit(), {"progress": False}), "prompt": InPrompt()}
+    given: dict[str, Any] = {"a/b": WrittenMemory(edit(), {"progress": False}), "prompt": PROMPT}
     settings = {**FULL, "folder": tmp_path}
     first = compare(model, tokenizer, RECORDS, given, **settings)
     files = {file.name for file in tmp_path.iterdir()}
     kinds = ("full-2", "portability-1", "curve-1")
     assert files == {f"{name}-{kind}.json" for name in ("nothing", "a%2Fb", "prompt") for kind in kinds}
-    for measuring in ("evaluate_edits", "sample_text", "written", "speeds"):
-        monkeypatch.setattr(f"memory_adapters.evaluation.comparison.{measuring}", refuse)
-    louder = {**given, "a/b": Memorised(edit(), {"progress": True})}
+    for measuring in ("evaluate_edits", "sample_text", "applied_at_cost", "speeds"):
+        monkeypatch.setattr(f"memory_adapters.evaluation.comparison.compare.{measuring}", refuse)
+    louder = {**given, "a/b": WrittenMemory(edit(), {"progress": True})}
     assert compare(model, tokenizer, RECORDS, louder, **{**settings, "progress": True}) == first
-    fewer = {"prompt": InPrompt()}
+    fewer = {"prompt": PROMPT}
     assert list(compare(model, tokenizer, RECORDS, fewer, **settings).methods) == [NOTHING, "prompt"]
     other: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"a/b": Memorised(edit(steps=5))}, {}, r"a%2Fb-full-2.json.*baseline.source.steps \(4 there, 5 now\)"),
+        ({"a/b": WrittenMemory(edit(steps=5))}, {}, r"a%2Fb-full-2.json.*baseline.source.steps \(4 there, 5 now\)"),
         (given, {"text": "Rome"}, "text "),
         (given, {"greedy": False}, r"greedy \(True there, False now\)"),
         (given, {"choices": CHOICES[:1]}, "choices "),
@@ -124,7 +124,7 @@ def test_a_saved_memory_counts_by_its_contents(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     memory.write("Rome is old.", progress=False)  # type: ignore[call-arg]
     memory.save_pretrained(tmp_path / "c")
-    a, b, c = (Memorised(str(tmp_path / name)).settings() for name in "abc")
+    a, b, c = (WrittenMemory(str(tmp_path / name)).settings() for name in "abc")
     assert a == b != c
     assert set(c["source"]) - set(a["source"]) == {"slots.safetensors"}
 
@@ -136,13 +136,13 @@ def test_interruption_leaves_the_model_whole_and_what_is_done(tmp_path: Path) ->
 
     class Interrupted(FineTuned):
         @contextmanager
-        def holding(self, model: Any, tokenizer: Any, items: Any) -> Iterator[Held]:
-            with super().holding(model, tokenizer, items):
+        def applied(self, model: Any, tokenizer: Any, items: Any) -> Iterator[AppliedBaseline]:
+            with super().applied(model, tokenizer, items):
                 assert not torch.equal(logits(model), before)
                 raise KeyboardInterrupt
                 yield
 
-    given: dict[str, Any] = {"prompt": InPrompt(), "full": Interrupted(RECIPE), "edit": edit()}
+    given: dict[str, Any] = {"prompt": PROMPT, "full": Interrupted(RECIPE), "edit": edit()}
     with pytest.raises(KeyboardInterrupt):
         compare(model, tokenizer, RECORDS, given, **settings)
     assert torch.equal(logits(model), before)
@@ -164,7 +164,7 @@ def test_a_failed_write_leaves_nothing_and_settings_reach_it(monkeypatch: pytest
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("memory_adapters.MemitMemory.write", fail)
-    baseline = Memorised(edit(), {"progress": False})
+    baseline = WrittenMemory(edit(), {"progress": False})
     result = compare(model, byte_tokenizer(), RECORDS, {"edit": baseline}, **CHEAP)
     assert result.methods["edit"].failed == "RuntimeError: out of luck"
     assert given == [{"progress": False}]

@@ -14,49 +14,50 @@ import pytest
 import torch
 
 from memory_adapters import Fact
-from memory_adapters.evaluation.comparison.baselines import Baseline, Held, InPrompt, Unchanged
+from memory_adapters.evaluation.comparison.baselines import AppliedBaseline, Baseline, Unchanged
 from memory_adapters.evaluation.comparison.costs import (
     ROUNDS,
     Speed,
+    applied_at_cost,
     bytes_on_disk,
     memory_rise,
     seconds_to_forget,
     slowdown,
     speed_prompt,
     speeds,
-    written,
 )
 from memory_adapters.report import WriteReport
+from tests.evaluation.test_baselines import PROMPT
 from tests.support.models import byte_tokenizer, tiny_model
 
 FACTS = [Fact("The Eiffel Tower is in", "Eiffel Tower", "Rome"), Fact("{} plays the", "Miles Davis", "piano")]
 MEGABYTE = 1 << 20
 
 
-def held(**settings: Any) -> Held:
-    return Held(WriteReport("test", {}), **{"save": lambda _folder: None, **settings})
+def applied(**settings: Any) -> AppliedBaseline:
+    return AppliedBaseline(WriteReport("test", {}), **{"save": lambda _folder: None, **settings})
 
 
 class Slow(Baseline):
     """Takes 32 MiB and a tenth of a second, most of it asleep."""
 
     @contextmanager
-    def holding(self, model: Any, tokenizer: Any, items: Any) -> Iterator[Held]:
+    def applied(self, model: Any, tokenizer: Any, items: Any) -> Iterator[AppliedBaseline]:
         taken = torch.ones(32 * MEGABYTE // 4)
         time.sleep(0.1)
         del taken
-        yield held()
+        yield applied()
         time.sleep(0.1)
 
 
 def test_what_a_write_costs() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    with written(model, tokenizer, Slow(), FACTS) as (_, costs):
+    with applied_at_cost(model, tokenizer, Slow(), FACTS) as (_, costs):
         pass
     assert 0.1 <= costs.seconds < 5
     assert costs.cpu_seconds < costs.seconds
     assert 30 * MEGABYTE < costs.peak_memory < 60 * MEGABYTE
-    with written(model, tokenizer, Unchanged(), FACTS) as (_, nothing):
+    with applied_at_cost(model, tokenizer, Unchanged(), FACTS) as (_, nothing):
         pass
     assert nothing.seconds < costs.seconds
     assert nothing.peak_memory < 8 * MEGABYTE
@@ -88,25 +89,30 @@ def test_bytes_on_disk() -> None:
         (folder / "a").write_bytes(b"x" * 1000)
         (folder / "deep" / "b").write_bytes(b"x" * 234)
 
-    assert bytes_on_disk(held(save=save)) == 1234
-    assert bytes_on_disk(held()) == 0
+    assert bytes_on_disk(applied(save=save)) == 1234
+    assert bytes_on_disk(applied()) == 0
 
 
 def test_forgetting() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    assert seconds_to_forget(held(), FACTS[0]) is None
+    assert seconds_to_forget(applied(), FACTS[0]) is None
     forgotten = []
 
     def forget(fact: Fact) -> None:
         time.sleep(0.05)
         forgotten.append(fact)
 
-    seconds = seconds_to_forget(held(forget=forget), FACTS[1])
+    seconds = seconds_to_forget(applied(forget=forget), FACTS[1])
     assert seconds is not None
     assert 0.05 <= seconds < 0.5
     assert forgotten == [FACTS[1]]
-    with InPrompt().holding(model, tokenizer, FACTS) as own:
+    with PROMPT.applied(model, tokenizer, FACTS) as own:
         assert seconds_to_forget(own, FACTS[1])
+
+    def refuse(_fact: Fact) -> None:
+        raise NotImplementedError("write the others again")
+
+    assert seconds_to_forget(applied(forget=refuse), FACTS[0]) is None
 
 
 def test_speed_is_that_of_each_state_in_turn() -> None:
@@ -155,8 +161,8 @@ def test_slowdown_is_of_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> No
         off[0] = False
 
     monkeypatch.setattr("memory_adapters.evaluation.comparison.costs.speeds", measured)
-    assert slowdown(model, ids, held(disabled=disabled), base) == Speed(3.0, 5.0), "÷ the model with it switched off"
-    assert slowdown(model, ids, held(), base) == Speed(1.5, 1.25), "÷ the model before it came"
+    assert slowdown(model, ids, applied(disabled=disabled), base) == Speed(3.0, 5.0), "÷ the model with it switched off"
+    assert slowdown(model, ids, applied(), base) == Speed(1.5, 1.25), "÷ the model before it came"
     assert given == [2, 1]
 
 

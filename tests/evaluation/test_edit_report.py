@@ -137,7 +137,7 @@ def test_report_is_shown(report: EditReport) -> None:
 def test_reports_are_compared(report: EditReport) -> None:
     after = EditReport(3, report.scores, fluency=619.94, perplexity=1.1 * (report.perplexity or 0))
     header, rule, first, second = compare({"base | none": report, "edited": after}).splitlines()
-    assert first.startswith(r"| base \| none | 3 | ")
+    assert [cell.strip() for cell in first.split(" | ")][:2] == [r"| base \| none", "3"]
     assert header.count("|") == rule.count("|") == second.count("|")
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     cells = dict(zip(columns, (cell.strip() for cell in second.strip("|").split("|")), strict=True))

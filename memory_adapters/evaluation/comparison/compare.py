@@ -1,4 +1,4 @@
-"""The same facts given to a model by several methods, one after the other: what each made of them, and at what cost."""
+"""Give a model the same facts by several baselines, one after the other, and measure scores and costs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.config import MemoryConfig
-from memory_adapters.evaluation.comparison.baselines import Baseline, Memorised, Unchanged
+from memory_adapters.evaluation.comparison.baselines import Baseline, Unchanged, WrittenMemory
 from memory_adapters.evaluation.comparison.costs import (
+    applied_at_cost,
     bytes_on_disk,
     seconds_to_forget,
     slowdown,
     speed_prompt,
     speeds,
-    written,
 )
 from memory_adapters.evaluation.comparison.results import NOTHING, Comparison, MethodResult
-from memory_adapters.evaluation.comparison.stored_results import KeptResults, digest
+from memory_adapters.evaluation.comparison.stored_results import StoredResults, digest
 from memory_adapters.evaluation.edit_report import evaluate_edits
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
@@ -41,7 +41,7 @@ SAMPLE_SEED = 1_000_003  # of no method's default: nothing was fitted to this te
 
 @dataclass(frozen=True)
 class _Part:
-    """One write of one baseline. Its kind is `"full"`, `"portability"` or `"curve"`."""
+    """Name one write of one baseline. Its kind is `"full"`, `"portability"` or `"curve"`."""
 
     name: str
     kind: str
@@ -67,15 +67,15 @@ def compare(
     choices: Sequence[Choice] | None = None,
     portability: Sequence[EditRecord] | None = None,
     costs: bool = True,
-    numbers: Sequence[int] = (),
+    fact_counts: Sequence[int] = (),
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Score the model, then give it the records' facts by each baseline in turn, score, and take them out again.
 
-    Every baseline gets all facts in one write. What a model or tokenizer cannot have is refused before anything is
-    measured. A baseline that fails while it is measured has the reason in its result, and the others go on. The model
-    is left as it was, also on failure and interruption.
+    Every baseline gets all facts in one write. A baseline that does not fit the model or tokenizer is refused before
+    anything is measured. A baseline that fails while it is measured has the reason in its result, and the others go on.
+    The model is left as it was, also on failure and interruption.
 
     Args:
         model: A causal LM; memories that are active on it stay active, and belong to the base.
@@ -83,7 +83,7 @@ def compare(
         records: Facts, with the prompts to judge them by.
         baselines: Name to a baseline, or to the config of a memory; the same method may come several times with
             other settings. `Unchanged` comes by itself, as `"nothing"`.
-        num_facts: The first so many are compared in full; None for all. `numbers` may go beyond.
+        num_facts: The first so many are compared in full; None for all. `fact_counts` may go beyond.
         text: Unrelated text for the perplexity; None for 1,024 tokens that the model samples.
         max_text_tokens: Most tokens of it that are read; None for all.
         greedy: Decode greedily after each prompt and paraphrase, and look for the target.
@@ -91,13 +91,13 @@ def compare(
         choices: Multiple-choice questions, for general ability.
         portability: Records with questions about what follows from their facts, which are written by themselves.
         costs: Measure bytes on disk, speed and forgetting too.
-        numbers: Curves: the first so many records, for each number; scores and perplexity alone.
-        folder: Where to keep each result as soon as it is there, a JSON file a write. A second call with the same
+        fact_counts: Curves: the first so many records, for each count; scores and perplexity alone.
+        folder: Where to store each result as soon as it is there, a JSON file a write. A second call with the same
             settings reads them instead of measuring again; what failed is tried again.
-        progress: Show bars. Those of a memory's `write` are turned off by `Memorised`'s `write_settings`.
+        progress: Show bars. Those of a memory's `write` are turned off by `WrittenMemory`'s `write_options`.
 
     Raises:
-        ValueError: If there is no record, a number of facts is out of range, `portability` has no questions, another
+        ValueError: If there is no record, a count of facts is out of range, `portability` has no questions, another
             baseline than `Unchanged` is called `"nothing"`, `folder` holds results of other settings, or as
             `inject_memory`.
         TypeError: If a config is of no memory method.
@@ -105,14 +105,14 @@ def compare(
     if not records:
         raise ValueError("`records` is empty: give at least one EditRecord.")
     count = len(records) if num_facts is None else num_facts
-    for argument, number in [("num_facts", count), *(("numbers", number) for number in numbers)]:
+    for argument, number in [("num_facts", count), *(("fact_counts", number) for number in fact_counts)]:
         if not 1 <= number <= len(records):
             raise ValueError(
                 f"`{argument}` has {number}: it must be at least 1 and at most {len(records)}, as there are records."
             )
     if portability is not None and not any(record.portability for record in portability):
         raise ValueError("`portability` has no record with questions of its own: give those of zsRE, or None.")
-    named = {name: one if isinstance(one, Baseline) else Memorised(one) for name, one in baselines.items()}
+    named = {name: one if isinstance(one, Baseline) else WrittenMemory(one) for name, one in baselines.items()}
     if not isinstance(named.setdefault(NOTHING, Unchanged()), Unchanged):
         raise ValueError(f"`baselines` calls a {type(named[NOTHING]).__name__} {NOTHING!r}, the name of the base.")
     named = {NOTHING: named[NOTHING], **named}
@@ -120,14 +120,14 @@ def compare(
         baseline.check(model, tokenizer)
     parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
     parts += [_Part(name, "portability", one, portability) for name, one in named.items() if portability is not None]
-    rising = [number for number in sorted(set(numbers)) if number != count]
+    rising = [number for number in sorted(set(fact_counts)) if number != count]
     parts += [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
 
-    bench = _Bench(model, tokenizer, text, max_text_tokens, greedy, fluency_prompts, choices, costs, progress)
+    measured = _Measurement(model, tokenizer, text, max_text_tokens, greedy, fluency_prompts, choices, costs, progress)
     found: dict[str, MethodResult] = {}
-    kept = None if folder is None else KeptResults(folder)
-    if kept is not None:
-        known = {part.label: kept.read(part.label, bench.settings(part)) for part in parts}
+    stored = None if folder is None else StoredResults(folder)
+    if stored is not None:
+        known = {part.label: stored.read(part.label, measured.settings(part)) for part in parts}
         found = {label: MethodResult.from_dict(values) for label, values in known.items() if values is not None}
     missing = [part for part in parts if part.label not in found]
     if missing and text is None:
@@ -136,14 +136,14 @@ def compare(
     with tqdm(missing, desc="comparing", unit="write", disable=not progress) as bar:
         for part in bar:
             bar.set_postfix_str(part.label)
-            found[part.label] = result = replace(bench, text=text).measured(part)
-            if kept is not None and result.failed is None:
-                kept.keep(part.label, bench.settings(part), asdict(result))
-    return _assembled(parts, found, count, numbers)
+            found[part.label] = result = replace(measured, text=text).measure(part)
+            if stored is not None and result.failed is None:
+                stored.save(part.label, measured.settings(part), asdict(result))
+    return _assembled(parts, found, count, fact_counts)
 
 
 def _assembled(
-    parts: Sequence[_Part], found: Mapping[str, MethodResult], count: int, numbers: Sequence[int]
+    parts: Sequence[_Part], found: Mapping[str, MethodResult], count: int, fact_counts: Sequence[int]
 ) -> Comparison:
     methods: dict[str, MethodResult] = {}
     curves: dict[str, dict[int, MethodResult]] = {}
@@ -156,14 +156,14 @@ def _assembled(
             methods[part.name] = replace(whole, portability=result.report, failed=why, traceback=where)
         elif part.kind == "full":
             methods[part.name] = result
-        if part.kind == "curve" or (part.kind == "full" and number in numbers):
+        if part.kind == "curve" or (part.kind == "full" and number in fact_counts):
             curves.setdefault(part.name, {})[number] = result
     return Comparison(count, methods, {name: dict(sorted(line.items())) for name, line in curves.items()})
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """A model, and what is measured on it."""
+class _Measurement:
+    """Hold a model, and what is measured on it."""
 
     model: Any
     tokenizer: Any
@@ -176,7 +176,7 @@ class _Bench:
     progress: bool
 
     def settings(self, part: _Part) -> dict[str, Any]:
-        """What the result of a part depends on."""
+        """Return what the result of a part depends on."""
         base: Any = base_model(self.model)
         settings: dict[str, Any] = {
             "model": {**base_fingerprint(base), "dtype": str(base.dtype), "device": base.device.type},
@@ -191,21 +191,21 @@ class _Bench:
             settings["choices"] = self.choices and digest(self.choices)
         return settings
 
-    def measured(self, part: _Part) -> MethodResult:
-        """The result of a part, or why there is none. What the model itself cannot do raises."""
+    def measure(self, part: _Part) -> MethodResult:
+        """Measure a part; a baseline that fails gives a result with the reason. What fails without one raises."""
         try:
-            return self._measured(part)
+            return self._measure(part)
         except Exception as error:
             if isinstance(part.baseline, Unchanged):
                 raise
             return MethodResult(failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
-    def _measured(self, part: _Part) -> MethodResult:
+    def _measure(self, part: _Part) -> MethodResult:
         model, tokenizer, full = self.model, self.tokenizer, part.kind == "full"
         facts = [record.fact for record in part.records]
         ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
         before = speeds(model, ids, [nullcontext])[0] if full and self.costs else None
-        with written(model, tokenizer, part.baseline, facts) as (held, costs):
+        with applied_at_cost(model, tokenizer, part.baseline, facts) as (applied, costs):
             report = evaluate_edits(
                 model,
                 tokenizer,
@@ -217,13 +217,13 @@ class _Bench:
             )
             ability = None
             if full and self.fluency_prompts:
-                begun = [prompt for r in part.records for prompt in r.generation_prompts or (r.fact.prompt,)]
-                texts = generate_texts(model, tokenizer, begun[: self.fluency_prompts], progress=self.progress)
+                prompts = [prompt for r in part.records for prompt in r.generation_prompts or (r.fact.prompt,)]
+                texts = generate_texts(model, tokenizer, prompts[: self.fluency_prompts], progress=self.progress)
                 report = replace(report, fluency=fluency(texts), num_generated=len(texts))
             if full and self.choices is not None:
                 ability = choice_accuracy(model, tokenizer, self.choices)
             if before is not None:
-                prefill, decode = slowdown(model, ids, held, before)
-                costs = replace(costs, bytes_on_disk=bytes_on_disk(held), prefill=prefill, decode=decode)
-                costs = replace(costs, forget_seconds=seconds_to_forget(held, facts[-1]))
-            return MethodResult(held.report, report, ability=ability, costs=costs)
+                prefill, decode = slowdown(model, ids, applied, before)
+                costs = replace(costs, bytes_on_disk=bytes_on_disk(applied), prefill=prefill, decode=decode)
+                costs = replace(costs, forget_seconds=seconds_to_forget(applied, facts[-1]))
+            return MethodResult(applied.report, report, ability=ability, costs=costs)

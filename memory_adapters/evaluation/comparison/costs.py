@@ -1,4 +1,4 @@
-"""What knowledge in a model costs: time to write and to forget, memory, bytes on disk, slower passes.
+"""Measure what knowledge in a model costs: time to write and to forget, memory, bytes on disk, slower passes.
 
 Times are taken on this machine and in this process, so they compare methods, not machines. Beside wall time there is
 the CPU time of all threads, which other work on the machine disturbs less.
@@ -27,33 +27,33 @@ from torch import nn
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.tokens import tokenize
-from memory_adapters.evaluation.comparison.baselines import Baseline, Held
+from memory_adapters.evaluation.comparison.baselines import AppliedBaseline, Baseline
 from memory_adapters.evaluation.scores.generation import NEUTRAL
 from memory_adapters.items import Fact, Item
 
 __all__ = [
     "Costs",
     "Speed",
+    "applied_at_cost",
     "bytes_on_disk",
     "memory_rise",
     "seconds_to_forget",
     "slowdown",
     "speed_prompt",
     "speeds",
-    "written",
 ]
 
 PROMPT_TOKENS = 128
 DECODED_TOKENS = 16
 DECODING_FROM = 8  # tokens of the prompt: the time is that of decoding
 ROUNDS = 9
-_give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 SAMPLING_SECONDS = 0.02
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a baseline's knowledge costs; None is what was not measured.
+    """Hold what a baseline costs; None is what was not measured.
 
     Attributes:
         seconds: Wall time to put it on the model, with whatever that needs (covariances, prefixes, copies of weights).
@@ -76,34 +76,36 @@ class Costs:
 
 
 class Speed(NamedTuple):
-    """Median seconds of a forward pass over a prompt and of decoding: CPU time, or wall time on an accelerator."""
+    """Hold median seconds of a forward pass over a prompt and of decoding: CPU time, or wall time on an accelerator."""
 
     prefill: float
     decode: float
 
 
 @contextmanager
-def written(model: Any, tokenizer: Any, baseline: Baseline, items: Sequence[Item]) -> Iterator[tuple[Held, Costs]]:
-    """As `baseline.holding`, with what it cost to get there."""
+def applied_at_cost(
+    model: Any, tokenizer: Any, baseline: Baseline, items: Sequence[Item]
+) -> Iterator[tuple[AppliedBaseline, Costs]]:
+    """Apply a baseline as `baseline.applied`, and measure what that costs."""
     device = _device(model)
     with ExitStack() as stack:
         with memory_rise(device) as rise:
             wall, cpu = time.perf_counter(), time.process_time()
-            held = stack.enter_context(baseline.holding(model, tokenizer, items))
+            applied = stack.enter_context(baseline.applied(model, tokenizer, items))
             _synchronize(device)
             costs = Costs(time.perf_counter() - wall, time.process_time() - cpu, rise())
-        yield held, costs
+        yield applied, costs
 
 
 @contextmanager
 def memory_rise(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Within this context the function says how many bytes more were in use at most so far than at its start.
+    """Yield a function that returns the most bytes that were in use so far, beyond those in use at the start.
 
     On CUDA they are PyTorch's allocations on `device`; else the process's resident set, sampled every 20 ms.
     """
     gc.collect()
-    if _give_back is not None:
-        _give_back(0)  # what glibc keeps of freed memory would hide a rise
+    if _malloc_trim is not None:
+        _malloc_trim(0)  # freed memory that glibc keeps would hide a rise
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -131,12 +133,12 @@ def memory_rise(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def speed_prompt(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """128 tokens of `texts`, again from the start if they have fewer."""
+    """Return 128 tokens of `texts`, again from the start if they have fewer."""
     return list(islice(cycle(chain.from_iterable(tokenize(tokenizer, text) for text in texts)), PROMPT_TOKENS))
 
 
 def speeds(model: Any, ids: Sequence[int], states: Sequence[Callable[[], AbstractContextManager[Any]]]) -> list[Speed]:
-    """Speed of a model in each of several states, timed in turns within this process.
+    """Time a model in each of several states, in turns within this process.
 
     Args:
         model: A causal LM.
@@ -165,32 +167,35 @@ def speeds(model: Any, ids: Sequence[int], states: Sequence[Callable[[], Abstrac
     return [Speed(*map(statistics.median, zip(*taken, strict=True))) for taken in times]
 
 
-def slowdown(model: Any, ids: Sequence[int], held: Held, before: Speed) -> Speed:
-    """Times with what is held ÷ without it.
+def slowdown(model: Any, ids: Sequence[int], applied: AppliedBaseline, before: Speed) -> Speed:
+    """Return the times with a baseline ÷ without it.
 
-    Both are taken in turns where it can be switched off. Where it cannot, as all weights that were trained, the other
-    time is `before`, which was taken in this process before it came.
+    Both are taken in turns if it can be switched off. If not, as with all weights, the time without it is `before`,
+    which was taken in this process before the baseline was applied.
     """
-    if held.disabled is None:
+    if applied.disabled is None:
         own, without = *speeds(model, ids, [nullcontext]), before
     else:
-        own, without = speeds(model, ids, [nullcontext, held.disabled])
+        own, without = speeds(model, ids, [nullcontext, applied.disabled])
     return Speed(own.prefill / without.prefill, own.decode / without.decode)
 
 
-def bytes_on_disk(held: Held) -> int:
-    """Size of all files that `held.save` writes."""
+def bytes_on_disk(applied: AppliedBaseline) -> int:
+    """Return the size of all files that `applied.save` writes."""
     with tempfile.TemporaryDirectory() as folder:
-        held.save(Path(folder))
+        applied.save(Path(folder))
         return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def seconds_to_forget(held: Held, fact: Fact) -> float | None:
-    """Wall time to take `fact` out, which is then gone; None where the rest would have to be written again."""
-    if held.forget is None:
+def seconds_to_forget(applied: AppliedBaseline, fact: Fact) -> float | None:
+    """Take `fact` out and return the wall time; None if the rest would have to be written again."""
+    if applied.forget is None:
         return None
     start = time.perf_counter()
-    held.forget(fact)
+    try:
+        applied.forget(fact)
+    except NotImplementedError:
+        return None
     return time.perf_counter() - start
 
 

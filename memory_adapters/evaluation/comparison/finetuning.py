@@ -1,4 +1,4 @@
-"""Plain training of parameters on the rows that a residual memory is trained on: what memories are compared with."""
+"""Train parameters of a model on items with `transformers.Trainer`: what memories are compared with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Recipe", "train"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How parameters are trained: the defaults are those of a residual memory.
+    """Set how parameters are trained.
 
     Attributes:
         learning_rate: AdamW's peak (cosine schedule).
@@ -37,7 +37,7 @@ class Recipe:
         warmup_steps: Steps of linear warm-up.
         weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: Gradient clipping.
-        num_prefixes: PrefixCache, from plain sentences, behind which each fact is trained beside its bare prompt.
+        num_prefixes: Prefixes, from plain sentences, behind which each fact is trained beside its bare prompt.
         seed: Of the data order and the prefixes.
         training_args: Other fields of `transformers.TrainingArguments`, such as `{"bf16": True}`.
 

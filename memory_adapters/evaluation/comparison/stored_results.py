@@ -1,4 +1,4 @@
-"""Results kept in a folder, so that what takes hours goes on where it was."""
+"""Store results in a folder, so that what takes hours resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from memory_adapters.files.atomic import atomic_file
 from memory_adapters.training.distributed import is_main_process
 
-__all__ = ["KeptResults", "digest"]
+__all__ = ["StoredResults", "digest"]
 
-NO_SETTINGS = {"progress", "disable_tqdm", "peft_version"}  # what changes no result
+WITHOUT_EFFECT = {"progress", "disable_tqdm", "peft_version"}  # settings that change no result
 SHOWN = 3
 
 
-class KeptResults:
-    """Results by name, a JSON file each, that count only for the settings they were measured with.
+class StoredResults:
+    """Store results by name, a JSON file each, that count only for the settings they were measured with.
 
     Args:
         folder: Where they are; made if need be.
@@ -30,10 +31,11 @@ class KeptResults:
         self.folder = Path(folder)
 
     def file(self, name: str) -> Path:
+        """Return the file of a result."""
         return self.folder / f"{quote(name, safe=' ')}.json"
 
     def read(self, name: str, settings: Mapping[str, Any]) -> Any:
-        """What `keep` was given, or None if there is nothing of that name.
+        """Return what `save` was given, or None if there is nothing of that name.
 
         Raises:
             ValueError: If it was measured with other settings, or its file is damaged.
@@ -42,8 +44,8 @@ class KeptResults:
         if not file.is_file():
             return None
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-            there, result = held["settings"], held["result"]
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            there, result = stored["settings"], stored["result"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"`{file}` is damaged: delete it, and it is measured again.") from None
         now, then = dict(_flat(plain(settings))), dict(_flat(there))
@@ -56,29 +58,25 @@ class KeptResults:
             )
         return result
 
-    def keep(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Write a result. A file that is there is replaced at once, or kept if this is interrupted."""
-        if not is_main_process():
-            return
-        file = self.file(name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        held = {"settings": plain(settings), "result": result}
-        unfinished.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+    def save(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Write a result. An existing file is replaced whole, or kept if this is interrupted."""
+        if is_main_process():
+            stored = {"settings": plain(settings), "result": result}
+            with atomic_file(self.file(name)) as staging:
+                staging.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of `value` as `plain` gives it."""
+    """Return the SHA-256 of `value` as `plain` gives it."""
     return hashlib.sha256(json.dumps(plain(value)).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON gives it back, without what changes no result; what JSON has no form of is written out."""
+    """Return `value` as JSON gives it back, without settings that change no result; other objects as their text."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
-        named = {str(key): plain(one) for key, one in value.items() if key not in NO_SETTINGS}
+        named = {str(key): plain(one) for key, one in value.items() if key not in WITHOUT_EFFECT}
         return dict(sorted(named.items()))
     if isinstance(value, (set, frozenset)):
         return sorted(plain(one) for one in value)
@@ -88,7 +86,7 @@ def plain(value: Any) -> Any:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The parts of nested mappings by dotted name."""
+    """Yield the parts of nested mappings by dotted name."""
     if isinstance(value, Mapping):
         for key, one in value.items():
             yield from _flat(one, f"{name}.{key}" if name else key)

@@ -1,4 +1,4 @@
-"""General ability: the share of multiple-choice questions that a model answers."""
+"""Measure general ability: the share of multiple-choice questions that a model answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_CHOICES = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """A question with answers to choose among.
+    """Ask a question with answers to choose among.
 
     Attributes:
         question: What the answers continue: a question, or the beginning of a sentence.
@@ -28,7 +28,7 @@ class Choice:
         answer: Index of the right one.
 
     Raises:
-        ValueError: If there are fewer, two are alike, or there is none at `answer`.
+        ValueError: If there are fewer than two choices, two are alike, or there is none at `answer`.
     """
 
     question: str
@@ -95,7 +95,7 @@ def known_choices(source: str | os.PathLike[str], limit: int | None = None, *, s
 
 
 def choice_accuracy(model: nn.Module, tokenizer: Any, choices: Sequence[Choice]) -> float:
-    """Share of the questions whose right answer has the highest mean log-probability per token, in [0, 1].
+    """Return the share of questions whose right answer has the highest mean log-probability per token, in [0, 1].
 
     Args:
         model: A causal LM, with what is to be judged active.

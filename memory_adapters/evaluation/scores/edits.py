@@ -1,4 +1,4 @@
-"""How well edits hold: on their prompts, on paraphrases, and on the neighbourhood that must not change.
+"""Score edits: on their prompts, on paraphrases, and on the neighbourhood that must not change.
 
 P(text | prompt) is the mean log-probability per token, as the field normalises it. A share is the mean over records of
 the mean over a record's prompts, so that a record with many paraphrases counts no more than one with few.
@@ -7,7 +7,6 @@ the mean over a record's prompts, so that a record with many paraphrases counts 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
+from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.base_model.tokens import batches_of, pad_rows, shared_length, tokenize
 from memory_adapters.evaluation.records import EditRecord
@@ -29,7 +29,7 @@ Query = tuple[str, str]
 
 @dataclass(frozen=True)
 class EditScores:
-    """Shares in [0, 1]; None where the records have nothing to judge by.
+    """Hold the scores of edits: shares in [0, 1]; None where the records have nothing to judge by.
 
     Attributes:
         efficacy: P(new) > P(true) on the prompt (ES).
@@ -69,18 +69,18 @@ class EditScores:
         object.__setattr__(self, "token_score", _harmonic_mean(tokens))
 
     def to_dict(self) -> dict[str, float | None]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def mean(cls, scores: Sequence[EditScores]) -> EditScores:
-        """Each share's mean over those of `scores` that have it; the harmonic means are of the means."""
+        """Average each share over those of `scores` that have it; the harmonic means are of the averages."""
         names = [f.name for f in fields(cls) if f.init]
         return cls(**{name: mean_of(getattr(one, name) for one in scores) for name in names})  # type: ignore[arg-type]
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are not None; None if there is none."""
+    """Return the mean of the values that are not None; None if there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -173,17 +173,17 @@ def _record_scores(record: EditRecord, scored: dict[Query, _Score]) -> EditScore
 
 
 def score_continuations(model: nn.Module, tokenizer: Any, queries: Sequence[Query]) -> list[tuple[float, bool]]:
-    """Mean log-probability per token of each (prompt, continuation), and whether greedy decoding gives it.
+    """Return each (prompt, continuation)'s mean log-probability per token, and whether greedy decoding gives it.
 
-    The continuation is joined with the space, if any, that its prompt needs, and is scored by its place in the joint
-    tokenisation.
+    The continuation is joined to its prompt with a space where one is needed. Both are tokenised together, and the
+    tokens behind the prompt are scored.
     """
     scored = _score(model, tokenizer, queries)
     return [(scored[query].log_prob, scored[query].exact) for query in queries]
 
 
 class _Score(NamedTuple):
-    """Mean log-probability per token of a continuation in nats, and the share of its tokens that are first choices."""
+    """Hold a continuation's mean log-probability per token in nats, and the share of tokens that are first choices."""
 
     log_prob: float
     token_accuracy: float
@@ -242,22 +242,10 @@ def _score(
             wanted[line_of, place_of] = True
             at = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[line_of, place_of]
             with logits_at(decoder, wanted):
-                # With a cache, what a memory puts before every prompt is not computed again in every pass.
+                # With a cache, slots that a memory puts before every prompt are not computed again in every pass.
                 logits = model(**inputs, use_cache=True).logits[0].float()
             at, token = at.to(logits.device), token.to(logits.device)
             log_prob.index_add_(0, owner.cpu(), (logits[at, token] - logits.logsumexp(-1)[at]).cpu())
             right.index_add_(0, owner.cpu(), (logits.argmax(-1)[at] == token).float().cpu())
             bar.update(len(batch))
     return dict(zip(asked, map(_Score, (log_prob / count).tolist(), (right / count).tolist()), strict=True))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode; afterwards each module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,4 +1,4 @@
-"""What an edited model says when it is left to speak: does it name the target, is it fluent, does it fit the edit?"""
+"""Judge what an edited model generates: does it name the target, is it fluent, does it fit the edit?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["consistency", "fluency", "generate_texts", "greedy_success", "ngram_
 BATCH_TOKENS = 4096
 LEAST_DECODED = 16
 ENTROPY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
-# What a model's own generation settings may set to something else.
+# Settings that a model's own generation config may change.
 NEUTRAL: dict[str, Any] = dict(
     num_beams=1, temperature=1.0, top_p=1.0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0
 )
@@ -42,7 +42,7 @@ def greedy_success(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
 ) -> list[bool]:
-    """Whether the text that the model decodes greedily after each prompt holds the target.
+    """Find whether the text that the model decodes greedily after each prompt holds the target.
 
     The target is looked for as it is written, and as whole words: `"Rome"` is not in `"Romeo"`.
 
@@ -85,7 +85,7 @@ def _holds(text: str, target: str) -> bool:
 
 
 def _is_spaced(character: str) -> bool:
-    """Whether words that begin or end with it are set off: true of letters and digits that are not wide."""
+    """Return whether words that begin or end with it stand between spaces: letters and digits that are not wide."""
     return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
 
 
@@ -144,7 +144,7 @@ def _continued(
     progress: bool,
     **settings: Any,
 ) -> list[list[int]]:
-    """New tokens of each row, so many as `num_new` says, generated in batches of like length padded on the left.
+    """Generate as many new tokens of each row as `num_new` says, in batches of like length padded on the left.
 
     Greedy decoding may end earlier; sampled text goes on, as fluency depends on its length.
     """
@@ -176,7 +176,7 @@ def _continued(
 
 
 def ngram_entropy(text: str, n: int) -> float:
-    """H_n = −Σ p log₂ p over the n-grams of the words of `text`, in bits; 0 if it has fewer than `n` words.
+    """Return H_n = −Σ p log₂ p over the n-grams of the words of `text`, in bits; 0 if it has fewer than `n` words.
 
     A word is a run of letters and digits, a punctuation mark, or a character of a script that is written unspaced.
     """
@@ -187,7 +187,7 @@ def ngram_entropy(text: str, n: int) -> float:
 
 
 def fluency(texts: Sequence[str]) -> float:
-    """GE = 100 · mean over texts of ½(⅔ H₂ + 4⁄3 H₃), with the entropies of `ngram_entropy`.
+    """Return GE = 100 · mean over texts of ½(⅔ H₂ + 4⁄3 H₃), with the entropies of `ngram_entropy`.
 
     Repetition lowers it, and length raises it: Wikipedia in pieces of 100 tokens has about 640. Compare texts of one
     length and language.
@@ -202,7 +202,7 @@ def fluency(texts: Sequence[str]) -> float:
 
 
 def consistency(generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
-    """RS = 100 · mean over edits of the cosine between the TF-IDF vectors of what is generated and of the references.
+    """Return RS = 100 · mean over edits of the cosine of the TF-IDF vectors of generated texts and references.
 
     An edit's texts are joined. The vocabulary and the inverse document frequencies are those of all the references,
     each text a document.

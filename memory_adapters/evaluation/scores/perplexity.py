@@ -1,4 +1,4 @@
-"""What a memory did to text it has nothing to do with: perplexity drift."""
+"""Measure the perplexity of a text, and read WikiText."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_wikitext(path: str | os.PathLike[str]) -> str:
 def perplexity(
     model: nn.Module, tokenizer: Any, text: str | Sequence[str], *, window: int = 512, max_tokens: int | None = None
 ) -> float:
-    """exp of the mean next-token loss over windows of `window` tokens.
+    """Return the exp of the mean next-token loss over windows of `window` tokens.
 
     Args:
         model: A causal LM.
@@ -51,7 +51,7 @@ def perplexity(
     for start in range(0, len(ids) - 1, window):
         row = torch.tensor([ids[start : start + window]], device=device)
         if row.shape[1] > 1:
-            # With a cache, what a memory puts before every text is not computed again in every pass.
+            # With a cache, slots that a memory puts before every text are not computed again in every pass.
             logits = model(input_ids=row, use_cache=True).logits[0, :-1].float()
             total += F.cross_entropy(logits, row[0, 1:], reduction="sum").item()
             count += row.shape[1] - 1
