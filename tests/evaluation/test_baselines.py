@@ -27,8 +27,6 @@ RECIPE = Recipe(learning_rate=1e-2, min_steps=20, num_train_epochs=1, num_prefix
 PROMPT = WrittenMemory(
     MemorySlotsConfig(num_slots=1, span_length=1, lora_rank=1), {"compress": False, "progress": False}
 )
-    MemorySlotsConfig(num_slots=1, span_length=1, lora_rank=1), {"compress": False, "progress": False}
-)
 
 
 def baselines() -> dict[str, Baseline]:

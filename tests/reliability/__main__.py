@@ -54,6 +54,7 @@ def run_worker(server: Any, folder: Path, *arguments: str, **settings: Any) -> s
     (folder / "tmp").mkdir()
     environment = server.client_environment(folder / "home") | {"TMPDIR": f"{folder}/tmp", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["MEMORY_ADAPTERS_CACHE"] = f"{folder}/cache"  # has the locks
     command = [sys.executable, "-m", "tests.reliability", *arguments, "--worker", str(folder)]
     return subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=False, **settings)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "fcntl.flock", "os.link", "os.symlink")
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.link", "os.symlink")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -32,18 +32,15 @@ class Kill(Protocol):
 
 
 def counting(root: Path, reached: Callable[[int], None]) -> None:
-    """Call `reached(n)` before the n-th call of this process that changes something under `root`, or locks a folder."""
+    """Call `reached(n)` before the n-th call of this process that changes something under `root`."""
     count = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
         opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
-        if not opens and event not in CHANGES:
-            return
-        if event != "fcntl.flock" and str(root) not in str(arguments[0]):
-            return
-        count += 1
-        reached(count - 1)
+        if (opens or event in CHANGES) and str(root) in str(arguments[0]):
+            count += 1
+            reached(count - 1)
 
     sys.addaudithook(hook)
 
@@ -92,53 +89,57 @@ class AtTime:
 
 
 def killed(operation: Callable[[], object], kill: Kill) -> bool:
-    """Run an operation in a child that is killed; whether that happened before it had ended."""
+    """Run an operation in a child that is killed, and return whether that happened before it had ended."""
+
+    def run() -> str:
+        kill.arm()
+        operation()
+        return "done"
+
+    child, reader = fork(run)
+    kill.watch(child)
+    status, said = ended(child, reader)
+    died = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXFSZ)
+    assert died or not status, f"the operation failed by itself (status {status})"
+    return said != "done"
+
+
+def measured(operation: Callable[[], object], root: Path) -> tuple[int, float]:
+    """Return how many calls change something under `root` in a run that nobody kills, and its seconds."""
+
+    def run() -> str:
+        last = [0]
+        counting(root, lambda n: last.__setitem__(0, n + 1))
+        operation()
+        return str(last[0])
+
+    start = time.perf_counter()
+    status, said = ended(*fork(run))
+    assert status == 0, "the operation fails without being killed"
+    return int(said), time.perf_counter() - start
+
+
+def fork(run: Callable[[], str]) -> tuple[int, int]:
+    """Run a function in a forked process that sends what it returns; its id and the pipe."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.close(reader)
-            kill.arm()
-            operation()
-            os.write(writer, b"done")
+            os.write(writer, run().encode())
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writer)
-    kill.watch(child)
-    _, status = os.waitpid(child, 0)
-    done = os.read(reader, 4) == b"done"
-    os.close(reader)
-    died = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXFSZ)
-    if not died and status:
-        raise AssertionError(f"the operation failed by itself (status {status})")
-    return not done
+    return child, reader
 
 
-def measured(operation: Callable[[], object], root: Path) -> tuple[int, float]:
-    """How many calls change something under `root` in a run that nobody kills, and its seconds."""
-    reader, writer = os.pipe()
-    start = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            last = [0]
-            counting(root, lambda n: last.__setitem__(0, n + 1))
-            operation()
-            os.write(writer, str(last[0]).encode())
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(writer)
+def ended(child: int, reader: int) -> tuple[int, str]:
+    """Wait for a forked process; its status and what it sent."""
     _, status = os.waitpid(child, 0)
-    seconds = time.perf_counter() - start
-    calls = int(os.read(reader, 20) or 0)
+    said = os.read(reader, 100).decode()
     os.close(reader)
-    assert status == 0, "the operation fails without being killed"
-    return calls, seconds
+    return status, said

@@ -155,7 +155,7 @@ def test_a_killed_save_is_not_half_loaded_where_it_cannot_be_finished(tmp_path: 
     new.save_pretrained(folder / COMMITTED)
     before = files_of(folder)
     with read_only(folder):
-        with pytest.raises(OSError, match="holds a save that was killed, and must be writable for its end"):
+        with pytest.raises(OSError, match="was killed before all its files were in their places"):
             load_memory(tiny_model(), folder)
         assert files_of(folder) == before
     model = tiny_model()
@@ -167,12 +167,12 @@ def test_a_killed_save_is_not_half_loaded_where_it_cannot_be_finished(tmp_path: 
 def test_a_place_that_is_taken_is_said_before_anything_changes(tmp_path: Path) -> None:
     save, _ = saver("residual")
     (tmp_path / "saved" / "README.md").mkdir(parents=True)
-    with pytest.raises(IsADirectoryError, match=r"README.md` is a folder, where a file is to be saved"):
+    with pytest.raises(IsADirectoryError, match=r"README.md` is a folder, but a file is to be saved there"):
         save(tmp_path / "saved")
     everything, _ = saver("all")
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "lora").write_text("mine")
-    with pytest.raises(NotADirectoryError, match=r"lora` is a file, where a folder is to be saved"):
+    with pytest.raises(NotADirectoryError, match=r"lora` is a file, but a folder is to be saved there"):
         everything(tmp_path / "all")
     assert files_of(tmp_path) == {"all/lora": b"mine"}
 

@@ -24,10 +24,10 @@ from memory_adapters.files.atomic import (
     atomic_directory,
     atomic_file,
     finish_interrupted_save,
-    locked,
     read_lock,
     scratch_folder,
 )
+from memory_adapters.files.locks import folder_lock
 from memory_adapters.training.checkpoints import checkpoint_to_resume, newest_checkpoint
 from tests.reliability.__main__ import MEMORY, run_worker
 from tests.reliability.operations import age, files_of
@@ -88,30 +88,46 @@ def test_threads_that_save_and_load_at_once_see_one_save(tmp_path: Path) -> None
     assert not any(memory._adapter_config.inference_mode for memory in memories)
 
 
-def test_what_a_live_process_writes_is_left_alone(tmp_path: Path) -> None:
-    dead = tmp_path / f"{STAGING}{os.uname().nodename}-dead"
-    elsewhere, old = tmp_path / f"{STAGING}another-host-1", tmp_path / f"{STAGING}1234-of-an-earlier-version"
-    for path in (dead, elsewhere, old):
-        path.mkdir()
-    os.utime(old, (0, 0))
+def test_what_is_being_saved_is_left_alone(tmp_path: Path) -> None:
+    dead = tmp_path / f"{STAGING}dead"
+    dead.mkdir()
     with ThreadPoolExecutor(1) as pool:
-        with locked(tmp_path):
+        with folder_lock(tmp_path):
             clearing = pool.submit(finish_interrupted_save, tmp_path)
             with pytest.raises(TimeoutError):
                 clearing.result(0.2)
             assert dead.is_dir()
         clearing.result()
-    assert [path.name for path in tmp_path.iterdir()] == [elsewhere.name]
+    assert not list(tmp_path.iterdir())
 
 
-def test_without_locks_nothing_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memory_adapters.files.atomic.fcntl", None)
-    (tmp_path / f"{STAGING}{os.uname().nodename}-1").mkdir()
-    with atomic_file(tmp_path / "a.txt") as staging:
+def test_a_thread_may_read_what_it_is_replacing(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with atomic_directory(tmp_path) as staging:
+            (staging / "a").write_text(text)
+            with read_lock(tmp_path), atomic_file(tmp_path / "b") as other:
+                other.write_text(text)
+            (staging / "c").write_text(text)
+    assert files_of(tmp_path) == {"a": b"new", "b": b"new", "c": b"new"}
+
+
+@pytest.mark.parametrize("reason", ["read-only", "no home"])
+def test_without_a_cache_locks_are_in_the_temporary_folder(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEMORY_ADAPTERS_CACHE", str(tmp_path / "file") if reason == "read-only" else "")
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with atomic_file(tmp_path / "folder" / "a") as staging:
         staging.write_text("a")
-    with read_lock(tmp_path):
-        assert (tmp_path / "a.txt").read_text() == "a"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert files_of(tmp_path / "folder") == {"a": b"a"}
+    (locks,) = tmp_path.glob("memory-adapters-locks-*")
+    assert [path.suffix for path in locks.iterdir()] == [".lock"]
+    if os.geteuid() == 0:
+        os.chown(locks, 12345, 12345)
+        with pytest.raises(PermissionError, match="is another user's: set MEMORY_ADAPTERS_CACHE"):
+            finish_interrupted_save(tmp_path / "folder")
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

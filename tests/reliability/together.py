@@ -8,10 +8,8 @@ prints how many loads and saves there were, as JSON.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 
 from memory_adapters import Covariance, MemorySlots, load_adapters, load_memory, save_adapters
 from memory_adapters.files.atomic import OWN
+from tests.reliability.killing import ended, fork
 from tests.support.composing import put
 from tests.support.contract import logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -41,24 +40,17 @@ def adapters_of(seed: int) -> Any:
     return model
 
 
-def child(work: Callable[[int], None], seconds: float) -> tuple[int, int]:
-    """Fork a process that repeats `work(n)`, and sends how often it did; its id and the pipe."""
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        status, count, end = 1, 0, time.monotonic() + seconds
-        try:
-            while time.monotonic() < end:
-                work(count)
-                count += 1
-            os.write(writer, str(count).encode())
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(writer)
-    return process, reader
+def repeated(work: Callable[[int], None], seconds: float) -> Callable[[], str]:
+    """What repeats `work(n)` for so long and says how often it did."""
+
+    def run() -> str:
+        count, end = 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            work(count)
+            count += 1
+        return str(count)
+
+    return run
 
 
 def run(folder: Path, seconds: float) -> dict[str, int]:
@@ -89,13 +81,14 @@ def run(folder: Path, seconds: float) -> dict[str, int]:
         MemorySlots.load(folder / "files")
 
     save(0)
-    children = {f"saver {seed}": child(lambda _number, seed=seed: save(seed), seconds) for seed in range(SAVERS)}
-    children |= {f"loader {number}": child(load, seconds) for number in range(2)}
+    works = {f"saver {seed}": lambda _number, seed=seed: save(seed) for seed in range(SAVERS)}
+    works |= {f"loader {number}": load for number in range(2)}
+    children = {name: fork(repeated(work, seconds)) for name, work in works.items()}
     counts = {}
-    for name, (process, reader) in children.items():
-        _, status = os.waitpid(process, 0)
+    for name, child in children.items():
+        status, said_by_child = ended(*child)
         assert status == 0, f"{name} failed"
-        counts[name] = int(os.read(reader, 20))
+        counts[name] = int(said_by_child)
     load(0)
     left = [str(path) for path in folder.rglob("*") if OWN in path.name]
     assert not left, left
