@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from memory_adapters import CovarianceFitter, MemitConfig
 from memory_adapters.cli.options import (
     DebugOption,
     DeviceOption,
@@ -21,6 +20,7 @@ from memory_adapters.cli.options import (
     QuietOption,
 )
 from memory_adapters.cli.run import running, wrong
+from memory_adapters.memit import CovarianceFitter, MemitConfig
 from memory_adapters.training.distributed import is_main_process
 from memory_adapters.validation import checked_layers
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from memory_adapters import load_memory
 from memory_adapters.cli.options import (
     AdapterArgument,
     DebugOption,
@@ -23,6 +22,7 @@ from memory_adapters.cli.options import (
 from memory_adapters.cli.run import running
 from memory_adapters.evaluation.edit_report import evaluate_edits, score_table
 from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
+from memory_adapters.inject import load_memory
 
 __all__ = ["evaluate", "read_records", "read_text"]
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from memory_adapters import load_memory
 from memory_adapters.cli.options import (
     AdapterArgument,
     DebugOption,
@@ -17,6 +16,7 @@ from memory_adapters.cli.options import (
     QuietOption,
 )
 from memory_adapters.cli.run import running
+from memory_adapters.inject import load_memory
 from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["export"]

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from tabulate import tabulate
 
-from memory_adapters import load_memory
 from memory_adapters.cli.options import (
     AdapterArgument,
     DebugOption,
@@ -20,6 +19,7 @@ from memory_adapters.cli.options import (
 )
 from memory_adapters.cli.run import Run, running
 from memory_adapters.cli.saved_memory import SavedMemory
+from memory_adapters.inject import load_memory
 from memory_adapters.report import WriteReport
 
 __all__ = ["info"]

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from memory_adapters import Fact
 from memory_adapters.cli.options import (
     DebugOption,
     DeviceOption,
@@ -22,6 +21,7 @@ from memory_adapters.cli.options import (
 from memory_adapters.cli.run import running
 from memory_adapters.evaluation.plots import trace_heatmap
 from memory_adapters.files.item_files import read_items
+from memory_adapters.items import Fact
 from memory_adapters.memit.tracing import load_known_facts, trace_facts
 from memory_adapters.training.distributed import is_main_process
 

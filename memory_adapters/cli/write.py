@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from memory_adapters import Document, Memory, inject_memory, load_memory
 from memory_adapters.cli.options import (
     DebugOption,
     DeviceOption,
@@ -24,7 +23,9 @@ from memory_adapters.cli.saved_memory import SavedMemory, with_settings
 from memory_adapters.cli.settings import check_config, check_names, method_named, parse_pairs
 from memory_adapters.files.item_files import read_items
 from memory_adapters.files.names import CONFIG_FILES
-from memory_adapters.items import Item
+from memory_adapters.inject import inject_memory, load_memory
+from memory_adapters.items import Document, Item
+from memory_adapters.memory import Memory
 from memory_adapters.registry import Method, methods
 from memory_adapters.training.distributed import is_main_process
 

@@ -14,6 +14,7 @@ from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.write import Writer, longest_row, write
+from memory_adapters.training.trainer import check_training_args
 
 __all__ = ["ResidualMemory"]
 
@@ -47,6 +48,11 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
         self.config.weight = float(value)
         for layer in self.tuner_layers():
             layer.weights[self.adapter_name] = float(value)
+
+    def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
+        remedy = "set `memory.config.{field} = {value!r}` before `write` instead"
+        check_training_args(options.get("training_args") or {}, remedy)
+        return items, []
 
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:
         return plain_rows(items, self.tokenizer, longest_row(self.model, self._config))

@@ -20,7 +20,7 @@ from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.training.dataset import FilledSampler, collate
 from memory_adapters.training.distributed import mean_weight, world_size
-from memory_adapters.training.trainer import AdapterTrainer, check_training_args, default_arguments
+from memory_adapters.training.trainer import AdapterTrainer, default_arguments
 
 __all__ = ["MemoryTrainer", "parameters_of", "training_arguments"]
 
@@ -158,12 +158,7 @@ def training_arguments(
         output_dir: Where checkpoints go, unless `training_args` says otherwise.
         training_args: Other fields, which the config does not have.
         num_turns: Turns of an epoch.
-
-    Raises:
-        ValueError: If `training_args` has a field that the config has too.
     """
-    training_args = training_args or {}
-    check_training_args(training_args, "set `memory.config.{field} = {value!r}` before `write` instead")
     config = memory.config
     steps_an_epoch = -(-num_turns // config.batch_size)
     settings: dict[str, Any] = dict(
@@ -176,7 +171,7 @@ def training_arguments(
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
     )
-    return default_arguments(memory.model, {**settings, **training_args})
+    return default_arguments(memory.model, {**settings, **(training_args or {})})
 
 
 def _divergence(logits: Tensor, teacher_ids: Tensor, teacher_log_probs: Tensor) -> Tensor:

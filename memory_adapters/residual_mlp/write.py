@@ -157,7 +157,7 @@ class Writer:
         self, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback], resume: bool | str
     ) -> list[float]:
         """Train on the turns; returns each epoch's mean loss."""
-        turns = self.turns + (self._locality_slots() if self.config.locality_weight > 0 else [])
+        turns = self.turns + (self._locality_turns() if self.config.locality_weight > 0 else [])
         rows = [row for turn in turns for row in turn.rows]
         ids = [row.input_ids for row in rows]
         reuse, states = self._stored_states(ids)
@@ -178,7 +178,7 @@ class Writer:
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(resume, arguments.output_dir))
         return trainer.epoch_losses
 
-    def _locality_slots(self) -> list[TrainingTurn]:
+    def _locality_turns(self) -> list[TrainingTurn]:
         subjects = [item.subject for item in self.items if isinstance(item, Fact)]
         prompts = subjects + [prefix + subject for prefix in self.prefixes[:1] for subject in subjects]
         with self.memory.disabled():
