@@ -50,10 +50,11 @@ audit: $(VENV)/.installed ## known vulnerabilities of what is installed; fails i
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python -m pip_audit --strict --local --skip-editable
 
-check: $(VENV)/.installed ## lint, format, types
+check: $(VENV)/.installed ## lint, format, types, layout
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
 
 # Both experiments keep what is finished in $(RESULTS) and go on from there; each takes two to three hours of a core.
 fever: $(VENV)/.installed ## the FEVER experiment on 4 pages; FULL=1 takes 99
