@@ -1,15 +1,14 @@
-"""The FEVER experiment: does memorising pages, or how they are asked about, help a frozen model to judge claims?"""
+"""Run the FEVER experiment: does a memory of pages, or of solved claims, help a frozen model to judge claims?"""
 
-from examples.fever.candidates import EXPERIMENT, Bench, Candidate, Reading, standard_candidates
+from examples.fever.baselines import EXPERIMENT, FeverBaseline, Reading, Setup, standard_baselines
 from examples.fever.data import Claim, FeverData, Page, group_by_page, load_claims, load_pages
 from examples.fever.experiment import FeverResults, Run, run_fever
 from examples.fever.scoring import Judgement, Metrics, judge, measure, separation
 
 __all__ = [
     "EXPERIMENT",
-    "Bench",
-    "Candidate",
     "Claim",
+    "FeverBaseline",
     "FeverData",
     "FeverResults",
     "Judgement",
@@ -17,6 +16,7 @@ __all__ = [
     "Page",
     "Reading",
     "Run",
+    "Setup",
     "group_by_page",
     "judge",
     "load_claims",
@@ -24,5 +24,5 @@ __all__ = [
     "measure",
     "run_fever",
     "separation",
-    "standard_candidates",
+    "standard_baselines",
 ]

@@ -1,4 +1,4 @@
-"""The experiment's prompt, with solved claims of the same page before the one to judge; and what is written."""
+"""Make the experiment's prompt, with solved claims of the same page before the one to judge; and what is written."""
 
 from __future__ import annotations
 

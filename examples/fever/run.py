@@ -4,7 +4,7 @@
 
 FOLDER holds fever/claims.json and fever/pages.jsonl; by default it is $MEMORY_ADAPTERS_DATA. For FEVER's own files give
 `--claims shared_task_dev.jsonl --pages wiki-pages` and, if you like, `--training-claims train.jsonl`; KILT's files work
-too. By default 4 pages, which takes some hours of one CPU core; `--full` takes 99. What is finished is kept in the
+too. By default 4 pages, which takes some hours of one CPU core; `--full` takes 99. What is finished is stored in the
 folder of results: after an interruption, run the same command again.
 """
 
@@ -31,7 +31,7 @@ from examples.fever import (
     load_claims,
     load_pages,
     run_fever,
-    standard_candidates,
+    standard_baselines,
 )
 from examples.fever.experiment import SCORINGS
 from memory_adapters.embedded_model import embedded_model
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--other-shots", type=int, nargs="+", default=[0, 1], help="for what the experiment left open")
     parser.add_argument("--training-shots", type=int, default=1, help="solved claims before each training claim")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--baselines", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--epochs", type=float, default=25)
     parser.add_argument("--encoder", help="slot encoder of the model; by default that of the embedded model")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -78,10 +78,10 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
     model = model.to(arguments.device).eval()
     encoder = arguments.encoder or (None if arguments.model else str(ENCODER))
-    candidates = standard_candidates(model, encoder=encoder, epochs=arguments.epochs, bf16=arguments.dtype != "float32")
-    chosen = arguments.candidates or list(candidates)
-    if unknown := sorted(set(chosen) - set(candidates)):
-        parser.error(f"--candidates has {unknown}; there are: {', '.join(candidates)}")
+    baselines = standard_baselines(encoder=encoder, epochs=arguments.epochs, bf16=arguments.dtype != "float32")
+    chosen = arguments.baselines or list(baselines)
+    if unknown := sorted(set(chosen) - set(baselines)):
+        parser.error(f"--baselines has {unknown}; there are: {', '.join(baselines)}")
     run = partial(
         run_fever,
         model,
@@ -99,7 +99,7 @@ def main() -> None:
         },
     )
     parts = [
-        run(candidates={name: candidates[name] for name in part}, shots=shots)
+        run(baselines={name: baselines[name] for name in part}, shots=shots)
         for part, shots in (
             ([name for name in chosen if name in EXPERIMENT], arguments.shots),
             ([name for name in chosen if name not in EXPERIMENT], arguments.other_shots),
@@ -113,7 +113,7 @@ def main() -> None:
     (output / "fever.json").write_text(json.dumps(results.to_dict()) + "\n")
     (output / "fever.md").write_text(results.markdown())
     shown = SHOWN_SHOTS if SHOWN_SHOTS in results.shots else results.shots[0]
-    values = results.values_by_candidate
+    values = results.values_by_baseline
     panels = {f"{scoring} answers, {shown}-shot": values(shown, scoring, "accuracy") for scoring in SCORINGS}
     error_bars(panels, "accuracy", output / "fever.png")
     odds = {f"{k}-shot": values(k, "odds", "auc") for k in results.shots[:2]}

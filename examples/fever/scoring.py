@@ -1,4 +1,4 @@
-"""What a model answers: decoded greedily, as in the experiment, and by comparing the answers' probabilities."""
+"""Judge claims by what a model decodes greedily, as in the experiment, and by the answers' probabilities."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Judgement:
-    """A model's answers to one prompt.
+    """Hold a model's answers to one prompt.
 
     Attributes:
         generated: The label whose answer greedy decoding begins with; None if it begins with none of them.
         likeliest: The label whose answer is likeliest where the answers' tokens part, given what they share.
-        log_odds: log P((a)) − log P((b)) there: how far the claim is held to be supported rather than refuted.
+        log_odds: log P((a)) − log P((b)) there: above 0 if the claim is likelier supported than refuted.
     """
 
     generated: str | None
@@ -39,7 +39,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Shares in [0, 1], as scikit-learn defines them over the labels that occur in the truth.
+    """Hold shares in [0, 1], as scikit-learn defines them over the labels that occur in the truth.
 
     Attributes:
         accuracy: Right answers ÷ all.
@@ -114,18 +114,18 @@ def judge(
     Args:
         model: A causal LM, with what is to be judged active.
         tokenizer: Its tokenizer.
-        prompts: What it is asked.
+        prompts: What it is queries.
         batch_tokens: Most tokens a batch, with padding.
         progress: Show a bar.
 
     Raises:
         ValueError: If the tokenizer makes the same tokens of two answers.
     """
-    asked = [_Asked.of(tokenizer, prompt) for prompt in prompts]
+    queries = [_Query.of(tokenizer, prompt) for prompt in prompts]
     found: list[Judgement | None] = [None] * len(prompts)
     with evaluating(model), tqdm(total=len(prompts), desc="judging", unit="claim", disable=not progress) as bar:
-        for batch in batches_of([one.prompt for one in asked], batch_tokens):
-            rows = [asked[i] for i in batch]
+        for batch in batches_of([one.prompt for one in queries], batch_tokens):
+            rows = [queries[i] for i in batch]
             tokens, logits = _decode(model, tokenizer, [row.prompt for row in rows], max(row.length for row in rows))
             parted = [_at_parting(row, ids, steps) for row, ids, steps in zip(rows, tokens, logits, strict=True)]
             missing = [row.prompt + row.shared for row, scores in zip(rows, parted, strict=True) if scores is None]
@@ -142,7 +142,7 @@ def judge(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Query:
     """A prompt's tokens, those that all answers begin with behind it, and the token of each answer that comes next."""
 
     prompt: list[int]
@@ -151,7 +151,7 @@ class _Asked:
     length: int
 
     @classmethod
-    def of(cls, tokenizer: Any, prompt: str) -> _Asked:
+    def of(cls, tokenizer: Any, prompt: str) -> _Query:
         wholes = [tokenize(tokenizer, f"{prompt} {answer}") for answer in ANSWERS.values()]
         own = tokenize(tokenizer, prompt)
         start = min(shared_length(own, whole) for whole in wholes)
@@ -162,7 +162,7 @@ class _Asked:
         return cls(own[:start], wholes[0][start:common], parting, max(map(len, wholes)) - start)
 
 
-def _at_parting(row: _Asked, ids: Sequence[int], steps: Tensor) -> Tensor | None:
+def _at_parting(row: _Query, ids: Sequence[int], steps: Tensor) -> Tensor | None:
     """Logits (vocabulary) where the answers part, if greedy decoding went there."""
     return steps[len(row.shared)] if list(ids[: len(row.shared)]) == row.shared else None
 

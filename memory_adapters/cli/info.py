@@ -90,10 +90,9 @@ def _as_text(result: dict[str, Any]) -> str:
     if "fits" in result:
         rows["fits the model"] = "yes" if result["fits"] else f"no: {result['unfit']}"
     parts = [_table(rows.items())]
-    parts += [f"stored numbers  {sum(numbers.values()):,}\n{_table((f, f'{n:,}') for f, n in numbers.items())}"]
-    parts += [
-        f"write {i}\n{_table(WriteReport.from_dict(write).rows())}" for i, write in enumerate(result["writes"], 1)
-    ]
+    parts.append(f"stored numbers  {sum(numbers.values()):,}\n{_table((f, f'{n:,}') for f, n in numbers.items())}")
+    reports = [WriteReport.from_dict(write) for write in result["writes"]]
+    parts += [f"write {i}\n{_table(report.rows())}" for i, report in enumerate(reports, 1)]
     if result["items"]:
         shown = [{name: shorten(value, MOST_SHOWN) for name, value in item.items()} for item in result["items"]]
         parts.append(f"{len(shown)} items\n{_table(shown, 'keys')}")

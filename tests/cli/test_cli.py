@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ from typer.testing import CliRunner, Result
 import memory_adapters
 from memory_adapters import cli, load_memory
 from memory_adapters.cli.app import app
-from memory_adapters.cli.saved_memory import CONFIGS
 from memory_adapters.evaluation.records import load_facts
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.memit.tracing import TraceTable
+from memory_adapters.registry import method_of, methods
 from tests.support.hub import HubServer
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -82,7 +83,9 @@ def test_write(here: Path, tmp_path: Path, method: str) -> None:
     assert (report["output"], report["commit"]) == (str(target), None)
     assert "%|" not in result.stderr
     memory = load_memory(tiny_model(), target)
-    assert type(memory.config) is CONFIGS[method]
+    found = method_of(memory.config)
+    assert found is not None
+    assert found.name == method
     assert memory.num_parameters() == report["num_parameters"]
     assert "holds another memory" in words(run(*arguments, code=2))
 
@@ -94,8 +97,8 @@ def test_write_more(here: Path, tmp_path: Path) -> None:
     more = ["write", here / "model", here / "facts.json", "--output", target, "--adapter", target]
     assert "1 fact about the same subject" in run(*more, "--set", "steps=1").stdout
     known = said("info", target)
-    assert [fact["target"] for fact in known["facts"]] == ["Rome", "piano"]
-    assert known["settings"] == {"covariance_tokens": 128, "num_prefixes": 1, "steps": 1}
+    assert [fact["target"] for fact in known["items"]] == ["Rome", "piano"]
+    assert known["settings"] == {"layers": [1], "covariance_tokens": 128, "num_prefixes": 1, "steps": 1}
     assert len(known["writes"]) == 2
     assert "does not load with layers changed" in words(run(*more, "--set", "layers=[2]", code=2))
     assert "is of the method memit" in words(run(*more, "--method", "slots", code=2))
@@ -104,14 +107,20 @@ def test_write_more(here: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ([], "give one of residual, memit, slots"),
+        ([], f"give one of {', '.join(methods())}, or a memory with --adapter"),
         (["--method", "memit", "--set", "step=2"], "MemitConfig has no field `step`; it has batch_tokens, chat, clamp"),
         (["--method", "memit", "--set", "facts=[]"], "no field `facts`"),
         (["--method", "memit", "--set", "steps"], "'steps' has no value"),
         (["--method", "memit", "--set", "steps=many"], "`steps` must be an integer at least 1, got 'many'"),
-        (["--method", "slots", "--covariance", "c0"], "the method slots uses none"),
+        (
+            ["--method", "slots", "--option", "covariance=c"],
+            "has no option `covariance`; it has compress, refine_steps",
+        ),
+        (["--method", "residual", "--option", "unrelated"], "'unrelated' has no value"),
+        (["--method", "slots", "--option", "progress=true"], "no option `progress`"),
+        (["--method", "slots", "--set", "has_slots=true"], "no field `has_slots`"),
         (["--method", "memit", "--private"], "--push, which is not given"),
-        (["--method", "other"], "other"),
+        (["--method", "other"], f"'other' is no method; give one of {', '.join(methods())}"),
         (["--method", "memit", "--device", "abacus"], "'abacus' is no device"),
         (["--method", "memit", "--min-recall", "2"], "'--min-recall'"),
     ],
@@ -146,7 +155,7 @@ def test_failure(here: Path, tmp_path: Path, flags: list[str]) -> None:
 
 def test_a_bug_and_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     find = Mock(side_effect=[KeyError("surprise"), KeyboardInterrupt()])
-    monkeypatch.setattr("memory_adapters.cli.files.SavedMemory.find", find)
+    monkeypatch.setattr("memory_adapters.cli.info.SavedMemory.find", find)
     assert run("info", "memory", code=1).stderr == "error: KeyError: 'surprise' (--debug shows where)\n"
     assert run("info", "memory", code=130).stderr == "interrupted\n"
 
@@ -200,11 +209,11 @@ def test_covariance(here: Path, tmp_path: Path) -> None:
     assert state.read_bytes() == file.read_bytes()
     assert "64 tokens of text sampled" in run("covariance", here / "model", "--output", file, "--tokens", 64).stdout
     edit = ["write", here / "model", here / "one.jsonl", "--method", "memit", "--output", tmp_path / "edit"]
-    (note,) = said(*edit, *quick("memit"), "--covariance", file)["notes"]
+    *_, note = said(*edit, *quick("memit"), "--option", f"covariance={file}")["notes"]
     assert note == "covariance of 64 tokens of text sampled from the model (seed 0)"
     assert "are not given" in words(run("covariance", here / "model", "--output", file, "--checkpoint", state, code=2))
     assert "'a' must be blocks" in words(run("covariance", here / "model", "--output", file, "--layers", "a", code=2))
-    missing = run(*edit[:-1], tmp_path / "new", "--covariance", tmp_path / "no.safetensors", code=1)
+    missing = run(*edit[:-1], tmp_path / "new", "--option", f"covariance={tmp_path / 'no.safetensors'}", code=1)
     assert "does not exist" in missing.stderr
 
 
@@ -216,7 +225,9 @@ def test_export(here: Path, tmp_path: Path) -> None:
     merged = run(*arguments, tmp_path / "merged", "--format", "merged")
     assert merged.stdout == f"saved in {tmp_path / 'merged'}\n"
     assert "prompt-tuning" in run(*arguments, tmp_path / "x", "--format", "prompt-tuning", code=1).stderr
-    run(*arguments, tmp_path / "x", "--format", "other", code=2)
+    refused = run(*arguments, tmp_path / "x", "--format", "other", code=1)
+    assert "`format='other'` must be one of 'gguf', 'merged', 'vllm'" in refused.stderr
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("method", QUICK)
@@ -224,14 +235,17 @@ def test_info(here: Path, tmp_path: Path, method: str) -> None:
     known = said("info", here / method, "--model", here / "model")
     assert (known["method"], known["fits"], known["unfit"]) == (method, True, None)
     assert known["base_model"] == str(here / "model")
-    assert known["layers"] == {"residual": [0], "memit": [1], "slots": None}[method]
+    assert known["settings"].get("layers") == {"residual": [0], "memit": [1], "slots": None}[method]
+    assert known["settings"].get("refine_steps") == (2 if method == "slots" else None)
     stored = known["stored_numbers"]["adapter_model.safetensors"]
     assert stored == load_memory(tiny_model(), here / method).num_parameters()
-    assert [fact["target"] for fact in known["facts"] or []] == (["Rome", "piano"] if method == "memit" else [])
-    assert (known["slots"] or {}).get("refine_steps") == (2 if method == "slots" else None)
-    assert known["writes"][0]["written"] == "2 Facts"
+    assert [fact["target"] for fact in known["items"]] == ["Rome", "piano"]
+    assert known["writes"][0]["num_items"] == {"Fact": 2}
     text = run("info", here / method).stdout
     assert text.startswith("method ")
+    assert f"(--method {method})" in text
+    assert re.search(r"^written +2 Facts$", text, re.MULTILINE)
+    assert re.search(r"^The Eiffel Tower is in +Eiffel Tower +Rome$", text, re.MULTILINE)
     assert "fits" not in text
     if method == "memit":
         other = tmp_path / "model"
@@ -280,4 +294,4 @@ def test_installed_program_pushes(here: Path, tmp_path: Path, loopback_hub: HubS
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["commit"].startswith(loopback_hub.url)
     assert loopback_hub.repos["me/edit"].private
-    assert said("info", tmp_path / "edit")["facts"][0]["target"] == "Rome"
+    assert said("info", tmp_path / "edit")["items"][0]["target"] == "Rome"

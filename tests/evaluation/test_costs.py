@@ -73,12 +73,12 @@ def test_memory_is_watched_until_the_end_also_on_failure() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other allocators give freed memory back in their own time")
 def test_memory_that_was_freed_before_counts_again() -> None:
-    found, held = [], []
+    found, still_used = [], []
     for _ in range(3):
         with memory_rise(torch.device("cpu")) as rise:
             many = [torch.ones(25_000) for _ in range(400)]  # 100 kB each: from the heap, which keeps what is freed
             found.append(rise())
-            held.append(many.pop())  # below what is still in use
+            still_used.append(many.pop())  # below what is still in use
             del many
     assert all(35 * MEGABYTE < one < 60 * MEGABYTE for one in found), found
 

@@ -1,4 +1,4 @@
-"""The FEVER experiment: what counts as an answer, its scores, every candidate, resumption, and its tables."""
+"""The FEVER experiment: what counts as an answer, its scores, every baseline, resumption, and its tables."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import PreTrainedModel
 
 from examples.fever import (
-    Bench,
     FeverData,
     Page,
     Run,
+    Setup,
     judge,
     measure,
     run_fever,
     separation,
-    standard_candidates,
+    standard_baselines,
 )
 from examples.fever.data import LABELS, Claim
 from examples.fever.experiment import FeverResults
@@ -125,7 +125,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeverResults, Pa
         m,
         byte_tokenizer(),
         data,
-        standard_candidates(m, epochs=1),
+        standard_baselines(epochs=1),
         folder,
         shots=(0, 1),
         seeds=(0,),
@@ -137,34 +137,34 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeverResults, Pa
     return found, folder
 
 
-def test_every_candidate_judges_every_claim(finished: tuple[FeverResults, Path]) -> None:
+def test_every_baseline_judges_every_claim(finished: tuple[FeverResults, Path]) -> None:
     results, _ = finished
-    assert len(results.candidates) == 16
+    assert len(results.baselines) == 16
     for run in results.runs:
         assert sorted(run.truth) == [0, 0, 1, 1]
         for answers in (run.generated, run.likeliest, run.log_odds):
             assert set(answers) == {"0", "1"}
             assert all(len(labels) == 4 for labels in answers.values())
-    stored = {run.candidate: run.num_parameters for run in results.runs}
+    stored = {run.baseline: run.num_parameters for run in results.runs}
     assert stored["Pretrained"] == stored["page in the prompt"] == 0
     assert stored["Doc and Temp, two memories"] > stored["Doc"] > 0
     assert stored["Temp, all weights"] == sum(p.numel() for p in model().parameters())
 
 
-def test_candidates_differ_where_they_should(finished: tuple[FeverResults, Path]) -> None:
+def test_baselines_differ_where_they_should(finished: tuple[FeverResults, Path]) -> None:
     m, tokenizer = model(), byte_tokenizer()
-    candidates = standard_candidates(m, epochs=3)  # the first step of one alone has no learning rate yet
-    bench = Bench(m, tokenizer, data(), 0, 1, finished[1], ["Some other text here."] * 8)
+    baselines = standard_baselines(epochs=3)  # the first step of one alone has no learning rate yet
+    setup = Setup(m, tokenizer, data(), 0, 1, finished[1], ["Some other text here."] * 8)
     before = logits(m)
-    for name, candidate in candidates.items():
-        with candidate.holding(bench) as reading:
+    for name, baseline in baselines.items():
+        with baseline.applied(setup) as reading:
             changed = not torch.equal(logits(m), before)
             if reading.page is not None:
-                with reading.page(bench.data.pages[0]):
+                with reading.page(setup.data.pages[0]):
                     first = logits(m)
-                with reading.page(bench.data.pages[1]):
+                with reading.page(setup.data.pages[1]):
                     assert not torch.equal(logits(m), first), "each page has slots of its own"
-            assert bool(reading.context(bench.data.pages[0])) == (name == "page in the prompt")
+            assert bool(reading.context(setup.data.pages[0])) == (name == "page in the prompt")
             assert len(memories(m)) == {"Doc and Temp, two memories": 2}.get(
                 name.removesuffix(", router"), len(memories(m))
             )
@@ -182,22 +182,22 @@ def test_a_second_call_runs_nothing_again(finished: tuple[FeverResults, Path], m
 
     monkeypatch.setattr("examples.fever.experiment.judge", refuse)
     settings: dict[str, Any] = dict(shots=(0, 1), seeds=(0,), about={"model": "tiny"}, progress=False)
-    candidates = standard_candidates(m, epochs=1)
-    again = run_fever(m, byte_tokenizer(), data, candidates, folder, **settings)
+    baselines = standard_baselines(epochs=1)
+    again = run_fever(m, byte_tokenizer(), data, baselines, folder, **settings)
     assert again == results
-    fewer = run_fever(m, byte_tokenizer(), data, candidates, folder, **{**settings, "shots": (0,)})
+    fewer = run_fever(m, byte_tokenizer(), data, baselines, folder, **{**settings, "shots": (0,)})
     assert fewer.runs == results.runs
     with pytest.raises(AssertionError, match="run again"):
-        run_fever(m, byte_tokenizer(), data, candidates, folder, **{**settings, "shots": (0, 2)})
+        run_fever(m, byte_tokenizer(), data, baselines, folder, **{**settings, "shots": (0, 2)})
     with pytest.raises(ValueError, match="other model: give another folder"):
-        run_fever(m, byte_tokenizer(), data, candidates, folder, **{**settings, "about": {"model": "big"}})
+        run_fever(m, byte_tokenizer(), data, baselines, folder, **{**settings, "about": {"model": "big"}})
     (folder / "runs" / "Temp-seed0.json").unlink()
     with pytest.raises(AssertionError, match="run again"):
-        run_fever(m, byte_tokenizer(), data, candidates, folder, **settings)
-    for name in ("candidates", "shots", "seeds"):
-        given: dict[str, Any] = {"candidates": candidates, **settings, name: {}}
+        run_fever(m, byte_tokenizer(), data, baselines, folder, **settings)
+    for name in ("baselines", "shots", "seeds"):
+        given: dict[str, Any] = {"baselines": baselines, **settings, name: {}}
         with pytest.raises(ValueError, match=f"`{name}` is empty"):
-            run_fever(m, byte_tokenizer(), data, given.pop("candidates"), folder, **given)
+            run_fever(m, byte_tokenizer(), data, given.pop("baselines"), folder, **given)
 
 
 def test_an_interrupted_run_leaves_the_model_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +208,9 @@ def test_an_interrupted_run_leaves_the_model_whole(tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     monkeypatch.setattr("examples.fever.experiment.judge", interrupt)
-    for name, candidate in standard_candidates(m, epochs=1).items():
+    for name, baseline in standard_baselines(epochs=1).items():
         with pytest.raises(KeyboardInterrupt):
-            run_fever(m, byte_tokenizer(), data, {name: candidate}, tmp_path, shots=(0,), seeds=(0,), progress=False)
+            run_fever(m, byte_tokenizer(), data, {name: baseline}, tmp_path, shots=(0,), seeds=(0,), progress=False)
         assert fingerprint(m) == state, name
     assert not list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True
 
@@ -225,23 +225,23 @@ def test_tables_and_chart(tmp_path: Path) -> None:
     about = {"seeds": [0, 1], "N_full": 9, "N_top": 3, "N_trunc": 2, "labels": {YES: 2, NO: 2}}
     results = FeverResults(about, runs)
     assert results.table("accuracy", "generated").splitlines() == [
-        "|  | 1-shot |",
-        "| --- | --- |",
-        "| Doc | 0.750 ± 0.354 |",
+        "|      |        1-shot |",
+        "|:-----|--------------:|",
+        "| Doc  | 0.750 ± 0.354 |",
         "| Temp | 0.250 ± 0.000 |",
     ]
-    more = FeverResults(about, [*runs, replace(runs[0], candidate="asked less", generated={"0": [0] * 4})])
+    more = FeverResults(about, [*runs, replace(runs[0], baseline="asked less", generated={"0": [0] * 4})])
     assert more.table("accuracy", "generated").splitlines()[2:] == [
-        "| Doc | – | 0.750 ± 0.354 |",
-        "| Temp | – | 0.250 ± 0.000 |",
-        "| asked less | 0.500 | – |",
+        "| Doc        |        – | 0.750 ± 0.354 |",
+        "| Temp       |        – | 0.250 ± 0.000 |",
+        "| asked less |    0.500 |             – |",
     ]
     assert results.majority == 0.5
     text = results.markdown()
     assert "N_full=9, N_top=3, N_trunc=2" in text
     assert text.count("### ") == 9
-    assert json.loads(json.dumps(results.to_dict()))["runs"][0]["candidate"] == "Doc"
-    accuracies = results.values_by_candidate(1, "generated", "accuracy")
+    assert json.loads(json.dumps(results.to_dict()))["runs"][0]["baseline"] == "Doc"
+    accuracies = results.values_by_baseline(1, "generated", "accuracy")
     assert accuracies == {"Doc": [1.0, 0.5], "Temp": [0.25, 0.25]}
     assert results.values("Doc", 1, "odds", "auc") == [0.75, 0.75], "3 of the 4 pairs are in order"
     figure = error_bars({"generated": accuracies}, "accuracy", tmp_path / "chart.png")

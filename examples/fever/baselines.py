@@ -1,6 +1,6 @@
-"""Ways to help a model judge claims: those of the experiment, and those it left open.
+"""Help a model judge claims, in the ways of the experiment and in those that it left open.
 
-A candidate is on the model within a `with` statement, which gives how a claim of a page is put to the model then.
+A baseline is on the model within a `with` statement, which gives how a claim of a page is put to the model then.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 
 from examples.fever.data import FeverData, Page
 from examples.fever.prompts import documents, facts, solved_claims
-from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.config import MemoryConfig
-from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, Memorised
+from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, WrittenMemory
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.inject import inject_memory, load_memory
 from memory_adapters.items import Item
@@ -26,7 +25,7 @@ from memory_adapters.memit import MemitConfig
 from memory_adapters.memory_slots import MemorySlotsConfig
 from memory_adapters.residual_mlp import MemoryAdapterConfig
 
-__all__ = ["EXPERIMENT", "Bench", "Candidate", "Reading", "standard_candidates"]
+__all__ = ["EXPERIMENT", "FeverBaseline", "Reading", "Setup", "standard_baselines"]
 
 DOC, TEMP = "Doc", "Temp"
 WHOLE_EPOCHS = 10  # of what is trained through the whole model
@@ -34,8 +33,8 @@ EXPERIMENT = ("Pretrained", "Doc", "Temp", "DocTemp", "Doc, decay .01", "Temp, d
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What a candidate works with.
+class Setup:
+    """Hold what a baseline works with.
 
     Attributes:
         model: A causal LM.
@@ -43,7 +42,7 @@ class Bench:
         data: Pages and claims.
         seed: Of everything random.
         training_shots: Solved claims before each training claim in the few-shot form.
-        folder: Where memories are kept that another candidate needs too.
+        folder: Where memories are saved that another baseline needs too.
         unrelated: Text on which residual memories are to be silent.
     """
 
@@ -72,53 +71,53 @@ class Bench:
 
 @dataclass(frozen=True)
 class Reading:
-    """How claims are put to the model while a candidate is on it.
+    """Say how claims are put to the model while a baseline is on it.
 
     Attributes:
-        num_parameters: Numbers that the candidate stores.
+        num_parameters: How many numbers the baseline stores.
         context: Text before the prompt of a claim of this page.
         page: A context within which the model judges claims of this page; None where pages may be mixed.
-        kept_seconds: Seconds that what was prepared before, for another candidate, took then.
+        saved_seconds: Seconds that the memories took that were trained before, for another baseline.
     """
 
     num_parameters: int = 0
     context: Callable[[Page], str] = lambda page: ""
     page: Callable[[Page], AbstractContextManager[Any]] | None = None
-    kept_seconds: float = 0.0
+    saved_seconds: float = 0.0
 
 
-class Candidate(ABC):
-    """A way to help a model judge claims."""
+class FeverBaseline(ABC):
+    """Help a model judge claims."""
 
     @abstractmethod
-    def holding(self, bench: Bench) -> AbstractContextManager[Reading]:
-        """Within this context the candidate is on the model; afterwards the model is what it was."""
+    def applied(self, setup: Setup) -> AbstractContextManager[Reading]:
+        """Put the baseline on the model within this context; afterwards the model is what it was."""
 
 
 @dataclass(frozen=True)
-class Pretrained(Candidate):
-    """The model as it is."""
+class Pretrained(FeverBaseline):
+    """Leave the model as it is."""
 
-    def holding(self, bench: Bench) -> AbstractContextManager[Reading]:
+    def applied(self, setup: Setup) -> AbstractContextManager[Reading]:
         return nullcontext(Reading())
 
 
 @dataclass(frozen=True)
-class PageInPrompt(Candidate):
-    """The page's text before the prompt."""
+class PageInPrompt(FeverBaseline):
+    """Put the page's text before the prompt."""
 
-    def holding(self, bench: Bench) -> AbstractContextManager[Reading]:
+    def applied(self, setup: Setup) -> AbstractContextManager[Reading]:
         return nullcontext(Reading(context=lambda page: page.text))
 
 
 @dataclass(frozen=True)
-class Memories(Candidate):
-    """Residual memories, each trained alone and kept in the folder of results, all on the model together.
+class Memories(FeverBaseline):
+    """Train residual memories, each alone and saved in the folder of results; all are on the model together.
 
     Attributes:
-        config: Of each; the seed is the bench's.
+        config: Of each; the seed is the setup's.
         kinds: What each memory is trained on: `[("Doc", "Temp")]` is one memory of both, `[("Doc",), ("Temp",)]` two.
-        routed: Whether the memory that fits the input speaks alone.
+        routed: Whether a router activates the memory that fits the input, and no other.
     """
 
     config: MemoryAdapterConfig
@@ -126,42 +125,42 @@ class Memories(Candidate):
     routed: bool = False
 
     @contextmanager
-    def holding(self, bench: Bench) -> Iterator[Reading]:
-        config = replace(self.config, seed=bench.seed)
-        folders = [self._folder(bench, config, kinds) for kinds in self.kinds]
-        kept = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+    def applied(self, setup: Setup) -> Iterator[Reading]:
+        config = replace(self.config, seed=setup.seed)
+        folders = [self._folder(setup, config, kinds) for kinds in self.kinds]
+        saved = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
         for folder, kinds in zip(folders, self.kinds, strict=True):
-            if folder not in kept:
-                self._train(bench, config, kinds, folder)
+            if folder not in saved:
+                self._train(setup, config, kinds, folder)
         with ExitStack() as stack:
             found: list[Any] = []
             for folder in folders:
-                found.append(load_memory(bench.model, folder, tokenizer=bench.plain_tokenizer))
+                found.append(load_memory(setup.model, folder, tokenizer=setup.plain_tokenizer))
                 stack.callback(found[-1].remove)
             if self.routed:
-                stack.enter_context(route_memories(bench.model))
-            before = [memory for memory, folder in zip(found, folders, strict=True) if folder in kept]
+                stack.enter_context(route_memories(setup.model))
+            before = [memory for memory, folder in zip(found, folders, strict=True) if folder in saved]
             yield Reading(
                 sum(memory.num_parameters() for memory in found),
-                kept_seconds=sum(float(memory.config.writes[-1]["seconds"]) for memory in before),
+                saved_seconds=sum(float(memory.config.writes[-1]["seconds"]) for memory in before),
             )
 
-    def _folder(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str]) -> Path:
+    def _folder(self, setup: Setup, config: MemoryAdapterConfig, kinds: Sequence[str]) -> Path:
         decay = f"{config.weight_decay:g}".replace(".", "_")
-        return bench.folder / "memories" / f"{''.join(kinds)}-{config.token_gate}-decay{decay}-seed{bench.seed}"
+        return setup.folder / "memories" / f"{''.join(kinds)}-{config.token_gate}-decay{decay}-seed{setup.seed}"
 
-    def _train(self, bench: Bench, config: MemoryAdapterConfig, kinds: Sequence[str], folder: Path) -> None:
-        memory: Any = inject_memory(bench.model, config, tokenizer=bench.plain_tokenizer)
+    def _train(self, setup: Setup, config: MemoryAdapterConfig, kinds: Sequence[str], folder: Path) -> None:
+        memory: Any = inject_memory(setup.model, config, tokenizer=setup.plain_tokenizer)
         try:
-            memory.write(bench.items(kinds), unrelated=bench.unrelated)
+            memory.write(setup.items(kinds), unrelated=setup.unrelated)
             memory.save_pretrained(folder)
         finally:
             memory.remove()
 
 
 @dataclass(frozen=True)
-class Trained(Candidate):
-    """A LoRA or all weights, trained on the same items.
+class Trained(FeverBaseline):
+    """Train a LoRA or all weights on the same items.
 
     Attributes:
         baseline: What is trained.
@@ -172,28 +171,28 @@ class Trained(Candidate):
     kinds: tuple[str, ...]
 
     @contextmanager
-    def holding(self, bench: Bench) -> Iterator[Reading]:
-        baseline: Baseline = replace(self.baseline, recipe=replace(self.baseline.recipe, seed=bench.seed))
-        with baseline.holding(bench.model, bench.plain_tokenizer, bench.items(self.kinds)) as held:
-            yield Reading(held.report.num_parameters)
+    def applied(self, setup: Setup) -> Iterator[Reading]:
+        baseline: Baseline = replace(self.baseline, recipe=replace(self.baseline.recipe, seed=setup.seed))
+        with baseline.applied(setup.model, setup.plain_tokenizer, setup.items(self.kinds)) as applied:
+            yield Reading(applied.report.num_parameters)
 
 
 @dataclass(frozen=True)
-class Facts(Candidate):
-    """A closed-form edit of the supported training claims that are facts."""
+class Facts(FeverBaseline):
+    """Write the supported training claims that are facts as a closed-form edit."""
 
     config: MemitConfig
 
     @contextmanager
-    def holding(self, bench: Bench) -> Iterator[Reading]:
-        baseline = Memorised(replace(self.config, seed=bench.seed))
-        with baseline.holding(bench.model, bench.plain_tokenizer, facts(bench.data)) as held:
-            yield Reading(held.report.num_parameters)
+    def applied(self, setup: Setup) -> Iterator[Reading]:
+        baseline = WrittenMemory(replace(self.config, seed=setup.seed))
+        with baseline.applied(setup.model, setup.plain_tokenizer, facts(setup.data)) as applied:
+            yield Reading(applied.report.num_parameters)
 
 
 @dataclass(frozen=True)
-class PageInSlots(Candidate):
-    """Each page's text compressed into slots, which the model reads before the prompt.
+class PageInSlots(FeverBaseline):
+    """Compress each page's text into slots, which the model reads before the prompt.
 
     Attributes:
         source: A config, or the folder or Hub id of a trained encoder.
@@ -204,13 +203,13 @@ class PageInSlots(Candidate):
     refine_steps: int
 
     @contextmanager
-    def holding(self, bench: Bench) -> Iterator[Reading]:
+    def applied(self, setup: Setup) -> Iterator[Reading]:
         if isinstance(self.source, str):
-            memory: Any = load_memory(bench.model, self.source, tokenizer=bench.tokenizer)
+            memory: Any = load_memory(setup.model, self.source, tokenizer=setup.tokenizer)
         else:
-            memory = inject_memory(bench.model, self.source, tokenizer=bench.tokenizer)
+            memory = inject_memory(setup.model, self.source, tokenizer=setup.tokenizer)
         try:
-            pages = bench.data.pages
+            pages = setup.data.pages
             made = memory.compress([page.text for page in pages], refine_steps=self.refine_steps)
             slots = dict(zip((page.title for page in pages), made, strict=True))
 
@@ -224,28 +223,24 @@ class PageInSlots(Candidate):
             memory.remove()
 
 
-def standard_candidates(
-    model: Any, *, encoder: str | None = None, epochs: float = 25, bf16: bool = False
-) -> dict[str, Candidate]:
-    """The experiment's candidates (`EXPERIMENT`), then those that it left open, by name.
+def standard_baselines(
+    *, encoder: str | None = None, epochs: float = 25, bf16: bool = False
+) -> dict[str, FeverBaseline]:
+    """Return the experiment's baselines (`EXPERIMENT`), then those that it left open, by name.
 
     Args:
-        model: The model, for the memories' parameter count, which the LoRA gets too.
         encoder: Folder or Hub id of a slot encoder of this model; None for slots without one.
         epochs: Passes over the items of memories; a LoRA and all weights, which learn faster, make at most 10.
         bf16: Train all weights and the LoRA under bfloat16 autocast.
     """
     memory = MemoryAdapterConfig.fever_experiment(router_keys=True, num_train_epochs=epochs)
-    decoder = find_decoder(model)
-    keyless = replace(memory, router_keys=False)
-    count = sum(shape.numel() for shape in keyless.tensor_shapes(decoder).values())
     both = {"Doc": ((DOC,),), "Temp": ((TEMP,),), "DocTemp": ((DOC, TEMP),)}
     two = ((DOC,), (TEMP,))
     training: Mapping[str, Any] = {"bf16": True} if bf16 else {}
     recipe = Recipe(
         1e-3, num_train_epochs=min(epochs, WHOLE_EPOCHS), target_loss=0.02, min_steps=0, training_args=training
     )
-    lora = Lora(num_parameters=count, recipe=recipe)
+    lora = Lora(recipe=recipe)
     weights = FineTuned(replace(recipe, learning_rate=2e-5))
     slots = encoder or MemorySlotsConfig(num_slots=64, span_length=128, precision="bfloat16")
     return {
