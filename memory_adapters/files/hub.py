@@ -153,7 +153,7 @@ def find_files(
     if path.is_dir():
         _check_local(path, revision)
         finish_interrupted_save(path)
-        return _inside(path, inner)
+        return _inside(path, inner, name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"`{name}` is not a folder with {'a saved memory' if names is None else names[0]}.")
     patterns = ["/".join([*map(escape, inner), file]) for file in names or saved_file_names()]
@@ -161,7 +161,7 @@ def find_files(
     options: dict[str, Any] = dict(revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only)
     try:
         with _connected(f"downloading from `{name}`", "What was downloaded in part is not used: load again."):
-            return _inside(Path(snapshot_download(name, allow_patterns=patterns, **options)), inner)
+            return _inside(Path(snapshot_download(name, allow_patterns=patterns, **options)), inner, name)
     except OSError as error:
         if error.errno in REMEDIES:
             raise OSError(
@@ -197,7 +197,7 @@ def find_adapters(
         OSError, ValueError: As `find_files` and `read_index`.
     """
     folder = find_files(path_or_repo_id, revision=revision, names=[index], **options)
-    if not Path(path_or_repo_id).is_dir():
+    if not Path(path_or_repo_id).is_dir() and (folder / index).is_file():
         commit = [folder, *folder.parents][len(_parts(options.get("subfolder")))].name  # the snapshot's
         files = [f"{escape(name)}/{file}" for name in read_index(file_in(folder, index)) for file in saved_file_names()]
         find_files(path_or_repo_id, revision=commit, names=[index, *files], **options)
@@ -250,11 +250,11 @@ def _parts(subfolder: str | None) -> list[str]:
     return parts
 
 
-def _inside(folder: Path, parts: Sequence[str]) -> Path:
+def _inside(folder: Path, parts: Sequence[str], given: str) -> Path:
     """Return the folder inside another that these names lead to."""
     found = folder.joinpath(*parts)
-    if not found.is_dir():
-        raise FileNotFoundError(f"`{folder}` has no folder {'/'.join(parts)}.")
+    if parts and not found.is_dir():
+        raise FileNotFoundError(f"`{given}` has no folder `{'/'.join(parts)}`.")
     if found.resolve() != folder.resolve().joinpath(*parts):
         raise ValueError(f"`{found}` is a link out of its folder: put a copy of what it links to there.")
     return found

@@ -55,9 +55,7 @@ def _check_header(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, HEADER_BYTES):
-            raise ValueError(
-                f"a header of {length:,} bytes in a file of {size:,}; it may have at most {HEADER_BYTES:,}"
-            )
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}; at most {HEADER_BYTES:,} are read")
         parse_json(file.read(length))
 
 
