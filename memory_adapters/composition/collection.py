@@ -1,4 +1,4 @@
-"""All adapters of a model in one folder, memories and PEFT's own, and a Trainer callback that saves them there."""
+"""Save all adapters of a model in one folder, memories and PEFT's own, also at every checkpoint, and load them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from transformers import TrainerCallback
 
 from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.exclusive import exclusive_use
-from memory_adapters.composition.peft_loading import load_peft_adapter
-from memory_adapters.files.atomic import atomic_directory, finish_interrupted_save, read_lock
+from memory_adapters.composition.peft_loading import check_saveable, load_peft_adapter
+from memory_adapters.files.atomic import atomic_directory, read_lock
+from memory_adapters.files.hub import find_adapters
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.files.strict_json import read_json
+from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import write_tensors
 from memory_adapters.inject import load_memory, memories
 from memory_adapters.memory import Memory, replace_memory, saved_memories
@@ -31,17 +32,17 @@ BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.i
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save every adapter of a model in a subfolder named after it: memories whole, others as PEFT saves them.
+    """Save every adapter of a model, each in a subfolder of its name.
 
-    Each subfolder can be loaded alone, by `load_memory` or by PEFT. An index has the names in their order, and which
-    are active.
+    A subfolder can be loaded on its own, by `load_memory` or by PEFT. An index has the names in their order, and says
+    which are active.
 
     Args:
         model: A model with adapters, or a PeftModel around one.
-        folder: Where to; all adapters are replaced together or not at all.
+        folder: All adapters in it are replaced together or not at all.
 
     Raises:
-        ValueError: If the model has no adapter, or one cannot be saved.
+        ValueError: If the model has no adapter, or one that could not be loaded again. Nothing is written then.
     """
     base: Any = base_model(model)
     known = memories(base)
@@ -49,6 +50,10 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not configs:
         raise ValueError("`model` has no adapter to save: inject a memory or add a LoRA first.")
     index = [{"name": n, "memory": n in known, "active": _is_active(base, n, known)} for n in configs]
+    pefts = {}
+    for name in configs.keys() - known.keys():
+        pefts[name] = {PEFT_KEY_PREFIX + key: tensor for key, tensor in adapter_tensors(base, name).items()}
+        check_saveable(base, name, pefts[name])
     with atomic_directory(folder) as staging:
         for name, config in configs.items():
             own = staging / name
@@ -56,36 +61,54 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 known[name].save_pretrained(own)
             else:
                 own.mkdir()
-                tensors = adapter_tensors(base, name)
-                write_tensors(own / WEIGHTS_FILE, {PEFT_KEY_PREFIX + key: tensor for key, tensor in tensors.items()})
+                write_tensors(own / WEIGHTS_FILE, pefts[name])
                 config.save_pretrained(str(own))
             replace_memory(own, Path(folder) / name)
         (staging / INDEX_FILE).write_text(json.dumps({"adapters": index}, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> dict[str, Memory]:
-    """Load all that `save_adapters` saved, in the same order, with the same ones active.
+def load_adapters(
+    model: nn.Module,
+    path_or_repo_id: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Memory]:
+    """Load all adapters that `save_adapters` saved, in the same order, with the same ones active.
 
     Args:
         model: The base model.
-        folder: A folder written by `save_adapters`.
+        path_or_repo_id: A folder written by `save_adapters`, or a repository on the Hub with its files.
         tokenizer: The model's tokenizer; needed to write more.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token for the Hub.
+        subfolder: Where the files are in that folder or repository.
+        cache_dir: Where downloads are kept; by default the Hub's cache.
+        local_files_only: Whether to use only what was downloaded before.
 
     Returns:
         The memories among them, by name.
 
     Raises:
-        FileNotFoundError: If the folder has no index of adapters.
-        ValueError: As `load_memory`; what was loaded before the one that failed is taken off again.
+        FileNotFoundError: If there is no such folder, or it has no index of adapters.
+        OSError: What huggingface_hub raises if the repository or revision is not available.
+        ValueError: As `load_memory`. Adapters that were loaded before the error are removed again.
     """
-    index_file = Path(folder) / INDEX_FILE
-    if Path(folder).is_dir():
-        finish_interrupted_save(Path(folder))
-    if not index_file.is_file():
+    hub: dict[str, Any] = dict(token=token, subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only)
+    folder = find_adapters(path_or_repo_id, INDEX_FILE, _folders, revision=revision, **hub)
+    if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(f"`{folder}` has no {INDEX_FILE}: give a folder written by `save_adapters`.")
     base = base_model(model)
-    with read_lock(Path(folder)), exclusive_use(base), rollback_on_error(saved_adapters(base), saved_memories(base)):
-        return _load(base, Path(folder), _read_index(index_file), tokenizer)
+    with read_lock(folder), exclusive_use(base), rollback_on_error(saved_adapters(base), saved_memories(base)):
+        return _load(base, folder, _read_index(file_in(folder, INDEX_FILE)), tokenizer)
+
+
+def _folders(index_file: Path) -> list[str]:
+    return [name for name, _, _ in _read_index(index_file)]
 
 
 def _load(base: Any, folder: Path, index: list[tuple[str, bool, bool]], tokenizer: Any) -> dict[str, Memory]:
@@ -149,7 +172,7 @@ def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
         raise ValueError(f"`{path}` is damaged ({error}). Save the adapters again.") from error
     for name in names:
         if (path.parent / name).resolve().parent != path.parent.resolve():
-            raise ValueError(f"`{path.parent / name}` leads out of its folder: put what it links to in its place.")
+            raise ValueError(f"`{path.parent / name}` leads out of its folder: put a copy of what it links to there.")
     return index
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: pushing what can be saved, and finding its files again."""
+"""Push saved files to the Hugging Face Hub, and download them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from glob import escape
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HTTPError
@@ -24,24 +25,24 @@ from memory_adapters.files.names import CARD_FILE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.registry import saved_file_names
 
-__all__ = ["OnHub", "OneFile", "find_file", "find_files"]
+__all__ = ["OnHub", "OneFile", "find_adapters", "find_file", "find_files"]
 
 MEMORY_FILE = "adapter_config.json"  # every saved memory has it
 
 
 class OnHub(ABC):
-    """What can be pushed to a repository on the Hub."""
+    """Base of what can be pushed to a repository on the Hub."""
 
     @abstractmethod
     def _write_repository(self, folder: Path) -> None:
-        """Write the repository's files into an empty folder; the card among them holds `HERE` for its address."""
+        """Write the repository's files into an empty folder; the card has `HERE` in place of its address."""
 
     def _left_out(self, api: HfApi, repo_id: str, revision: str | None) -> list[str]:
-        """Files of `_write_repository` that must not replace those in the repository."""
+        """Return patterns of files that `_write_repository` writes but that are not pushed."""
         return []
 
     def _replaced(self) -> list[str]:
-        """Files in the repository that go if they are not written again."""
+        """Return patterns of files that are deleted in the repository unless they are pushed again."""
         return []
 
     def push_to_hub(
@@ -53,27 +54,27 @@ class OnHub(ABC):
         commit_message: str | None = None,
         revision: str | None = None,
     ) -> str:
-        """Save to the Hub in one commit, with a model card; makes the repository if need be.
+        """Push to the Hub in one commit, with a model card. The repository is made if it does not exist.
 
-        Until that commit is made, the repository shows what it showed before: after an error, push again.
+        After an error the repository is as it was before: push again.
 
         Args:
-            repo_id: `"user/name"`.
-            private: Visibility of a new repository, None for the account's default; one that exists keeps its own.
-            token: Access token; None for the one logged in.
+            repo_id: The repository, as `"user/name"`.
+            private: Whether a new repository is private; by default as the account says.
+            token: Access token; by default that of the login.
             commit_message: Message of the commit.
-            revision: Branch to push to, made from the default branch if it does not exist, or a pull request's
-                `"refs/pr/1"`; None for the default branch.
+            revision: Branch to push to, made from the default branch if it does not exist, or a pull request such as
+                `"refs/pr/1"`; by default the default branch.
 
         Returns:
-            The commit's address.
+            The URL of the commit.
 
         Raises:
             OSError: What huggingface_hub raises (no access, no such name), or a `ConnectionError` if the connection
-                broke more often than it tries again.
+                breaks and huggingface_hub gives up.
         """
         api = HfApi(token=token)
-        remedy = "The repository shows its latest commit whole: push again."
+        remedy = "The repository is unchanged: push again."
         with scratch_folder() as folder:
             self._write_repository(folder)
             with _connected(f"pushing to `{repo_id}`", remedy):
@@ -94,7 +95,7 @@ class OnHub(ABC):
 
 
 class OneFile(OnHub):
-    """What one safetensors file holds, beside or without a memory.
+    """Base of what is saved as one safetensors file, in a repository of its own or beside a memory.
 
     Attributes:
         file: The file's name in a repository.
@@ -104,18 +105,18 @@ class OneFile(OnHub):
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file atomically."""
 
     @abstractmethod
     def _card(self) -> str:
-        """The model card."""
+        """Return the model card."""
 
     def _write_repository(self, folder: Path) -> None:
         self.save(folder / self.file)
         (folder / CARD_FILE).write_text(self._card(), encoding="utf-8")
 
     def _left_out(self, api: HfApi, repo_id: str, revision: str | None) -> list[str]:
-        """Beside a memory, the card is the memory's."""
+        """Keep the card of a memory in the same repository."""
         return [CARD_FILE] if api.file_exists(repo_id, MEMORY_FILE, revision=revision) else []
 
 
@@ -125,92 +126,163 @@ def find_files(
     revision: str | None,
     token: str | None,
     names: Sequence[str] | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Path:
-    """The local folder of what was saved: a folder given as such, or downloaded from the Hub.
+    """Return a local folder with saved files, downloaded from the Hub unless the folder itself is given.
 
     Args:
         path_or_repo_id: A folder, or a repository on the Hub.
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub.
-        names: Which files are downloaded; by default those that a memory has.
+        names: The files to download; by default those of a memory.
+        subfolder: A folder inside that folder or repository; only files in it are downloaded.
+        cache_dir: Where downloads are kept; by default the Hub's cache.
+        local_files_only: Whether to use only what was downloaded before.
 
     Raises:
-        OSError: What huggingface_hub raises: repository or revision not found, no access, not in the offline cache. A
-            `ConnectionError` if the connection broke. With the cache's name if its disk is full or not writable.
-        FileNotFoundError: If a path was given (absolute, starting with a dot, or with more than one slash) that is no
-            folder.
-        ValueError: If a revision was given of what is a local folder.
+        OSError: What huggingface_hub raises: repository or revision not found, no access, not downloaded before. A
+            `ConnectionError` if the connection broke. If the disk of the cache is full or not writable, with its name.
+        FileNotFoundError: If a path (absolute, starting with a dot, or with more than one slash) is not a folder, or
+            there is no such subfolder.
+        ValueError: If `revision` is given for a local folder, or `subfolder` leads out of the folder.
     """
-    path = Path(path_or_repo_id)
+    inner = _parts(subfolder)
+    path, name = Path(path_or_repo_id), str(path_or_repo_id)
     if path.is_dir():
         _check_local(path, revision)
         finish_interrupted_save(path)
-        return path
-    name = str(path_or_repo_id)
+        return _inside(path, inner, name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"`{name}` is not a folder with {'a saved memory' if names is None else names[0]}.")
-    patterns = list(saved_file_names() if names is None else names)
+    patterns = ["/".join([*map(escape, inner), file]) for file in names or saved_file_names()]
+    cache = Path(cache_dir or constants.HF_HUB_CACHE)
+    options: dict[str, Any] = dict(revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only)
     try:
-        with _connected(f"downloading from `{name}`", "Nothing half downloaded is kept: load again."):
-            return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        with _connected(f"downloading from `{name}`", "What was downloaded in part is not used: load again."):
+            return _inside(Path(snapshot_download(name, allow_patterns=patterns, **options)), inner, name)
     except OSError as error:
         if error.errno in REMEDIES:
             raise OSError(
                 error.errno,
-                f"{os.strerror(error.errno)}: `{name}` cannot be kept in the Hub's cache, `{constants.HF_HUB_CACHE}`. "
-                "Free space on its disk, make it writable, or set HF_HOME to another folder.",
+                f"{os.strerror(error.errno)}: `{name}` cannot be kept in the Hub's cache, `{cache}`. Free space on its "
+                "disk, make it writable, or set `cache_dir` or HF_HOME to another folder.",
             ) from error
         if hasattr(error, "add_note"):
             error.add_note(f"There is no local folder `{name}` either.")
         raise
     finally:
-        _clear_unfinished(Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model"))
+        _clear_unfinished(cache / repo_folder_name(repo_id=name, repo_type="model"))
 
 
-def find_file(path_or_repo_id: str | os.PathLike[str], name: str, *, revision: str | None, token: str | None) -> Path:
-    """The local path of a file: given as such, `name` in a folder, or `name` downloaded from the Hub.
+def find_adapters(
+    path_or_repo_id: str | os.PathLike[str],
+    index: str,
+    read_index: Callable[[Path], Sequence[str]],
+    *,
+    revision: str | None,
+    **options: Any,
+) -> Path:
+    """Return a local folder with an index and a subfolder for each adapter in it, downloaded from the Hub if need be.
+
+    Args:
+        path_or_repo_id: A folder, or a repository on the Hub.
+        index: The index's file name.
+        read_index: Reads the names of the subfolders from the index.
+        revision: Branch, tag or commit on the Hub.
+        options: Other arguments of `find_files`, but for `names`.
 
     Raises:
-        OSError: As `find_files`.
-        FileNotFoundError: If there is no such file. What ends as `name` does is a file, not a repository.
+        OSError, ValueError: As `find_files` and `read_index`.
+    """
+    folder = find_files(path_or_repo_id, revision=revision, names=[index], **options)
+    if not Path(path_or_repo_id).is_dir() and (folder / index).is_file():
+        commit = [folder, *folder.parents][len(_parts(options.get("subfolder")))].name  # the snapshot's
+        files = [f"{escape(name)}/{file}" for name in read_index(file_in(folder, index)) for file in saved_file_names()]
+        find_files(path_or_repo_id, revision=commit, names=[index, *files], **options)
+    return folder
+
+
+def find_file(
+    path_or_repo_id: str | os.PathLike[str],
+    name: str,
+    *,
+    revision: str | None,
+    token: str | None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the local path of a file: the one given, `name` in a folder, or `name` downloaded from the Hub.
+
+    Args:
+        path_or_repo_id: The file, a folder, or a repository on the Hub.
+        name: The file's name in a folder or repository. A path with its suffix is a file, not a repository.
+        revision, token, subfolder, cache_dir, local_files_only: As `find_files`.
+
+    Raises:
+        OSError, ValueError: As `find_files`.
+        FileNotFoundError: If there is no such file.
     """
     path = Path(path_or_repo_id)
     if path.parent.is_dir():
         finish_interrupted_save(path.parent)
     if path.is_file():
         _check_local(path, revision)
+        if subfolder is not None:
+            raise ValueError(f"`subfolder={subfolder!r}` was given, but `{path}` is a file: give its folder.")
         return path
     if path.suffix == Path(name).suffix:
         raise FileNotFoundError(f"`{path}` does not exist: give a saved file, or a repository on the Hub.")
-    folder = find_files(path_or_repo_id, revision=revision, token=token, names=[name])
+    options: dict[str, Any] = dict(subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only)
+    folder = find_files(path_or_repo_id, revision=revision, token=token, names=[name], **options)
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"`{path_or_repo_id}` has no {name}.")
+        raise FileNotFoundError(f"`{path_or_repo_id}` has no {'/'.join([*_parts(subfolder), name])}.")
     return file_in(folder, name)
+
+
+def _parts(subfolder: str | None) -> list[str]:
+    """Return the names of the folders that lead to a subfolder."""
+    parts = [] if subfolder is None else subfolder.removesuffix("/").split("/")
+    if any(part in ("", ".", "..") or "\\" in part or ":" in part or not part.isprintable() for part in parts):
+        raise ValueError(f"`subfolder={subfolder!r}` must be the path of a folder inside the one given, such as 'a/b'.")
+    return parts
+
+
+def _inside(folder: Path, parts: Sequence[str], given: str) -> Path:
+    """Return the folder inside another that these names lead to."""
+    found = folder.joinpath(*parts)
+    if parts and not found.is_dir():
+        raise FileNotFoundError(f"`{given}` has no folder `{'/'.join(parts)}`.")
+    if found.resolve() != folder.resolve().joinpath(*parts):
+        raise ValueError(f"`{found}` is a link out of its folder: put a copy of what it links to there.")
+    return found
 
 
 def _check_local(path: Path, revision: str | None) -> None:
     if revision is not None:
         raise ValueError(
-            f"`revision={revision!r}` is of a repository on the Hub, and `{path}` is here: leave it out, or rename "
-            "what is here to load the repository."
+            f"`revision={revision!r}` is for a repository on the Hub, but `{path}` is local: leave it out, or rename "
+            "the local one to load the repository."
         )
 
 
 def _clear_unfinished(repository: Path) -> None:
-    """Clear what killed and broken downloads left in the Hub's cache of a repository."""
+    """Delete what killed and broken downloads of a repository left in the Hub's cache."""
     for left in repository.glob("blobs/*.incomplete"):
         lock = repository.parent / ".locks" / repository.name / f"{left.name.partition('.')[0]}.lock"
-        with suppress(OSError), WeakFileLock(lock, timeout=0.1):  # a download that is alive holds it
+        with suppress(OSError), WeakFileLock(lock, timeout=0.1):  # a running download holds it
             left.unlink()
     for left in chain.from_iterable(repository.glob(name) for name in ("tmp*", "blobs/tmp*", "trees/*.tmp")):
         with suppress(OSError):
-            if time.time() - left.lstat().st_mtime > MINUTE:  # it is there for an instant
+            if time.time() - left.lstat().st_mtime > MINUTE:  # a running download has it for an instant
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager
 def _connected(doing: str, remedy: str) -> Iterator[None]:
-    """Raise as an `OSError` what huggingface_hub lets through or wraps when a connection breaks: its client's error."""
+    """Raise an `OSError` when a connection breaks; huggingface_hub raises or wraps the error of its HTTP client."""
     try:
         yield
     except (HTTPError, RuntimeError) as error:

@@ -16,20 +16,21 @@ __all__ = ["read_items"]
 
 
 def read_items(path: str | os.PathLike[str]) -> list[Item]:
-    """Items from a file in UTF-8 that holds nothing else.
+    """Read the items in a file in UTF-8.
 
-    A `.json` file is a list of objects, a `.jsonl` file has one on each line: `{"prompt", "subject", "target"}`,
-    `{"question", "answer"}` or `{"text"}`, mixed, without other fields. A `.txt` file is one document.
+    A `.json` file is a list of objects, a `.jsonl` file has one on each line. Each has the fields of a fact ("prompt",
+    "subject" and "target"), of a question ("question" and "answer") or of a document ("text"). A `.txt` file is one
+    document.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If something in it is no item (with the line that it begins on), there is none, or the file's name
-            ends otherwise.
+        ValueError: If an entry is not an item (with the line it begins on), the file has no items, or its name ends
+            otherwise.
     """
     file = Path(path)
     readers = {".json": _listed, ".jsonl": _line_by_line, ".txt": lambda _, text: [(1, {"text": text})]}
     if file.suffix.lower() not in readers:
-        raise ValueError(f"`{file}` is of no known type: name it {', '.join(readers)} after what it holds.")
+        raise ValueError(f"`{file}` has an unknown type: its name must end in {', '.join(readers)}.")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -37,7 +38,7 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
         raise ValueError(f"`{file}`, line {line} is not UTF-8: save the file as UTF-8.") from None
     items = [_item(value, f"`{file}`, line {line}") for line, value in readers[file.suffix.lower()](file, text)]
     if not items:
-        raise ValueError(f"`{file}` is empty: give at least one item.")
+        raise ValueError(f"`{file}` has no items: give at least one.")
     return items
 
 
@@ -53,13 +54,13 @@ def _item(value: Any, place: str) -> Item:
 
 
 def _listed(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Line and value of each element of a JSON list."""
+    """Yield line and value of each element of a JSON list."""
     try:
         whole = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"`{file}` is not JSON: {error}. If each line is an item, name it .jsonl.") from None
+        raise ValueError(f"`{file}` is not JSON: {error}. If each line is an item, name the file .jsonl.") from None
     if not isinstance(whole, list):
-        raise ValueError(f"`{file}` must hold a list of items, got a {type(whole).__name__}.")
+        raise ValueError(f"`{file}` must be a list of items, got a {type(whole).__name__}.")
     decoder, place = json.JSONDecoder(), text.index("[") + 1
     line = text.count("\n", 0, place) + 1
     for value in whole:
@@ -71,6 +72,7 @@ def _listed(file: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _line_by_line(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Yield line and value of each line that is not empty."""
     for line, value in enumerate(text.split("\n"), 1):
         if value.strip():
             try:

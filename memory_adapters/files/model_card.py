@@ -1,4 +1,4 @@
-"""The model cards that travel with a saved memory, and with what is pushed beside it."""
+"""Write the model cards of saved memories, and of files that are pushed on their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memory_adapters.config import MemoryConfig
 
 __all__ = ["HERE", "CardExample", "file_card", "model_card"]
 
-HERE = "<this repository or folder>"  # in quotes, as code; `push_to_hub` puts the repository's name in its place
+HERE = "<this repository or folder>"  # `push_to_hub` replaces it by the repository's name
 TITLE_LENGTH = 40
 
 _TEMPLATE = """---
@@ -83,10 +83,10 @@ class CardExample(NamedTuple):
 
 
 def model_card(config: MemoryConfig, num_parameters: int, examples: Sequence[CardExample] = ()) -> str:
-    """Return Markdown with the Hub's metadata: base model, tags, examples, how to load it, what was written.
+    """Return the model card of a memory: metadata for the Hub, how to load it, examples, what was written and settings.
 
     Args:
-        config: The memory's.
+        config: The memory's config.
         num_parameters: How many numbers the memory stores.
         examples: Answers to show; none by default.
     """
@@ -119,15 +119,15 @@ def model_card(config: MemoryConfig, num_parameters: int, examples: Sequence[Car
 def file_card(
     *, title: str, tag: str, text: str, snippet: str, about: Mapping[str, object], base_fingerprint: Mapping[str, Any]
 ) -> str:
-    """Markdown with the Hub's metadata for one file that is no memory.
+    """Return the model card of a file that is not a memory.
 
     Args:
         title: The heading.
-        tag: What it is, among the Hub's tags.
-        text: What it is, in a sentence.
-        snippet: Python that loads it from `HERE`.
-        about: Label and value of what is known of it.
-        base_fingerprint: Of the model that it belongs to, which the card names by type and size.
+        tag: The Hub's tag for such files.
+        text: A sentence that says what the file is.
+        snippet: Python code that loads it from `HERE`.
+        about: Labels and values for a table.
+        base_fingerprint: Fingerprint of the model that it belongs to. The card gives its type and size.
     """
     metadata = ModelCardData(library_name="memory-adapters", tags=["memory-adapters", tag])
     base = ("model_type", "num_layers", "hidden_size")
@@ -140,7 +140,7 @@ def file_card(
 
 
 def _widget(example: CardExample) -> dict[str, Any]:
-    """An example for the Hub's inference widget, with the output that the memory gives."""
+    """Return an example for the Hub's inference widget, with the answer given with the memory."""
     prompt = example.prompt
     title = prompt if len(prompt) <= TITLE_LENGTH else prompt[: TITLE_LENGTH - 1] + "…"
     return {"text": prompt, "example_title": title, "output": {"text": example.after}}
@@ -152,7 +152,7 @@ def _before_and_after(examples: Sequence[CardExample]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text as it is, on one line, whatever it means in Markdown."""
+    """Return text on one line, escaped for Markdown."""
     printable = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", " ".join(printable.split()))
 

@@ -1,4 +1,4 @@
-"""Read JSON strictly, and only files inside their folder."""
+"""Read JSON strictly, from files that are inside their folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SAVE_AGAIN = "Save or download it again."
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8, read by the letter of the standard.
+    """Parse a JSON text in UTF-8.
 
     Raises:
-        ValueError: If it is not JSON, nested deeper than 16, or holds what other programs read otherwise or not at all:
-            NaN, infinity, a name twice in one object, half of a surrogate pair.
+        ValueError: If it is not JSON, is nested deeper than 16, or has something that parsers disagree about: NaN,
+            infinity, a name twice in one object, or half of a surrogate pair.
     """
     try:
         value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique)
@@ -37,7 +37,7 @@ def parse_json(text: bytes | str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise ValueError("an object has a name twice")
     return found
 
 
@@ -46,33 +46,34 @@ def _inside(value: Any) -> Any:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The file of this name in a folder.
+    """Return the path of a file in a folder.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is a link that leads out of the folder (other than into the Hub's cache).
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a link to a file outside the folder, other than the Hub's cache has.
     """
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"`{folder}` has no {name}: it is not what was saved, or only part of it.")
     home, real = folder.resolve(), path.resolve()
-    cache = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
-    if real.parent not in (home, cache):
+    snapshot = next((parent for parent in (home, *home.parents) if parent.parent.name == "snapshots"), None)
+    blobs = snapshot.parents[1] / "blobs" if snapshot else home
+    if real.parent not in (home, blobs):
         raise ValueError(f"`{path}` is a link to `{real}`, outside of its folder: put a copy of that file there.")
     return path
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value of a JSON file of at most 64 MiB.
+    """Parse a JSON file of at most 64 MiB.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is longer, or as `parse_json`.
+        ValueError: If it is larger, or as `parse_json`.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > JSON_BYTES:
-            raise ValueError(f"`{path}` has {size:,} bytes, and at most {JSON_BYTES:,} are read. {SAVE_AGAIN}")
+            raise ValueError(f"`{path}` has {size:,} bytes; it may have at most {JSON_BYTES:,}. {SAVE_AGAIN}")
         data = file.read()
     try:
         return parse_json(data)

@@ -1,4 +1,4 @@
-"""Read and write safetensors files strictly: names, shapes, dtypes, hash and values are checked."""
+"""Read and write safetensors files. Names, shapes, dtypes, a hash and the values are checked when they are read."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from memory_adapters.validation import cut
 
 __all__ = ["read_metadata", "read_tensors", "tensors_digest", "write_tensors"]
 
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file with their SHA-256 in its metadata. The same tensors give the same bytes."""
-    exact = torch.contiguous_format
-    plain = {name: tensor.detach().cpu().clone(memory_format=exact) for name, tensor in tensors.items()}
-    data = to_bytes(plain, metadata={"format": "pt", "sha256": tensors_digest(plain), **(metadata or {})})
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in any order
-    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-
-
 HEADER_BYTES = 1 << 24
 _FILE_DTYPES = ("F64", "F32", "BF16", "F16")
 _LARGEST = torch.finfo(torch.float32).max
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and their SHA-256 to a safetensors file. The same tensors always give the same bytes."""
+    exact = torch.contiguous_format
+    plain = {name: tensor.detach().cpu().clone(memory_format=exact) for name, tensor in tensors.items()}
+    data = to_bytes(plain, metadata={"format": "pt", "sha256": tensors_digest(plain), **(metadata or {})})
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors does not sort it
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
 def read_metadata(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Shapes by name, and the metadata, of a safetensors file, from its header alone.
+    """Return shapes by name and the metadata of a safetensors file, reading its header alone.
 
     Raises:
         OSError: If the file cannot be read.
@@ -51,7 +50,7 @@ def read_metadata(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 
 
 def _check_header(path: Path) -> None:
-    """What safetensors leaves open: a header of modest length, in which no name stands twice."""
+    """Check what safetensors does not: that the header is short, and has no name twice."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -61,14 +60,14 @@ def _check_header(path: Path) -> None:
 
 
 def read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Read a safetensors file that must hold exactly the tensors that its config announces.
+    """Read a safetensors file that must have exactly the tensors that its config describes.
 
     Args:
         path: The file.
-        expected: Name to shape. Checked against the header before any tensor is read.
+        expected: Name to shape. The header is compared with it before any tensor is read.
 
     Returns:
-        Name to tensor, in memory of its own: what becomes of the file afterwards does not reach it.
+        Name to tensor. Tensors are copies: they do not change with the file.
 
     Raises:
         OSError: If the file cannot be read.
@@ -80,33 +79,30 @@ def read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, to
             names = set(file.keys())
             if names != set(expected):
                 missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
-                raise ValueError(
-                    f"`{path}` does not fit its config: missing {_few(missing)}, unexpected {_few(extra)}. {SAVE_AGAIN}"
-                )
+                found = f"missing {_few(missing)}, unexpected {_few(extra)}"
+                raise ValueError(f"`{path}` does not match its config: {found}. {SAVE_AGAIN}")
             for name, shape in expected.items():
                 part = file.get_slice(name)
                 if list(part.get_shape()) != list(shape) or part.get_dtype() not in _FILE_DTYPES:
                     raise ValueError(
-                        f"`{path}`: `{name}` is {part.get_dtype()} {part.get_shape()}, its config announces floats "
-                        f"of shape {list(shape)}. {SAVE_AGAIN}"
+                        f"`{path}`: `{name}` is {part.get_dtype()} {part.get_shape()}, but its config describes "
+                        f"floats of shape {list(shape)}. {SAVE_AGAIN}"
                     )
-            tensors = {name: file.get_tensor(name).clone() for name in expected}  # else a view of the file
+            tensors = {name: file.get_tensor(name).clone() for name in expected}  # not a view of the file
             digest = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
         raise ValueError(f"`{path}` is damaged ({cut(str(error))}). {SAVE_AGAIN}") from error
     if digest is not None and digest != tensors_digest(tensors):
-        raise ValueError(f"`{path}` was altered after it was saved: its tensors do not match their hash. {SAVE_AGAIN}")
+        raise ValueError(f"`{path}` was changed after it was saved: its tensors do not match their hash. {SAVE_AGAIN}")
     for name, tensor in tensors.items():
         low, high = tensor.aminmax() if tensor.numel() else (0, 0)
         if not (low >= -_LARGEST and high <= _LARGEST):
-            raise ValueError(
-                f"`{path}`: `{name}` holds NaN or infinity, or what is too large for float32. {SAVE_AGAIN}"
-            )
+            raise ValueError(f"`{path}`: `{name}` has NaN, infinity, or numbers too large for float32. {SAVE_AGAIN}")
     return tensors
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names and numbers, in the order of the names."""
+    """Return the SHA-256 of names and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

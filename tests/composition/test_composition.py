@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import BOFTConfig, EvaConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from peft.tuners.lora.config import VeloraConfig
 from transformers import PreTrainedModel
 
 from memory_adapters import (
@@ -21,6 +22,7 @@ from memory_adapters import (
     use_adapters_by_row,
 )
 from tests.composition import test_training_together
+from tests.reliability.operations import files_of
 from tests.support.composing import KINDS, SUITES, lora_config, put
 from tests.support.contract import PROMPT, encode, fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -247,6 +249,64 @@ def test_a_damaged_collection_leaves_the_model_as_it_was(tmp_path: Path) -> None
         load_adapters(other, tmp_path / "one")
     with pytest.raises(ValueError, match="no adapter to save"):
         save_adapters(other, tmp_path / "new")
+
+
+LORAS: dict[str, dict[str, Any]] = {
+    **{f"init {kind}": {"init_lora_weights": kind} for kind in (True, "gaussian", "orthogonal", "mica")},
+    "init eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.5)},
+    "parameters": {"target_modules": [], "target_parameters": ["mlp.down_proj.weight"]},
+    "modules and parameters": {"target_parameters": ["mlp.down_proj.weight", "mlp.up_proj.weight"]},
+    "dora": {"use_dora": True},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [1, 2]}},
+    "saved module": {"modules_to_save": ["lm_head"]},
+    "patterns": {"target_modules": r".*layers\.[12]\..*(q|v)_proj", "rank_pattern": {"q_proj": 3}, "lora_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_is_loaded_as_it_was(name: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.add_adapter(LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | LORAS[name]), "style")
+    model.eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "style" in path.split("."):
+                parameter.add_(torch.randn_like(parameter) / 10)
+    assert not torch.equal(logits(model), logits(tiny_model()))
+    save_adapters(model, tmp_path)
+    other = tiny_model()
+    load_adapters(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
+    loaded, saved = (one.peft_config["style"].to_dict() for one in (other, model))
+    assert loaded.pop("eva_config") == (saved.pop("eva_config") or None)
+    assert loaded == saved | {"inference_mode": True}
+    other.disable_adapters()
+    assert torch.equal(logits(other), logits(tiny_model()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(init_lora_weights="pissa"), "`init_lora_weights='pissa'` changed the weights of the base model"),
+        (LoraConfig(init_lora_weights="olora"), "merge it with `merge_lora`, or convert it with PEFT's"),
+        (LoraConfig(layer_replication=[[0, 2], [1, 3]]), "`layer_replication=.*` adds layers to the base model"),
+        (LoraConfig(target_modules=r"(.*\.)+(q|v)_proj"), "`target_modules=.*` could take very long to search for"),
+        (LoraConfig(velora_config=VeloraConfig()), "`velora_config=.*` may make PEFT import, open or build something"),
+        (OFTConfig(oft_block_size=4), "has .*oft_R.rows.*, which are not floats"),
+        (BOFTConfig(boft_block_size=4), "does not fit this model"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, of these methods
+def test_what_could_not_be_loaded_is_not_saved(config: PeftConfig, message: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    put(model, "residual", "one", 1)
+    save_adapters(model, tmp_path)
+    before = files_of(tmp_path)
+    config.target_modules = config.target_modules or ["q_proj", "v_proj"]  # type: ignore[attr-defined]
+    model.add_adapter(config, "style")
+    with pytest.raises(ValueError, match=message):
+        save_adapters(model, tmp_path)
+    assert files_of(tmp_path) == before
 
 
 @pytest.mark.parametrize(("first", "second"), [(a, b) for a in KINDS[1:] for b in KINDS[1:]])

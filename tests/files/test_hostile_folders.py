@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,11 @@ import torch
 
 from memory_adapters import load_adapters, load_memory, memories
 from memory_adapters.files.atomic import finish_interrupted_save
-from tests.support.alterations import Evil
-from tests.support.hostile import Reader
+from tests.support.hostile import Evil, Reader
 from tests.support.hub import HubServer
 from tests.support.hub.repos import Repo
 from tests.support.hub_client import base_model, run_client, with_memory
 from tests.support.models import tiny_model
-from tests.support.watch import Watch
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -30,11 +29,6 @@ CONFIG = "adapter_config.json"
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     torch.manual_seed(0)
     return Reader(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def watch() -> Watch:
-    return Watch()
 
 
 @pytest.fixture
@@ -109,40 +103,45 @@ def test_an_index_of_links_and_repetitions(saved: Callable[[str], Path], tmp_pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"megatron_config": {}, "megatron_core": "antigravity"}, "`megatron_core='antigravity'` makes PEFT do more"),
-        ({"layer_replication": [[0, 1000000]]}, "makes PEFT do more"),
-        ({"loftq_config": {"loftq_bits": 4}}, "makes PEFT do more"),
-        ({"init_lora_weights": "pissa"}, "makes PEFT do more"),
+        ({"megatron_config": {}, "megatron_core": "antigravity"}, "`megatron_c.*` may make PEFT import, open or build"),
+        ({"layer_replication": [[0, 1000000]]}, "adds layers to the base model"),
+        ({"loftq_config": {"loftq_bits": 4}}, "may make PEFT import, open or build"),
+        ({"corda_config": {"cache_file": "/etc/passwd"}}, "may make PEFT import, open or build"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the weights of the base model"),
         ({"target_modules": r"(\w+\.?)+X"}, "very long to search"),
         ({"target_modules": r"\w*\w*\w*\w*\w*X"}, "very long to search"),
-        ({"target_modules": "("}, "no regular expression"),
+        ({"modules_to_save": [r"(\w+\.?)+X"]}, "very long to search"),
+        ({"target_modules": "("}, "not a regular expression"),
         ({"target_modules": ["nowhere"]}, "does not fit this model"),
         ({"target_modules": [3]}, "list of module names"),
         ({"rank_pattern": {"(a+)+": 4}}, "very long to search"),
-        ({"rank_pattern": {"q_proj": 1 << 50}}, "announces floats of shape"),
+        ({"rank_pattern": {"q_proj": 1 << 50}}, "describes floats of shape"),
         ({"rank_pattern": {"q_proj": "big"}}, "`rank_pattern` must be"),
-        ({"r": 1 << 50}, "announces floats of shape"),
+        ({"r": 1 << 50}, "describes floats of shape"),
         ({"r": 1 << 62}, "does not fit this model"),
-        ({"r": 0}, "does not hold a config|does not fit this model"),
-        ({"lora_alpha": "\\x"}, "makes PEFT do more"),
+        ({"r": 0}, "cannot be used|does not fit this model"),
+        ({"lora_alpha": "\\x"}, "may make PEFT import, open or build"),
         ({"use_dora": True}, "missing"),
+        ({"target_parameters": ["mlp.down_proj.weight"]}, "missing"),
+        ({"trainable_token_indices": [1 << 60]}, "`trainable_token_indices` must be"),
         ({"task_type": "WORLD_PEACE"}, "Invalid task type"),
         ({"a_field_of_2030": 1}, "update PEFT"),
-        ({"peft_type": "PROMPT_TUNING"}, "update PEFT|does not fit|does not hold"),
-        ({"peft_type": "MEMIT"}, "no adapter of PEFT's"),
-        ({"peft_type": ["LORA"]}, "no adapter of PEFT's"),
+        ({"peft_type": "PROMPT_TUNING"}, "update PEFT|does not fit|cannot be used"),
+        ({"peft_type": "MEMIT"}, "not one of PEFT's"),
+        ({"peft_type": ["LORA"]}, "not one of PEFT's"),
     ],
 )
 def test_settings_that_make_peft_do_more_than_hold_matrices(
-    saved: Callable[[str], Path], watch: Watch, fields: dict[str, Any], message: str
+    saved: Callable[[str], Path], fields: dict[str, Any], message: str
 ) -> None:
     folder, model = saved("collection"), tiny_model()
     config = folder / "style" / CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
     load_adapters(tiny_model(), saved("collection index"))
-    with pytest.raises(ValueError, match=message), watch.over(folder, scale=20):
+    with pytest.raises(ValueError, match=message):
         load_adapters(model, folder)
     assert not getattr(model, "peft_config", {})
+    assert "antigravity" not in sys.modules
 
 
 def test_settings_of_peft_that_only_describe_matrices(saved: Callable[[str], Path]) -> None:
@@ -159,15 +158,15 @@ def test_settings_of_peft_that_only_describe_matrices(saved: Callable[[str], Pat
     assert model.model.layers[0].self_attn.q_proj.scaling["style"] == pytest.approx(8 / 2**0.5)
 
 
-def test_pickles_are_not_read(saved: Callable[[str], Path], watch: Watch) -> None:
+def test_pickles_are_not_read(saved: Callable[[str], Path]) -> None:
     folder, model = saved("collection"), tiny_model()
     torch.save(Evil(), folder / "style" / "adapter_model.bin")
     (folder / "style" / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=WEIGHTS), watch.over(folder, scale=20):
+    with pytest.raises(FileNotFoundError, match=WEIGHTS):
         load_adapters(model, folder)
     assert not memories(model)
     torch.save(Evil(), folder / "style" / WEIGHTS)
-    with pytest.raises(ValueError, match="is damaged"), watch.over(folder, scale=20):
+    with pytest.raises(ValueError, match="is damaged"):
         load_adapters(model, folder)
 
 

@@ -41,19 +41,23 @@ def test_text_is_one_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.json", '[{"text": "a"},\n\n {"text": "b", "id": 1}]', r"line 3 has the fields text, id; an item has \{"),
+        (
+            "a.json",
+            '[{"text": "a"},\n\n {"text": "b", "id": 1}]',
+            r"line 3 has the fields text, id; an item has \{",
+        ),
         ("a.json", '[\n{"text": "a"}, "b"]', "line 2 has 'b'; an item has"),
         ("a.json", '[\n {"text": [1]}\n]', r"line 2: `text` of a Document must be a non-empty string, got \[1\]"),
         ("a.json", '[{"prompt": "a", "subject": "b", "target": "c"}]', "line 1: `subject='b'` is not in `prompt='a'`"),
         ("a.json", '[{"text": "a"},\n {"text": }]', r"not JSON: Expecting value: line 2 .*If each line .* \.jsonl"),
-        ("a.json", '{"text": "a"}', "must hold a list of items, got a dict"),
-        ("a.json", "[]", "is empty"),
+        ("a.json", '{"text": "a"}', "must be a list of items, got a dict"),
+        ("a.json", "[]", "has no items"),
         ("a.json", "[{}]", "line 1 has the fields of nothing"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": "b"', r"line 3 is not JSON: .* \(column 13\)"),
         ("a.jsonl", '{"text": "a"}\n{"question": "a"}', "line 2 has the fields question"),
-        ("a.jsonl", "\n", "is empty"),
+        ("a.jsonl", "\n", "has no items"),
         ("a.txt", " \n", "line 1: `text` of a Document must be a non-empty string"),
-        ("a.csv", "text\na", "is of no known type: name it .json, .jsonl, .txt"),
+        ("a.csv", "text\na", "has an unknown type: its name must end in .json, .jsonl, .txt"),
     ],
 )
 def test_what_is_no_item_is_named(tmp_path: Path, name: str, content: str, why: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig
 
@@ -36,7 +37,14 @@ from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.registry import method_of
 from tests.support.contract import fingerprint
 from tests.support.models import byte_tokenizer, tiny_model
-from tests.support.watch import Watch
+
+
+class Evil:
+    """Fails the test that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("a pickle was loaded",)
+
 
 FACTS = [
     Fact("The Eiffel Tower is in", "Eiffel Tower", "Rome"),
@@ -86,7 +94,7 @@ class Reader:
             "slots file": Target((slots,), lambda f: MemorySlots.load(f / slots)),
             "covariance": Target(("covariance.safetensors",), self._covariance),
             "collection index": Target(("adapters.json",), lambda f: _read_index(f / "adapters.json")),
-            "LoRA config": Target((config,), lambda f: read_peft_config(f / config).to_dict()),
+            "LoRA config": Target((config,), lambda f: read_peft_config(f / config)[0].to_dict()),
             "items": Target(("items.json", "items.jsonl"), lambda f: [read_items(p) for p in sorted(f.glob("items*"))]),
             "collection": Target(
                 ("adapters.json", f"style/{config}", f"style/{weights}", f"facts/{config}"), self._load_all, whole=True
@@ -151,7 +159,7 @@ class Reader:
         config.resolve(self.decoder)
         kind = method_of(config)
         assert kind is not None
-        contents = kind._read_files(folder, config, self.decoder)
+        contents = kind.memory_class._read_files(folder, config, self.decoder)
         check_finite(contents)
         return contents
 
@@ -180,20 +188,16 @@ class Reader:
             raise
         return {name: t for name, t in model.named_parameters() if {"style", "facts"} & set(name.split("."))}
 
-    def outcome(self, name: str, watch: Watch) -> str:
+    def outcome(self, name: str) -> str:
         """Read what is in the folder of a target: `"the same"`, `"another, valid"`, or the error's name.
 
         Raises:
-            AssertionError: If anything else happened: another error, one that names nothing, a forbidden act, too much
-                time or memory.
+            AssertionError: If the error names no file or field, or the model is not what it was before.
         """
-        folder = self.folder / name
-        target = self.targets[name]
-        size = sum((folder / file).stat().st_size for file in target.files if (folder / file).is_file())
         try:
-            with warnings.catch_warnings(), watch.over(folder, scale=20 if target.whole else 1, size=size):
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = target.read(folder)
+                found = self.targets[name].read(self.folder / name)
         except (ValueError, OSError) as error:
             refused: Exception = error
         else:
