@@ -110,7 +110,14 @@ def load_memory(
             The model is unchanged then.
         RuntimeError: If another thread uses the model.
     """
-    folder = find_files(path_or_repo_id, revision=revision, token=token)
+    folder = find_files(
+        path_or_repo_id,
+        revision=revision,
+        token=token,
+        subfolder=subfolder,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     base: Any = base_model(model)
     with read_lock(folder):
         method, config = _read_method(folder)
