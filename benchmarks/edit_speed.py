@@ -30,8 +30,10 @@ from benchmarks.plain_memit import PlainMemit
 from memory_adapters import CovarianceFitter, MemitConfig, inject_memory
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
-from memory_adapters.memit.prompts import fact_rows
+from memory_adapters.memit.prompts import bare_rows, context_rows
 from memory_adapters.memit.write import LedgerBuilder
+
+LONGEST = 1 << 30  # tokens of a row: no limit
 
 
 def main() -> None:
@@ -58,7 +60,8 @@ def main() -> None:
     stages = {f"seconds a fact, {stage}": seconds / len(few) for stage, seconds in plain.seconds.items()}
     found: dict[str, Any] = {"plain": a_fact(baseline) | stages}
     print(dumps(found["plain"]), flush=True)
-    needed = operations(builder, fact_rows(facts, contexts, tokenizer, 1 << 30)) / len(facts)
+    rows = context_rows(facts, bare_rows(facts, tokenizer, LONGEST), contexts, tokenizer, LONGEST)
+    needed = operations(builder, [row for own in rows for row in own]) / len(facts)
     for label, precision in (("float32", "model"), ("bfloat16", "bfloat16")):
         config = MemitConfig(precision=precision, seed=arguments.seed)
         fast: Any = inject_memory(model, config, tokenizer=tokenizer)
@@ -83,8 +86,8 @@ def main() -> None:
         fast.remove()
     layers = list(memory.config.layers)
     memory.remove()
-    rows = [tokenize(tokenizer, text)[:1024] for text in texts if len(text) > 200][: arguments.covariance_texts]
-    found["covariance"] = covariance_speed(CovarianceFitter(model, tokenizer, layers), rows, arguments.rounds)
+    tokens = [tokenize(tokenizer, text)[:1024] for text in texts if len(text) > 200][: arguments.covariance_texts]
+    found["covariance"] = covariance_speed(CovarianceFitter(model, tokenizer, layers), tokens, arguments.rounds)
     print(dumps(found["covariance"]))
     save(arguments, found)
 

@@ -112,7 +112,7 @@ class Study:
             memory.covariance.save(covariance)
             self.about["covariance"] = f"{memory.covariance}, {spent.wall:.0f} s"
         facts = [record.fact for record in self.records]
-        for start in range(len(memory.facts), len(facts), 100):
+        for start in range(len(memory.items), len(facts), 100):
             report = memory.write(facts[start : start + 100])
             print(f"facts {start} to {start + 100}: {report.seconds:.0f} s", flush=True)
             self.about.setdefault("seconds a write of 100", []).append(round(report.seconds, 1))

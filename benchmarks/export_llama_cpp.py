@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import DEVICE, BenchmarkParser, dumps, load_model, save
-from memory_adapters import Fact, MemitConfig, export, inject_memory
+from memory_adapters import Fact, MemitConfig, inject_memory
 
 FACTS = [  # those of examples/demo.py
     Fact("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome"),
@@ -84,7 +84,7 @@ def main() -> None:
         base = [answer(model, ids) for _, ids in prompts]
     edited = [answer(model, ids) for _, ids in prompts]
     with tempfile.TemporaryDirectory() as folder:
-        lora = export(memory, folder, format="gguf")
+        lora = memory.export(folder, format="gguf")
         asked = {
             "model": str(file),
             "float32": str(Path(folder) / "float32.gguf"),
@@ -125,7 +125,7 @@ def compared(
     Differences are the largest over the vocabulary; that of the change is of what the edit does to the logits, beside
     the largest change itself.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, fact in enumerate(facts):
         ours = [side[i] for side in expected]
         theirs = [side[i] for side in run]

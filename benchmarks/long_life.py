@@ -117,10 +117,8 @@ def tiny_model() -> PreTrainedModel:
 
 def write(memory: Memory, item: Any) -> None:
     """Write without bars, and with the least that the method takes."""
-    if memory.config.kind.value == "MEMORY_ADAPTER":
-        memory.write(item, unrelated=UNRELATED, training_args={"disable_tqdm": True})  # type: ignore[call-arg]
-    else:
-        memory.write(item, progress=False)  # type: ignore[call-arg]
+    options = {"unrelated": UNRELATED} if "unrelated" in memory.write_options() else {}
+    memory.write(item, progress=False, **options)
 
 
 def written(model: PreTrainedModel, method: str, item: Any = EIFFEL, name: str | None = None) -> Memory:
@@ -190,7 +188,7 @@ def forgetting(method: str, _folder: Path) -> tuple[PreTrainedModel, Step, int]:
         if method == "residual":
             memory.remove()
         elif method == "edit":
-            memory.forget(BIG_BEN)  # type: ignore[attr-defined]
+            memory.forget(BIG_BEN)
         else:
             memory.use(before)  # type: ignore[attr-defined]
         return torch.cat([first, logits(model)])

@@ -52,7 +52,7 @@ def add(model: Any, tokenizer: Any, kind: str, index: int) -> None:
             i: (torch.randn(RANK, w, generator=generator), torch.randn(size, RANK, generator=generator))
             for i, w in widths.items()
         }
-        memory._place({i: Factors(A * 1e-3, B * 1e-3) for i, (A, B) in random.items()})
+        memory._set_factors(factors={i: Factors(A * 1e-3, B * 1e-3) for i, (A, B) in random.items()})
     elif kind == "slots":
         vectors = 0.1 * torch.randn(SLOTS, memory.encoder.decoder.embedding_size, generator=generator)
         memory.use(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memory_adapters import Covariance, Fact, MemitConfig
-from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import Context, FactRow, bare_rows, context_rows
 
@@ -35,7 +35,8 @@ class PlainMemit:
     def __post_init__(self) -> None:
         self.decoder = find_decoder(self.model)
         self.layers = self.config.resolved(self.decoder)
-        self.projections = {layer: mlp_projection(self.decoder, layer).module for layer in self.layers}
+        self.device = execution_device(self.decoder.embeddings)
+        self.projections: dict[int, Any] = {layer: mlp_projection(self.decoder, layer).module for layer in self.layers}
 
     def write(self, facts: Sequence[Fact], apart: bool) -> dict[int, Tensor]:
         """Return the change of each layer's weight, (hidden_size, d_in); the weights stay as they were.
@@ -55,7 +56,7 @@ class PlainMemit:
         self.seconds["z"] += time.perf_counter() - start
         shares: list[dict[int, Tensor]] = [{} for _ in facts]
         changes: dict[int, Tensor] = {}
-        missing = torch.zeros(self.decoder.hidden_size, len(facts), dtype=torch.float64)
+        missing = torch.zeros(self.decoder.hidden_size, len(facts), dtype=torch.float64, device=self.device)
         for i, layer in enumerate(self.layers):
             start = time.perf_counter()
             keys, residuals = [], []
@@ -70,7 +71,7 @@ class PlainMemit:
             start = time.perf_counter()
             both, R = torch.stack(keys).double(), torch.stack(residuals, 1).double()
             K, mean = both.flatten(0, 1).T, both.sum(1).T / 2**0.5
-            cost = self.config.regularization * K.shape[0] * self.covariance.shrunk(layer)
+            cost = self.config.regularization * K.shape[0] * self.covariance.shrunk(layer).to(K)
             if apart:  # what lower layers did not realise is shared out, too
                 left = len(self.layers) - i
                 R += missing / left
@@ -110,7 +111,7 @@ class PlainMemit:
                 lambda _m, _a, o: streams.append(o[0, row.subject])
             )
         )
-        self.model(input_ids=torch.tensor([row.ids]))
+        self.model(input_ids=torch.tensor([row.ids], device=self.device))
         for handle in handles:
             handle.remove()
         return keys[0], streams[0]
@@ -119,10 +120,10 @@ class PlainMemit:
         """Find z of one fact, by whole forward passes over all its rows."""
         config = self.config
         length = max(len(row.ids) for row in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        ids = torch.zeros(len(rows), length, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            ids[i, : len(row.ids)] = torch.tensor(row.ids)
+            ids[i, : len(row.ids)] = torch.tensor(row.ids, device=self.device)
             mask[i, : len(row.ids)] = 1
         h0 = self.visit(rows[0], self.layers[-1], {})[1]
         rate = config.learning_rate * float(h0.square().mean().sqrt())
@@ -142,7 +143,7 @@ class PlainMemit:
             losses = []
             for i, row in enumerate(rows):
                 if row.context >= 0:
-                    labels = torch.tensor(row.ids[row.first_label :])
+                    labels = torch.tensor(row.ids[row.first_label :], device=self.device)
                     losses.append(F.nll_loss(logs[i, row.first_label - 1 : len(row.ids) - 1], labels))
                 else:
                     now = logs[i, row.subject]

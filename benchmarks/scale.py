@@ -90,7 +90,7 @@ def measured(model: Any, tokenizer: Any, facts: tuple[int, int]) -> dict[str, fl
             num_train_epochs=EPOCHS, min_steps=0, num_prefixes=0, target_loss=0.0, token_gate="none", batch_size=4
         )
         memory: Any = inject_memory(model, config, tokenizer=tokenizer)
-        memory.write(FACTS[:count], unrelated=[TEXT[:60]] * 4, training_args={"disable_tqdm": True})
+        memory.write(FACTS[:count], unrelated=[TEXT[:60]] * 4, progress=False)
         memory.remove()
 
     slots: Any = inject_memory(

@@ -55,7 +55,7 @@ def main() -> None:
     ]
     questions = instruction_examples(queries[:: max(1, len(queries) * 20 // (3 * count))], tokenizer)
     span = arguments.span
-    examples = ConcatDataset(
+    examples: ConcatDataset[Example] = ConcatDataset(
         [
             TextExamples(ids, (span // 4, span), 0, 1.0, count * 70 // 100),
             TextExamples(ids, (span, 2 * span), 32, 0.0, count * 15 // 100),
