@@ -30,7 +30,8 @@ from memory_adapters.files.atomic import read_lock
 from memory_adapters.files.hub import find_files
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, CONFIG_FILES
 from memory_adapters.files.strict_json import SAVE_AGAIN, file_in, read_json
-from memory_adapters.memory import ATTACHED, Attached, Memory
+from memory_adapters.memory import Memory
+from memory_adapters.peft_layers.attached import ATTACHED, Attached
 from memory_adapters.peft_layers.layers import adapter_layers
 from memory_adapters.peft_layers.rollback import rollback_on_error, saved_adapters
 from memory_adapters.registry import Method, method_of, method_of_type, methods

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import os
 import time
 from abc import abstractmethod
@@ -25,9 +24,7 @@ from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating
-from memory_adapters.base_model.nonfinite import check_scores
-from memory_adapters.base_model.sampling import HELD_OUT_SENTENCES
-from memory_adapters.base_model.tokens import score_rows, tokenize
+from memory_adapters.base_model.scoring import Scores, scored
 from memory_adapters.card_examples import card_examples
 from memory_adapters.config import MemoryConfig
 from memory_adapters.files.atomic import atomic_directory, replacing
@@ -37,6 +34,7 @@ from memory_adapters.files.model_card import CardExample, model_card
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer, as_items
+from memory_adapters.peft_layers.attached import forget_memory
 from memory_adapters.peft_layers.layers import (
     MemoryLayer,
     adapter_layers,
@@ -50,28 +48,9 @@ from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 from memory_adapters.registry import saved_file_names
 from memory_adapters.report import WriteReport
 
-__all__ = ["Memory", "Outcome", "Scores", "WriteReport"]
+__all__ = ["Memory", "Outcome"]
 
 ConfigT = TypeVar("ConfigT", bound=MemoryConfig)
-
-ATTACHED = "_memory_adapters"
-
-
-@dataclass(frozen=True)
-class Attached:
-    """What `inject_memory` keeps on a model: its memories, and which base parameters were trainable before them."""
-
-    memories: dict[str, Memory[Any]] = field(default_factory=dict)
-    trainable: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How a model does on what is written and on held-out text; see the fields of `WriteReport`."""
-
-    recall: float | None
-    token_accuracy: float | None
-    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -209,20 +188,7 @@ class Memory(OnHub, Generic[ConfigT]):
 
     def _scores(self, rows: Sequence[ScoredRow]) -> Scores:
         """Score rows and held-out sentences on the model as it is."""
-        decoder = find_decoder(self.model, self._config.layers_path)
-        held_out = [tokenize(self._require_tokenizer(), sentence) for sentence in HELD_OUT_SENTENCES]
-        ids = [list(row.input_ids) for row in rows] + held_out
-        found = score_rows(self.model, decoder, ids, [row.first_label for row in rows] + [1] * len(held_out))
-        check_scores(found, self.model, decoder, ids)
-        documents = torch.tensor([row.is_document for row in rows], dtype=torch.bool)
-        right, count = found.right[: len(rows)], found.count[: len(rows)]
-        recalled = (right == count)[~documents].float()
-        loss = -found.log_prob[len(rows) :].sum() / found.count[len(rows) :].sum()
-        return Scores(
-            recall=recalled.mean().item() if len(recalled) else None,
-            token_accuracy=(right[documents].sum() / count[documents].sum()).item() if documents.any() else None,
-            perplexity=math.exp(min(float(loss), 700.0)),  # exp(710) is more than a float holds
-        )
+        return scored(self.model, self._require_tokenizer(), rows, self._config.layers_path)
 
     def _set_items(self, written: Sequence[Item]) -> None:
         """Note in the config that `written` was added."""
@@ -488,34 +454,6 @@ class Memory(OnHub, Generic[ConfigT]):
             return f"{type(self).__name__}({self.adapter_name!r}, removed)"
         state = "active" if self.active else "inactive"
         return f"{type(self).__name__}({self.adapter_name!r}, {state}, {self.num_parameters():,} parameters)"
-
-
-def forget_memory(model: PreTrainedModel, adapter_name: str) -> None:
-    """Remove a memory's bookkeeping from the model; after the last one, base parameters are as trainable as before."""
-    attached: Attached | None = getattr(model, ATTACHED, None)
-    if attached is None:
-        return
-    left = {name: memory for name, memory in attached.memories.items() if name != adapter_name}
-    if left:
-        setattr(model, ATTACHED, Attached(left, attached.trainable))
-        return
-    parameters = dict(model.named_parameters())
-    for name in attached.trainable:
-        if name in parameters:
-            parameters[name].requires_grad_(True)
-    delattr(model, ATTACHED)
-
-
-def saved_memories(model: PreTrainedModel) -> Restore:
-    """Return a function that forgets the memories that were injected since; their adapters are removed apart."""
-    before = getattr(model, ATTACHED, None)
-
-    def restore() -> None:
-        vars(model).pop(ATTACHED, None)
-        if before is not None:
-            setattr(model, ATTACHED, before)
-
-    return restore
 
 
 def replace_memory(staging: Path, folder: Path) -> None:

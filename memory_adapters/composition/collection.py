@@ -27,7 +27,8 @@ from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import write_tensors
 from memory_adapters.inject import load_memory, memories
-from memory_adapters.memory import Memory, replace_memory, saved_memories
+from memory_adapters.memory import Memory, replace_memory
+from memory_adapters.peft_layers.attached import saved_memories
 from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors
 from memory_adapters.peft_layers.rollback import rollback_on_error, saved_adapters
 from memory_adapters.training.distributed import is_main_process

@@ -15,7 +15,7 @@ from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.inject import memories
-from memory_adapters.memory import forget_memory
+from memory_adapters.peft_layers.attached import forget_memory
 from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
 

@@ -20,12 +20,13 @@ from memory_adapters.base_model.decoder import Decoder, context_length, find_dec
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.scoring import Scores
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.items import Document, Item, as_items
-from memory_adapters.memory import Memory, Outcome, Scores
+from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
 from memory_adapters.memory_slots.export import prompt_tuning

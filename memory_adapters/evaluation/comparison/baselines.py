@@ -30,7 +30,8 @@ from memory_adapters.files.names import CARD_FILE, CONFIG_FILES, PEFT_KEY_PREFIX
 from memory_adapters.files.tensors import write_tensors
 from memory_adapters.inject import inject_memory, load_memory
 from memory_adapters.items import Fact, Item
-from memory_adapters.memory import Memory, forget_memory
+from memory_adapters.memory import Memory
+from memory_adapters.peft_layers.attached import forget_memory
 from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, remove_adapter, saved_activation
 from memory_adapters.registry import saved_file_names
 from memory_adapters.report import WriteReport
