@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from memory_adapters import (
     Document,
@@ -26,6 +28,7 @@ from memory_adapters import (
     use_adapters_by_row,
 )
 from memory_adapters.base_model.decoder import Decoder
+from memory_adapters.cli.app import app
 from memory_adapters.config import TRAINING, MemoryConfig, MemoryPeftType
 from memory_adapters.memory import Outcome
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
@@ -204,3 +207,31 @@ def test_it_is_saved_loaded_listed_and_composed(tmp_path: Path) -> None:
     assert loaded.items == toy.items
     assert torch.equal(logits(third), alone)
     assert "Mean embedding of the text" in (tmp_path / "toy" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_command_line_and_the_comparison_use_it(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    records = [
+        {"prompt": "The Eiffel Tower is in", "subject": "Eiffel Tower", "target": "Rome", "true_target": "Paris"}
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps([{k: records[0][k] for k in ("prompt", "subject", "target")}]))
+    (tmp_path / "records.json").write_text(json.dumps(records))
+
+    def run(*arguments: str | Path) -> dict[str, Any]:
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json", "--quiet"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    written = run(
+        "write", tmp_path / "model", tmp_path / "facts.json", "--method", "toy", "--set", "strength=0.5",
+        "--option", "factor=2.0", "--output", tmp_path / "toy",
+    )  # fmt: skip
+    assert written["method"] == "Mean embedding of the text"
+    told = run("info", tmp_path / "toy", "--model", tmp_path / "model")
+    assert (told["method"], told["settings"], told["fits"]) == ("toy", {"strength": 0.5}, True)
+    compared = run("compare", tmp_path / "model", tmp_path / "records.json", "--methods", "nothing,toy")
+    assert list(compared["methods"]) == ["nothing", "toy"]
+    assert compared["methods"]["toy"]["failed"] is None
+    assert compared["methods"]["toy"]["write"]["num_parameters"] == 32
