@@ -252,9 +252,9 @@ def test_slots_and_covariance_by_other_names(saved: Callable[[str], Path], tmp_p
         Covariance.load(slots)
     with pytest.raises(ValueError, match="not a file of slots"):
         MemorySlots.load(covariance)
-    with pytest.raises(ValueError, match="of a repository on the Hub"):
+    with pytest.raises(ValueError, match="for a repository on the Hub"):
         MemorySlots.load(slots, revision="v2")
-    with pytest.raises(ValueError, match="of a repository on the Hub"):
+    with pytest.raises(ValueError, match="for a repository on the Hub"):
         load_memory(tiny_model(), saved("residual memory"), revision="v2")
 
 

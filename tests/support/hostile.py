@@ -112,7 +112,7 @@ class Reader:
         self._keep(memory, "residual")
         edit: Any = inject_memory(self.model, MemitConfig(layers=[1, 2]), tokenizer=self.tokenizer)
         edit.ledger = _ledger(edit.ledger)
-        edit.config.facts = [{"prompt": f.prompt, "subject": f.subject, "target": f.target} for f in FACTS]
+        edit.config.set_items(FACTS)
         edit._set_factors(edit.ledger)
         self._keep(edit, "edit")
         small = MemorySlotsConfig(num_slots=2, span_length=4, lora_rank=2)
@@ -172,7 +172,7 @@ class Reader:
     def _load(self, folder: Path) -> Any:
         try:
             memory: Any = load_memory(self.model, folder, tokenizer=self.tokenizer)
-            state = memory.state_dict(), getattr(memory, "facts", None), getattr(memory, "slots", None)
+            state = memory.state_dict(), memory.items, getattr(memory, "slots", None)
             memory.remove()
         finally:
             assert fingerprint(self.model) == self.plain, "the model is not what it was"
