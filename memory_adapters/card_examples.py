@@ -63,7 +63,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
     backwards = pad_rows([row[::-1] for row in rows], model.device)
     inputs = {name: tensor.flip(1) for name, tensor in backwards.items()}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
         **inputs,
         max_new_tokens=ANSWER_TOKENS,
         do_sample=False,

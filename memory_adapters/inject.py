@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, base_model, check_not_sharded, find_decoder, unwrapped
@@ -70,7 +69,7 @@ def inject_memory(
     if method is None:
         known = ", ".join(sorted(one.config_class.__name__ for one in methods().values()))
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {known}.")
-    base: Any = base_model(model)
+    base = base_model(model)
     with exclusive_use(base):
         check_not_sharded(base)
         decoder = find_decoder(base, config.layers_path)
@@ -118,7 +117,7 @@ def load_memory(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    base: Any = base_model(model)
+    base = base_model(model)
     with read_lock(folder):
         method, config = _read_method(folder)
         check_not_sharded(base)
@@ -150,7 +149,7 @@ def _read_method(folder: Path) -> tuple[Method, MemoryConfig]:
 
 
 def _inject(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     method: Method,
     config: MemoryConfig,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -159,7 +158,7 @@ def _inject(
     fingerprint: dict[str, Any],
 ) -> Memory[Any]:
     """As `inject_memory`, of a config that may be changed, with what is known of the base model."""
-    base: Any = base_model(model)
+    base = base_model(model)
     own = dict(fingerprint)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, decoder.vocab_size)
@@ -179,7 +178,8 @@ def _inject(
     with rollback_on_error(saved_adapters(base)):
         adapter_config = config.adapter_config(decoder)
         if adapter_config is None:
-            base.peft_config = {**getattr(base, "peft_config", {}), name: config}
+            own_configs: dict[str, Any] = {**getattr(base, "peft_config", {}), name: config}
+            base.peft_config = own_configs
             base.requires_grad_(False)
         else:
             _inject_peft(base, adapter_config, name, getattr(config, "seed", 0))
@@ -197,7 +197,7 @@ def _inject(
     return memory
 
 
-def _inject_peft(base: nn.Module, config: PeftConfig, name: str, seed: int) -> None:
+def _inject_peft(base: PreTrainedModel, config: PeftConfig, name: str, seed: int) -> None:
     targets = set(getattr(config, "target_modules", None) or ())
     with warnings.catch_warnings(), ExitStack() as stack:
         # PEFT warns of a second adapter, which is what is wanted here.
@@ -215,7 +215,7 @@ def memories(model: PreTrainedModel | PeftModel) -> dict[str, Memory[Any]]:
 
     A memory that PEFT injected (`get_peft_model`, `add_adapter`) is returned as a new object by each call.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     attached: Attached = getattr(base, ATTACHED, None) or Attached()
     found = {name: memory for name, memory in attached.memories.items() if memory.attached}
     for name, config in getattr(base, "peft_config", {}).items():
@@ -226,7 +226,7 @@ def memories(model: PreTrainedModel | PeftModel) -> dict[str, Memory[Any]]:
     return dict(sorted(found.items(), key=lambda entry: order.index(entry[0]) if entry[0] in order else -1))
 
 
-def _warn_of_duplicates(base: Any, adapter_name: str) -> None:
+def _warn_of_duplicates(base: PreTrainedModel, adapter_name: str) -> None:
     """Warn if another memory on the model has the very tensors of this one, and some numbers in each."""
     held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in memories(base)}
     for path, tensor in chain(base.named_parameters(), base.named_buffers()):
@@ -244,7 +244,7 @@ def _warn_of_duplicates(base: Any, adapter_name: str) -> None:
             )
 
 
-def _free_name(model: nn.Module) -> str:
+def _free_name(model: PreTrainedModel) -> str:
     taken = set(getattr(model, "peft_config", {}))
     number, name = 1, _DEFAULT_NAME
     while name in taken:
@@ -253,7 +253,7 @@ def _free_name(model: nn.Module) -> str:
     return name
 
 
-def _checked_name(model: nn.Module, name: str) -> str:
+def _checked_name(model: PreTrainedModel, name: str) -> str:
     taken = getattr(model, "peft_config", {})
     if name in taken:
         raise ValueError(f"`adapter_name={name!r}` is taken on this model (adapters: {sorted(taken)}); choose another.")

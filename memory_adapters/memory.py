@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, check_not_sharded, context_length, find_decoder
@@ -106,11 +107,11 @@ class Memory(OnHub, Generic[ConfigT]):
         config: ConfigT,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.model: Any = model
+        self.model = model
         self.adapter_name = adapter_name
-        self.tokenizer: Any = tokenizer
+        self.tokenizer = tokenizer
         self._config = config
-        self._adapter_config: PeftConfig = self.model.peft_config[adapter_name]
+        self._adapter_config = cast(PeftConfig, model.peft_config[adapter_name])
 
     # What a method gives.
 
@@ -124,7 +125,7 @@ class Memory(OnHub, Generic[ConfigT]):
 
     def _rows(self, items: Sequence[Any]) -> Sequence[ScoredRow]:
         """Return the rows of tokens that `_scores` scores."""
-        return plain_rows(items, self.tokenizer, context_length(self.model))
+        return plain_rows(items, self._require_tokenizer(), context_length(self.model))
 
     def _attach(self, decoder: Decoder) -> None:
         """Put on the model what PEFT does not inject; called once, by `inject_memory`."""
@@ -209,7 +210,7 @@ class Memory(OnHub, Generic[ConfigT]):
     def _scores(self, rows: Sequence[ScoredRow]) -> Scores:
         """Score rows and held-out sentences on the model as it is."""
         decoder = find_decoder(self.model, self._config.layers_path)
-        held_out = [tokenize(self.tokenizer, sentence) for sentence in HELD_OUT_SENTENCES]
+        held_out = [tokenize(self._require_tokenizer(), sentence) for sentence in HELD_OUT_SENTENCES]
         ids = [list(row.input_ids) for row in rows] + held_out
         found = score_rows(self.model, decoder, ids, [row.first_label for row in rows] + [1] * len(held_out))
         check_scores(found, self.model, decoder, ids)
@@ -276,9 +277,9 @@ class Memory(OnHub, Generic[ConfigT]):
     def _register_again(self) -> None:
         """Raise a `RuntimeError` if the memory is gone; register it again if only its registration is."""
         self._check_attached()
-        configs: dict[str, PeftConfig] = getattr(self.model, "peft_config", {})
+        configs: dict[str, Any] = getattr(self.model, "peft_config", {})
         if self.adapter_name not in configs:
-            self.model.peft_config = {**configs, self.adapter_name: self._adapter_config}
+            self.model.peft_config = {**configs, self.adapter_name: cast(Any, self._adapter_config)}
             self._rebase(base_fingerprint(self.model, self._config.layers_path))
 
     def _rebase(self, fingerprint: dict[str, Any]) -> None:
@@ -288,8 +289,7 @@ class Memory(OnHub, Generic[ConfigT]):
     def _check_writable(self) -> None:
         self._register_again()
         check_not_sharded(self.model)
-        if self.tokenizer is None:
-            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
+        self._require_tokenizer()
         own = self._config.base_fingerprint or {}
         for name, value in base_fingerprint(self.model, self._config.layers_path).items():
             if value is not None and own.get(name) not in (None, value):
@@ -299,7 +299,13 @@ class Memory(OnHub, Generic[ConfigT]):
                     "a new memory."
                 )
 
-    def tuner_layers(self) -> list[Any]:
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer; raise a `ValueError` if the memory has none."""
+        if self.tokenizer is None:
+            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
+        return self.tokenizer
+
+    def tuner_layers(self) -> Sequence[BaseTunerLayer]:
         """Return the PEFT layers that hold this memory, lowest block first."""
         return adapter_layers(self.model, self.adapter_name)
 
@@ -410,7 +416,7 @@ class Memory(OnHub, Generic[ConfigT]):
         config = copy.copy(self._adapter_config)
         config.inference_mode = True
         if isinstance(targets := getattr(config, "target_modules", None), set):
-            config.target_modules = sorted(targets)  # PEFT 0.21.0 writes a set in any order
+            config.target_modules = sorted(targets)  # type: ignore[attr-defined]  # PEFT 0.21.0 writes a set in any order
         config.save_pretrained(str(folder))
 
     @classmethod
@@ -484,7 +490,7 @@ class Memory(OnHub, Generic[ConfigT]):
         return f"{type(self).__name__}({self.adapter_name!r}, {state}, {self.num_parameters():,} parameters)"
 
 
-def forget_memory(model: Any, adapter_name: str) -> None:
+def forget_memory(model: PreTrainedModel, adapter_name: str) -> None:
     """Remove a memory's bookkeeping from the model; after the last one, base parameters are as trainable as before."""
     attached: Attached | None = getattr(model, ATTACHED, None)
     if attached is None:
@@ -500,7 +506,7 @@ def forget_memory(model: Any, adapter_name: str) -> None:
     delattr(model, ATTACHED)
 
 
-def saved_memories(model: Any) -> Restore:
+def saved_memories(model: PreTrainedModel) -> Restore:
     """Return a function that forgets the memories that were injected since; their adapters are removed apart."""
     before = getattr(model, ATTACHED, None)
 

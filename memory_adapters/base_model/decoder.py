@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from memory_adapters.validation import shown
 
@@ -56,14 +57,12 @@ class Decoder:
     @property
     def vocab_size(self) -> int:
         """Rows of the input embeddings: token ids must be below it."""
-        weight: Any = self.embeddings.weight
-        return int(weight.shape[0])
+        return int(cast(torch.Tensor, self.embeddings.weight).shape[0])
 
     @property
     def embedding_size(self) -> int:
         """Width of the input embeddings: `hidden_size` in most models, less in some OPT."""
-        weight: Any = self.embeddings.weight
-        return int(weight.shape[1])
+        return int(cast(torch.Tensor, self.embeddings.weight).shape[1])
 
     @property
     def stack_path(self) -> str:
@@ -75,7 +74,7 @@ class Decoder:
         return f"{self.path}.{layer}"
 
 
-def find_decoder(model: nn.Module, layers_path: str | None = None) -> Decoder:
+def find_decoder(model: PreTrainedModel, layers_path: str | None = None) -> Decoder:
     """Locate the decoder blocks, embeddings and head of `model`.
 
     The blocks are the outermost `ModuleList` of one module class that has as many entries as the model's
@@ -114,7 +113,7 @@ def find_decoder(model: nn.Module, layers_path: str | None = None) -> Decoder:
     hidden_size = getattr(text_config, "hidden_size", None)
     if not isinstance(hidden_size, int):
         raise ValueError(f"{name} has no integer `config.hidden_size`; a memory needs the width of its stream.")
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embeddings is None or head is None:
         raise ValueError(f"{name} has no input or output embeddings; load it with a causal LM head.")
     return Decoder(blocks, path, hidden_size, embeddings, head, getattr(text_config, "model_type", None))
@@ -153,12 +152,12 @@ def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
     return sorted(indices)
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the Hugging Face model itself, also of a PeftModel."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def context_length(model: Any) -> int:
+def context_length(model: PreTrainedModel) -> int:
     """Return how many tokens the model's positions allow; a very large number where its config names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 

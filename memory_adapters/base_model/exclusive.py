@@ -12,6 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from memory_adapters.base_model.decoder import base_model
 
 __all__ = ["exclusive_use"]
 
@@ -26,7 +30,7 @@ class _Owner:
     """The thread that has the model, and in how many nested contexts."""
 
     thread: int
-    handle: Any
+    handle: RemovableHandle
     depth: int = 0
 
 
@@ -35,7 +39,7 @@ _guard = Lock()
 
 
 @contextmanager
-def exclusive_use(model: nn.Module) -> Iterator[None]:
+def exclusive_use(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Keep other threads, within this context, from running the model and from switching its adapters.
 
     A pass that another thread has begun before is not noticed: one thread should switch adapters, and start the passes
@@ -48,7 +52,7 @@ def exclusive_use(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: If another thread is in such a context. Nothing is changed.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     stack = getattr(base, "base_model", base)  # every pass goes through the model without its head
     with _guard:
         owner = _owners.get(stack)

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, find_decoder
 
@@ -26,7 +27,7 @@ _PROBE = "The quick brown fox: 1234.56 + (x_1 != y2)\n\tnaïve café, Grüße, �
 
 
 def base_fingerprint(
-    model: nn.Module, layers_path: str | None = None, *, decoder: Decoder | None = None
+    model: PreTrainedModel, layers_path: str | None = None, *, decoder: Decoder | None = None
 ) -> dict[str, Any]:
     """Return what identifies a base model, whatever precision it is loaded in.
 
@@ -59,7 +60,7 @@ def base_fingerprint(
     every = [_first_row(module) for block in decoder.blocks for module in _base_modules(block)]
     partial = not first_rows or any(rows is None for rows in every)
     return {
-        "model_type": model.config.model_type,  # type: ignore[union-attr]
+        "model_type": model.config.model_type,
         "hidden_size": decoder.hidden_size,
         "num_layers": decoder.num_layers,
         "embeddings": embeddings,
@@ -115,13 +116,13 @@ def _sign_hash(tensors: list[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the token ids of a fixed multilingual text: what the tokenizer does, not what it is called."""
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def tokenizer_habits(tokenizer: Any) -> dict[str, str | None]:
+def tokenizer_habits(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
     """What two tokenizers that cut plain text alike may still do differently, for a fingerprint.
 
     Returns:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import hidden_state
@@ -24,7 +25,7 @@ def rows_not_finite(values: Tensor) -> list[int]:
 
 @torch.no_grad()
 def origin(
-    model: nn.Module,
+    model: PreTrainedModel,
     decoder: Decoder,
     inputs: Mapping[str, Tensor],
     otherwise: str = "where, is not known, for in another pass every number is finite",
@@ -65,7 +66,7 @@ def origin(
     return f"{name} gives the first, though its weights are finite: numbers grow too large for {dtype}; {remedy}"
 
 
-def check_scores(scores: RowScores, model: nn.Module, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
+def check_scores(scores: RowScores, model: PreTrainedModel, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
     """Raise a `ValueError` that says where NaN or infinity arises if a row's log-probability is not finite."""
     if bad := rows_not_finite(scores.log_prob[:, None]):
         inputs = pad_rows([rows[bad[0]]], execution_device(decoder.embeddings))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
 
@@ -43,7 +43,9 @@ def hidden_state(output: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, decoder: Decoder, layers: Sequence[int], **inputs: torch.Tensor) -> list[torch.Tensor]:
+def capture(
+    model: PreTrainedModel, decoder: Decoder, layers: Sequence[int], **inputs: torch.Tensor
+) -> list[torch.Tensor]:
     """Outputs of some blocks, from one forward pass that stops after the last of them.
 
     Args:
@@ -92,7 +94,7 @@ def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def block_returns_tuple(model: nn.Module, decoder: Decoder, layer: int) -> bool:
+def block_returns_tuple(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool:
     """Whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
     kinds: list[bool] = []
     handle = decoder.blocks[layer].register_forward_hook(lambda _m, _a, output: kinds.append(isinstance(output, tuple)))
@@ -154,7 +156,7 @@ def inputs_of(modules: Sequence[nn.Module], receive: Callable[[int, torch.Tensor
 
 
 @torch.no_grad()
-def capture_inputs(model: nn.Module, modules: Sequence[nn.Module], **inputs: Any) -> list[torch.Tensor]:
+def capture_inputs(model: PreTrainedModel, modules: Sequence[nn.Module], **inputs: Any) -> list[torch.Tensor]:
     """Inputs of some modules, from one forward pass that stops when the last of them is reached.
 
     Args:

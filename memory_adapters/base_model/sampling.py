@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.modes import evaluating
@@ -73,7 +71,7 @@ HELD_OUT_SENTENCES = (
 class _Finite(LogitsProcessor):
     """Says where it comes from if there is NaN or infinity in logits, which nothing can be sampled from."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -85,7 +83,13 @@ class _Finite(LogitsProcessor):
 
 @torch.no_grad()
 def sample_text(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, num_tokens: int, seed: int, top_k: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int,
+    seed: int,
+    top_k: int = 0,
 ) -> list[str]:
     """Text sampled from the model itself at temperature 1: needs no data, and looks like what the model reads.
 
@@ -110,9 +114,9 @@ def sample_text(
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     check = LogitsProcessorList([_Finite(model)])
     with seeded(seed), evaluating(model):
-        sampled = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device),  # type: ignore[arg-type]
-            attention_mask=mask.to(model.device),  # type: ignore[arg-type]
+        sampled = model.generate(  # type: ignore[operator]  # a causal LM has it, PreTrainedModel does not
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             do_sample=True,
             temperature=1.0,
             top_k=top_k,
@@ -126,7 +130,7 @@ def sample_text(
     return [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
 
 
-def start_token(tokenizer: Any) -> int:
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that a text begins with: beginning of text, else end of text, else 0."""
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None)

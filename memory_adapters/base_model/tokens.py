@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.exclusive import exclusive_use
@@ -42,7 +42,7 @@ def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> I
         yield batch
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids as the model reads a prompt: with the special tokens at the start, without one at the end."""
     ids = list(tokenizer(text)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
@@ -56,7 +56,7 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def last_token_of(tokenizer: Any, text: str, end: int, ids: Sequence[int]) -> int:
+def last_token_of(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: Sequence[int]) -> int:
     """Index in `ids`, the tokens of `text`, of the token that holds character `end - 1`."""
     head = tokenize(tokenizer, text[:end])
     shared = shared_length(head, ids)
@@ -80,7 +80,7 @@ class RowScores:
 
 @torch.no_grad()
 def score_rows(
-    model: nn.Module, decoder: Decoder, rows: Sequence[Sequence[int]], first: Sequence[int], tokens: int = 1024
+    model: PreTrainedModel, decoder: Decoder, rows: Sequence[Sequence[int]], first: Sequence[int], tokens: int = 1024
 ) -> RowScores:
     """Score the tokens of each row from index `first` (at least 1) on, with logits computed only there.
 

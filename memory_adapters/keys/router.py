@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import base_model, execution_device, find_decoder
@@ -59,12 +60,14 @@ class MemoryRouter:
         names: The routed memories.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], first: KeyedLayer, layers_path: str | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, names: Sequence[str], first: KeyedLayer, layers_path: str | None
+    ) -> None:
         self.model, self.names, self.first = model, tuple(names), first
         self.decoder = find_decoder(model, layers_path)
         self._layers = [layer for layer in adapter_layers(model) if isinstance(layer, KeyedLayer)]
         self._passes: dict[int, list[_Pass]] = {}  # of each thread, the outermost first
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> MemoryRouter:
         with exclusive_use(self.model):
@@ -100,7 +103,7 @@ class MemoryRouter:
             found = getattr(self.model(**inputs, use_cache=True)[CACHE], ROUTE)
         return [None if name == BASE_ROW else name for name in found]
 
-    def read(self, layer: Any, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
+    def read(self, layer: MemoryLayer, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
         """Return which memories are routed in this pass, and the one of each row; see `RowRouter`.
 
         The choice is made where x (batch, tokens, hidden_size) is the output of the first routed block of a new input.
@@ -123,7 +126,7 @@ class MemoryRouter:
             chosen = best.amax(-1).argmax(0).tolist()
         return [[BASE_ROW, *names][i] for i in chosen]
 
-    def _begin(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a pass: a cache that is being continued keeps its route; another input is read anew."""
         cache = kwargs.get(CACHE)
         continued = cache is not None and cache.get_seq_length() > 0
@@ -132,7 +135,7 @@ class MemoryRouter:
         route = getattr(cache, ROUTE, [BASE_ROW]) if continued else None
         self._passes.setdefault(get_ident(), []).append(_Pass(stack.training, mask, route))
 
-    def _end(self, stack: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, stack: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         """After a pass, or one that failed: the route is kept with the cache."""
         own = self._passes.get(get_ident())
         if own is None:  # it was refused before it began
@@ -159,9 +162,10 @@ def route_memories(model: PreTrainedModel | PeftModel, adapter_names: Sequence[s
     Raises:
         ValueError: If a name is no memory that can be routed, one has no keys, or they do not begin at the same block.
     """
-    base: Any = base_model(model)
-    known = {name: memory.tuner_layers() for name, memory in memories(base).items()}
-    known = {name: layers for name, layers in known.items() if all(isinstance(layer, KeyedLayer) for layer in layers)}
+    base = base_model(model)
+    held = {name: memory.tuner_layers() for name, memory in memories(base).items()}
+    keyed = {name: [layer for layer in layers if isinstance(layer, KeyedLayer)] for name, layers in held.items()}
+    known = {name: layers for name, layers in keyed.items() if len(layers) == len(held[name])}
     names = list(known) if adapter_names is None else list(adapter_names)
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"`adapter_names` has {unknown}, but the memories that can be routed are {sorted(known)}.")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.partial_forward import CACHE
@@ -41,7 +42,7 @@ class Portion:
 
 def portions(
     texts: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     column: str,
     skip: int,
@@ -123,7 +124,9 @@ def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
 
 
 @torch.no_grad()
-def sample_tokens(model: nn.Module, tokenizer: Any, *, rows: int, length: int, seed: int) -> Tensor:
+def sample_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int
+) -> Tensor:
     """Tokens (rows, length) that the model continues from its beginning-of-text token at temperature 1.
 
     A plain loop: one uniform number a token and the inverse of the distribution function are several times cheaper

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import context_length, execution_device, find_decoder, resolve_layers
 from memory_adapters.base_model.exclusive import exclusive_use
@@ -50,7 +51,12 @@ class CovarianceFitter:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, layers: Sequence[int | float], *, layers_path: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[int | float],
+        *,
+        layers_path: str | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.decoder = find_decoder(model, layers_path)
@@ -191,7 +197,7 @@ class CovarianceFitter:
             if bad := rows_not_finite(keys):
                 row = rows[int(mask.nonzero()[bad[0], 0])]
                 raise ValueError(
-                    f"The keys at block {layer} hold NaN or infinity for {self.tokenizer.decode(row[:16])!r}: "
+                    f"The keys at block {layer} hold NaN or infinity for {self.tokenizer.decode(list(row[:16]))!r}: "
                     f"{origin(self.model, self.decoder, pad_rows([row], self.device))}."
                 )
         self.halfway = True

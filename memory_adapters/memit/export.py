@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate.utils import align_module_device
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.files.exports import Write, check_finite
@@ -20,7 +22,7 @@ from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import write_tensors
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memory import Memory
-from memory_adapters.peft_layers.layers import adapter_layers, lora_layers
+from memory_adapters.peft_layers.layers import adapter_layers, lora_layers, lora_linears
 
 __all__ = ["EXPORTERS", "VLLM_RANKS"]
 
@@ -56,7 +58,7 @@ def vllm(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     for name, (A, B) in factors.items():
         tensors[f"{PEFT_KEY_PREFIX}{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, padded - rank))
         tensors[f"{PEFT_KEY_PREFIX}{name}.lora_B.weight"] = F.pad(B, (0, padded - rank))
-    config = copy.copy(memory._adapter_config)
+    config = copy.copy(cast(LoraConfig, memory._adapter_config))
     config.r = config.lora_alpha = padded
     config.target_modules = sorted(factors)  # PEFT has a set: the same edit gives the same bytes
     config.inference_mode = True
@@ -87,6 +89,7 @@ def gguf(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
             f'`format="gguf"`: the package gguf has no name for `{missing[0]}` of a {text.model_type!r} model, which '
             'llama.cpp may not run: export it as "merged" or "vllm", or update gguf.'
         )
+    assert architecture is not None  # else no name was found
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
 
     def write(folder: Path) -> Path:
@@ -111,7 +114,7 @@ def gguf(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
 def merged(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     """The base with W + B A, summed in float32, for W of the edited projections, and the tokenizer if it is known."""
     _check_written(memory)
-    model: Any = memory.model
+    model = memory.model
     if any(layer.merged for layer in adapter_layers(model)):
         raise ValueError("Adapters are merged into the weights of this model: call `unmerge_adapter()` first.")
     config = copy.deepcopy(model.config)
@@ -124,11 +127,12 @@ def merged(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     for layer, module in lora_layers(model, names).items():
         name = f"{names[layer]}.weight"
         weight = tensors[name]
-        change = module.get_delta_weight(memory.adapter_name).detach().to(weight.device)
+        delta = module.get_delta_weight(memory.adapter_name)  # type: ignore[attr-defined]  # all but the class itself
+        change = delta.detach().to(weight.device)
         tensors[name] = (weight.float() + change).to(dtype or weight.dtype)
     edited.load_state_dict(tensors, assign=True)  # the memory of all others is shared with the model
     edited.tie_weights()
-    edited.to(dtype=dtype)
+    edited.to(dtype=dtype)  # type: ignore[call-arg]  # its decorator hides the signature
     for name, parameter in edited.named_parameters():
         check_finite(parameter, name)
     edited.generation_config = copy.deepcopy(model.generation_config)
@@ -154,8 +158,8 @@ def _factors(memory: Memory[MemitConfig], dtype: torch.dtype) -> dict[str, tuple
     factors = {}
     for layer, module in lora_layers(memory.model, names).items():
         name = names[layer]
-        pair = [part[memory.adapter_name].weight for part in (module.lora_A, module.lora_B)]
-        A, B = (check_finite(matrix.detach().to("cpu", dtype), name) for matrix in pair)
+        linears = lora_linears(module, memory.adapter_name)
+        A, B = (check_finite(linear.weight.detach().to("cpu", dtype), name) for linear in linears)
         factors[name] = A, B
     return factors
 
@@ -178,7 +182,7 @@ def _check_written(memory: Memory[MemitConfig]) -> None:
         raise ValueError("`memory` has no facts: write some, then export it.")
 
 
-def _base_tensor(model: nn.Module, name: str, like: Tensor) -> Tensor:
+def _base_tensor(model: PreTrainedModel, name: str, like: Tensor) -> Tensor:
     """A parameter or buffer of the model that the adapters on it were put on, by its name there."""
     *path, leaf = name.split(".")
     module: Any = model

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from memory_adapters.memit.ledger import Factors
+from memory_adapters.peft_layers.layers import lora_linears
 
 __all__ = ["set_lora_factors"]
 
@@ -38,12 +39,12 @@ def set_lora_factors(
             )
         if len(A) == 0:
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        device = layer.lora_A[adapter_name].weight.device
+        device = lora_linears(layer, adapter_name)[0].weight.device
         own = [matrix.to(device).clone(memory_format=torch.contiguous_format) for matrix in (A, B)]  # aligned
         ready[index] = [nn.Parameter(matrix, requires_grad=False) for matrix in own]
     for index, layer in layers.items():
         A, B = ready[index]
-        down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        down, up = lora_linears(layer, adapter_name)
         down.weight, up.weight = A, B
         config.r = config.lora_alpha = down.out_features = up.in_features = len(A)
         layer.r[adapter_name] = layer.lora_alpha[adapter_name] = len(A)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder
 from memory_adapters.base_model.partial_forward import capture, inputs_of, resumed
@@ -67,7 +68,7 @@ def _append(captured: list[Tensor], _index: int, value: Tensor) -> None:
 
 @torch.no_grad()
 def share_over_layers(
-    model: nn.Module,
+    model: PreTrainedModel,
     decoder: Decoder,
     layers: Sequence[int],
     visits: Sequence[SubjectStates],

@@ -8,9 +8,10 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +34,7 @@ from memory_adapters.memit.prompts import FactRow, bare_rows
 from memory_adapters.memit.solvers import cost_of
 from memory_adapters.memit.write import LedgerBuilder
 from memory_adapters.memory import Memory, Outcome
-from memory_adapters.peft_layers.layers import lora_layers
+from memory_adapters.peft_layers.layers import lora_layers, lora_linears
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
 from memory_adapters.validation import shown
 
@@ -98,7 +99,7 @@ class MemitMemory(Memory[MemitConfig]):
             budget = num_tokens or self._config.covariance_tokens
             with self.disabled():
                 fitter = CovarianceFitter(
-                    self.model, self.tokenizer, list(self._names), layers_path=self._config.layers_path
+                    self.model, self._require_tokenizer(), list(self._names), layers_path=self._config.layers_path
                 )
                 if texts is None:
                     fitter.sample(budget, seed=self._config.seed, **settings)
@@ -116,7 +117,7 @@ class MemitMemory(Memory[MemitConfig]):
         return facts, notes
 
     def _rows(self, items: Sequence[Fact]) -> Sequence[ScoredRow]:
-        return bare_rows(items, self.tokenizer, context_length(self.model))
+        return bare_rows(items, self._require_tokenizer(), context_length(self.model))
 
     def _write(
         self,
@@ -140,7 +141,7 @@ class MemitMemory(Memory[MemitConfig]):
             for layer in self._names
         }
         with self.disabled():
-            builder = LedgerBuilder(self.model, self.tokenizer, config)
+            builder = LedgerBuilder(self.model, self._require_tokenizer(), config)
             entries = builder.entries(items, rows, None if targets is None else targets.ledger, progress)
         ledger = self.ledger.plus(entries, costs)
         self._set_factors(ledger)
@@ -181,12 +182,14 @@ class MemitMemory(Memory[MemitConfig]):
     def _set_factors(self, ledger: Ledger | None = None, factors: Mapping[int, Factors] | None = None) -> None:
         """Let the LoRA adapter be the edit of a ledger, or of factors that are solved already."""
         solved = factors if factors is not None else (ledger or self.ledger).solve()
-        set_lora_factors(lora_layers(self.model, self._names), self.adapter_name, self._adapter_config, solved)
+        set_lora_factors(
+            lora_layers(self.model, self._names), self.adapter_name, cast(LoraConfig, self._adapter_config), solved
+        )
 
     def _saved_state(self) -> list[Restore]:
         layers = lora_layers(self.model, self._names)
-        name = self.adapter_name
-        before = {i: Factors(x.lora_A[name].weight.data, x.lora_B[name].weight.data) for i, x in layers.items()}
+        linears = {i: lora_linears(layer, self.adapter_name) for i, layer in layers.items()}
+        before = {i: Factors(down.weight.data, up.weight.data) for i, (down, up) in linears.items()}
         return [*super()._saved_state(), lambda: self._set_factors(factors=before)]
 
     def _exporters(self) -> Mapping[str, Exporter]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import capture, resumed
@@ -27,7 +28,7 @@ STEP_SIZES = (1.0, 0.5, 0.25, 0.125)
 PROBE_TOLERANCE = 0.02
 
 
-def adds_unchanged(model: nn.Module, decoder: Decoder, layer: int) -> bool:
+def adds_unchanged(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool:
     """Whether the stream after block `layer` changes by just what is added to the projection's output."""
     device = execution_device(decoder.embeddings)
     probe = torch.zeros(decoder.hidden_size, device=device)
@@ -62,7 +63,7 @@ class added:  # noqa: N801 (a context manager)
 
 
 def projection_change(
-    model: nn.Module, decoder: Decoder, layer: int, batch: RowBatch, below: Tensor, wanted: Tensor, as_tuple: bool
+    model: PreTrainedModel, decoder: Decoder, layer: int, batch: RowBatch, below: Tensor, wanted: Tensor, as_tuple: bool
 ) -> Tensor:
     """e (rows, hidden_size) for which the output of block `layer` at the subjects changes by `wanted`.
 
@@ -84,7 +85,7 @@ def projection_change(
         handle = decoder.blocks[layer].register_forward_hook(keep)
         try:
             with added(decoder, layer, change[:, None]), resumed(decoder, layer - 1, below[:, None], as_tuple=as_tuple):
-                model.base_model(**batch.model_inputs(1), use_cache=True)  # type: ignore[operator]
+                model.base_model(**batch.model_inputs(1), use_cache=True)
         finally:
             handle.remove()
         return outputs.pop()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.partial_forward import CACHE
@@ -164,10 +164,10 @@ class RowBatch:
     rows: list[FactRow]
     ids: Tensor
     inputs: dict[str, Tensor]
-    cache: Any
+    cache: Cache | None
     facts: Tensor
 
-    def fresh_cache(self) -> Any:
+    def fresh_cache(self) -> Cache | None:
         """A cache that the model may append to, sharing the kept tensors."""
         if self.cache is None:
             return None
@@ -218,11 +218,11 @@ class PrefixCache:
 
     lengths: list[int]
     mask: Tensor
-    cache: Any
+    cache: Cache | None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, rows: Sequence[FactRow], num_contexts: int) -> PrefixCache:
+    def of(cls, model: PreTrainedModel, rows: Sequence[FactRow], num_contexts: int) -> PrefixCache:
         """Read what the rows of each context start with, before any subject."""
         device = execution_device(find_decoder(model).embeddings)
         shared: list[list[int]] = []
@@ -243,7 +243,7 @@ class PrefixCache:
 
 
 @torch.no_grad()
-def keep_before(model: Any, rows: Sequence[FactRow], prefixes: PrefixCache) -> RowBatch:
+def keep_before(model: PreTrainedModel, rows: Sequence[FactRow], prefixes: PrefixCache) -> RowBatch:
     """Read what stands before the subjects' last tokens, and keep its keys and values."""
     device = prefixes.mask.device
     contexts = torch.tensor([row.context for row in rows], device=device) % len(prefixes.lengths)
@@ -280,7 +280,7 @@ def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids.to(device), mask.to(device)
 
 
-def _masked(model: Any, mask: Tensor) -> dict[str, Tensor]:
+def _masked(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
     """`attention_mask` and, where the model takes them, the `position_ids` that follow from it."""
     inputs = {"attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -288,12 +288,12 @@ def _masked(model: Any, mask: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
-def _chosen(cache: Any, rows: Tensor) -> Any:
+def _chosen(cache: Cache | None, rows: Tensor) -> Cache | None:
     """A cache of the rows with these indices, that the model may append to."""
     if cache is None:
         return None
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in chosen.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]  # type: ignore[index, union-attr]  # all filled
     return chosen

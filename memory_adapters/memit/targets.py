@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.modes import bfloat16_weights, computes_in_bfloat16, plain_attention
@@ -103,7 +104,7 @@ class TargetFinder:
         precision: `"model"` or `"bfloat16"`, as in `MemitConfig`.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder, layer: int, precision: str) -> None:
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, layer: int, precision: str) -> None:
         self.model, self.decoder, self.layer = model, decoder, layer
         self.as_tuple = block_returns_tuple(model, decoder, layer)
         self.device = execution_device(decoder.embeddings)
@@ -132,7 +133,8 @@ class TargetFinder:
             return problem
         cache = problem.batch.fresh_cache()
         for layer in [] if cache is None else cache.layers[self.layer + 1 :]:
-            layer.keys, layer.values = layer.keys.to(torch.bfloat16), layer.values.to(torch.bfloat16)
+            keys, values = layer.keys, layer.values  # type: ignore[union-attr]  # no linear attention here
+            layer.keys, layer.values = keys.to(torch.bfloat16), values.to(torch.bfloat16)  # type: ignore[union-attr]
         return replace(problem, batch=replace(problem.batch, cache=cache), states=problem.states.to(torch.bfloat16))
 
     @contextmanager

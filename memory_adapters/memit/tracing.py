@@ -24,6 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
@@ -123,8 +124,8 @@ def load_known_facts(path: str | os.PathLike[str], limit: int | None = None) -> 
 
 @torch.no_grad()
 def trace_facts(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     *,
     kinds: Sequence[str] = KINDS,
@@ -202,7 +203,7 @@ class _Query(NamedTuple):
     last: int
 
     @classmethod
-    def of(cls, tokenizer: Any, fact: Fact) -> _Query:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, fact: Fact) -> _Query:
         joint = tokenize(tokenizer, fact.prompt + fact.continuation)
         length = max(shared_length(tokenize(tokenizer, fact.prompt), joint), 1)
         ids, start = joint[:length], fact.prompt.rindex(fact.subject)
@@ -233,7 +234,7 @@ def _attention(decoder: Decoder, layer: int) -> nn.Module:
 class _Tracer:
     """Traces facts one at a time. `modules` are those whose outputs are kept and restored, for each kind by layer."""
 
-    def __init__(self, model: nn.Module, decoder: Decoder, kinds: Sequence[str], window: int, batch_tokens: int):
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, kinds: Sequence[str], window: int, batch_tokens: int):
         self.model, self.decoder, self.as_tuple = model, decoder, block_returns_tuple(model, decoder, 0)
         self.kinds, self.window, self.batch_tokens = kinds, window, batch_tokens
         find: dict[str, Callable[[int], nn.Module]] = {"hidden": lambda layer: decoder.blocks[layer]}

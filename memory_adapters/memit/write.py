@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
 from memory_adapters.base_model.modes import evaluating
@@ -53,8 +53,8 @@ class LedgerBuilder:
         config: Settings, with layers resolved.
     """
 
-    model: nn.Module
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     config: MemitConfig
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class LedgerBuilder:
     def _free_memory(self) -> int:
         device = self.model.device
         if device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0]  # type: ignore[arg-type]
+            return torch.cuda.mem_get_info(device)[0]
         return psutil.virtual_memory().available
 
     def _batch_tokens(self) -> int:

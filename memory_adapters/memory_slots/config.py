@@ -155,7 +155,7 @@ class MemorySlotsConfig(MemoryConfig):
             raise ValueError(
                 f"`target_modules` has {len(self.target_modules):,} names, the model's blocks {len(every):,} matrices."
             )
-        asked = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(decoder.model_type)
+        asked = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(decoder.model_type or "")
         if asked is None:
             return {name: module for name, module in every.items() if hasattr(module, "in_features")}
         found = {n: m for n, m in every.items() if any(n == a or n.endswith(f".{a}") for a in asked)}

@@ -7,18 +7,19 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.base_model.modes import computes_in_bfloat16, plain_attention
 from memory_adapters.memory_slots.config import MemorySlotsConfig
-from memory_adapters.peft_layers.layers import adapter_layers
+from memory_adapters.peft_layers.layers import adapter_layers, lora_linears
 
 __all__ = ["Encoder", "EncoderParts"]
 
@@ -41,8 +42,7 @@ class EncoderParts(nn.Module):
     def __init__(self, config: MemorySlotsConfig, decoder: Decoder) -> None:
         super().__init__()
         with align_module_device(decoder.embeddings):
-            weight: Any = decoder.embeddings.weight
-            table = weight.detach()[: 1 << 14].float().clone()
+            table = cast(Tensor, decoder.embeddings.weight).detach()[: 1 << 14].float().clone()
         device = execution_device(decoder.embeddings)
         generator = torch.Generator().manual_seed(config.seed)
         mean, spread = table.mean(0).cpu(), table.std(0).cpu()
@@ -69,11 +69,13 @@ class Encoder:
         parts: What it has beside the LoRA.
     """
 
-    def __init__(self, model: Any, adapter_name: str, config: MemorySlotsConfig, parts: EncoderParts) -> None:
+    def __init__(
+        self, model: PreTrainedModel, adapter_name: str, config: MemorySlotsConfig, parts: EncoderParts
+    ) -> None:
         self.model, self.adapter_name, self.config, self.parts = model, adapter_name, config, parts
         self.decoder = find_decoder(model, config.layers_path)
         self.device = execution_device(self.decoder.embeddings)
-        self.stack: Any = model.get_submodule(self.decoder.stack_path)
+        self.stack = cast(PreTrainedModel, model.get_submodule(self.decoder.stack_path))  # the model without its head
         self.mode: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
@@ -89,8 +91,8 @@ class Encoder:
     def disable(self) -> None:
         """Leave the LoRA out of all passes but those within `active`."""
         for layer in self.layers():
-            layer.lora_A[self.adapter_name].float()
-            layer.lora_B[self.adapter_name].float()
+            for linear in lora_linears(layer, self.adapter_name):
+                linear.float()
             layer.scaling[self.adapter_name] = 0.0
             layer._active_adapter = [name for name in layer.active_adapters if name != self.adapter_name]
 
@@ -113,7 +115,7 @@ class Encoder:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Use the encoder's LoRA, within this context, and no other adapter."""
-        layers: list[Any] = self.layers()
+        layers = self.layers()
         with self.adapters_disabled():
             self.mode = self.active
             try:
@@ -140,7 +142,7 @@ class Encoder:
             row = torch.cat([text, self.parts.memory_tokens[:n].to(text)])
             rows.append(nn.functional.pad(row, (0, 0, length - len(row), 0)))
             mask[i, length - len(row) :] = 1
-        inputs: dict[str, Any] = {"inputs_embeds": torch.stack(rows), "attention_mask": mask}
+        inputs = {"inputs_embeds": torch.stack(rows), "attention_mask": mask}
         if takes_positions(self.stack):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         with self.active():
@@ -174,16 +176,17 @@ class Encoder:
         found = {f"memory_slots.{name}": parameter.detach() for name, parameter in self.parts.named_parameters()}
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLayer) and self.adapter_name in module.lora_A:
-                found[f"{name}.lora_A.weight"] = module.lora_A[self.adapter_name].weight.detach()
-                found[f"{name}.lora_B.weight"] = module.lora_B[self.adapter_name].weight.detach()
+                down, up = lora_linears(module, self.adapter_name)
+                found[f"{name}.lora_A.weight"] = down.weight.detach()
+                found[f"{name}.lora_B.weight"] = up.weight.detach()
         return found
 
     def parameters(self) -> list[nn.Parameter]:
         """What training moves."""
         lora = [
-            m.weight
+            linear.get_parameter("weight")
             for layer in self.layers()
-            for m in (layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name])
+            for linear in lora_linears(layer, self.adapter_name)
         ]
         own = [self.parts.reconstruct, self.parts.projection]
         return [*lora, *own, *([self.parts.memory_tokens] if self.config.pooling == "tokens" else [])]
@@ -217,6 +220,6 @@ def stretches(lengths: Sequence[int], counts: Sequence[int], device: torch.devic
     )
 
 
-def takes_positions(stack: Any) -> bool:
+def takes_positions(stack: PreTrainedModel) -> bool:
     """Whether a decoder stack takes `position_ids`."""
     return "position_ids" in inspect.signature(stack.forward).parameters

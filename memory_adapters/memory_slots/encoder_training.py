@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.nonfinite import origin
@@ -31,11 +32,11 @@ class MemoryWithEncoder(SavedAdapter, Protocol):
     """A `SlotMemory`, as far as its encoder's training goes."""
 
     encoder: Encoder
-    tokenizer: Any
 
     @property
     def config(self) -> MemorySlotsConfig: ...
     def _check_writable(self) -> None: ...
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class TextExamples(Dataset):
         return Example(context, Query(following[:1], following[1:]))
 
 
-def instruction_examples(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> list[Example]:
+def instruction_examples(rows: Iterable[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Make examples of rows of `context`, `prompt` and `response` texts; the response ends with the end of text."""
     found = []
     for row in rows:
@@ -124,14 +125,14 @@ class EncoderTrainer(AdapterTrainer):
         """Put the model into evaluation mode; blocks that checkpoint their activations do so in training mode alone."""
         super().set_modes()
         for block in self.memory.encoder.decoder.blocks:
-            block.training = self.args.gradient_checkpointing  # the block's own flag: nothing in it drops out
+            block.training = bool(self.args.gradient_checkpointing)  # the block's own flag: nothing in it drops out
 
     def batch_loss(self, model: nn.Module, inputs: Sequence[Example]) -> Tensor:
         """Return the mean loss of what the examples ask; each kind of example counts by its number."""
         loss: Tensor = model(inputs)
         if not torch.isfinite(loss):
             encoder, context = self.memory.encoder, inputs[0].context
-            text = self.memory.tokenizer.decode(context[:16])
+            text = self.memory._require_tokenizer().decode(context[:16])
             remedy = "lower `learning_rate`, or use the model in bfloat16 or float32"
             where = origin(encoder.model, encoder.decoder, pad_rows([context], encoder.device), remedy)
             raise ValueError(
@@ -141,7 +142,7 @@ class EncoderTrainer(AdapterTrainer):
         return loss
 
     def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Return the loss of a batch of the held-out examples."""
         with torch.no_grad():
@@ -150,7 +151,7 @@ class EncoderTrainer(AdapterTrainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # lists of token ids, which the encoder puts on its device
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.memory.config.encoder_steps = self.state.global_step
         super()._save(output_dir, state_dict)
 
@@ -182,7 +183,7 @@ class _BatchLoss(nn.Module):
             spans += parts
         slots = encoder.slots(spans)
         back = [i for i, example in enumerate(examples) if example.asked is None]
-        end = memory.tokenizer.eos_token_id
+        end = memory._require_tokenizer().eos_token_id
         autoencoding = autoencoding_rows([examples[i].context for i in back], end, [own[i] for i in back])
         asked = [i for i, example in enumerate(examples) if example.asked is not None]
         rest = [Row(query, own[i]) for i in asked if (query := examples[i].asked) is not None]
@@ -254,6 +255,6 @@ def _digest(examples: Any) -> str:
     return digest_of([[len(examples)], *first])
 
 
-def _checkpointing(model: Any, action: str) -> Any:
+def _checkpointing(model: PreTrainedModel, action: str) -> Callable[..., None]:
     newer = getattr(model, f"activation_checkpointing_{action}", None)
     return newer or getattr(model, f"gradient_checkpointing_{action}")

@@ -7,11 +7,11 @@ caller gives and gets has the prompt's length; the prompt's positions are behind
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.memory_slots.placement import check_length, inserted, leading_padding, removed, slot_positions
@@ -22,11 +22,11 @@ __all__ = ["Entry", "SlotReader"]
 
 
 def read_slots(
-    stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of the decoder stack: let the pass read the slots."""
     reader = SlotReader.of(stack)
-    slots: Any = reader.read()
+    slots = reader.read()
     names = list(inspect.signature(stack.forward).parameters)
     given = {**{names[i]: value for i, value in enumerate(args)}, **kwargs}
     cache = given.get(CACHE)
@@ -97,7 +97,7 @@ def read_slots(
     return (), given
 
 
-def cut_off(stack: Any, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the decoder stack: remove the slots' outputs, where their embeddings were part of the pass."""
     slots, embedded = SlotReader.of(stack).read(), kwargs.get("inputs_embeds")
     if slots is None or embedded is None or embedded.shape[1] != kwargs["attention_mask"].shape[1]:
@@ -154,9 +154,9 @@ class SlotReader(MemoryLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Do nothing: slots are put where the embeddings are."""
 
-    def _entries(self) -> list[Any]:
+    def _entries(self) -> list[Entry | None]:
         """The entry of each row of a batch (None for a row without), or those of the active memories."""
-        known: dict[str, Any] = dict(self.slot_entries.items())
+        known = {name: cast(Entry, entry) for name, entry in self.slot_entries.items()}
         if self.rows is not None:
             return [known.get(name) for name in self.rows]
         return [known[name] for name in self._active_adapter if name in known and known[name].vectors.shape[1]]
@@ -174,16 +174,16 @@ class SlotReader(MemoryLayer):
         """
         if self._disable_adapters:
             return None
-        entries = self._entries()
         if self.rows is not None:
-            return self._read_rows(self.rows, entries)
+            return self._read_rows(self.rows, self._entries())
+        entries = [entry for entry in self._entries() if entry is not None]
         if not entries:
             return None
         rows = max(len(entry.vectors) for entry in entries)
         vectors = torch.cat([entry.vectors.expand(rows, -1, -1) for entry in entries], 1)
         return vectors, torch.cat([entry.mask.expand(rows, -1) for entry in entries], 1)
 
-    def _read_rows(self, names: list[str], entries: list[Any]) -> tuple[Tensor, Tensor] | None:
+    def _read_rows(self, names: list[str], entries: list[Entry | None]) -> tuple[Tensor, Tensor] | None:
         longest = max((entry.vectors.shape[1] for entry in entries if entry is not None), default=0)
         if longest == 0:
             return None

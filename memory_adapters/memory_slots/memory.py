@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model, adapter_name, config, tokenizer)
-        self._stack: Any = self.model.get_submodule(find_decoder(model, config.layers_path).stack_path)
+        stack = model.get_submodule(find_decoder(model, config.layers_path).stack_path)
+        self._stack = cast(PreTrainedModel, stack)  # the model without its head
         self.slots: list[MemorySlots] = []
         self._written: tuple[list[MemorySlots], list[dict[str, str]]] = ([], [])  # slots, and the items they are of
 
@@ -79,13 +80,13 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self.encoder = Encoder(self.model, self.adapter_name, self._config, parts)
         self.encoder.disable()
 
-    def tuner_layers(self) -> list[Any]:
+    def tuner_layers(self) -> list[SlotReader]:
         """Return the reader: the encoder's LoRA takes no part in the model's own passes."""
         return [SlotReader.of(self._stack)] if self._in_place() else []
 
     def _in_place(self) -> bool:
         reader = self._stack._modules.get(SlotReader.child_name)
-        return reader is not None and self.adapter_name in reader.slot_entries
+        return isinstance(reader, SlotReader) and self.adapter_name in reader.slot_entries
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the encoder's tensors."""
@@ -115,7 +116,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:
         """Rows of facts and questions; documents are judged by what refinement gives back."""
         asked = [item for item in items if not isinstance(item, Document)]
-        return plain_rows(asked, self.tokenizer, context_length(self.model))
+        return plain_rows(asked, self._require_tokenizer(), context_length(self.model))
 
     def _scores(self, rows: Sequence[ScoredRow]) -> Scores:
         with self._first_row_alone():
@@ -130,12 +131,12 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         refine_steps: int | None = None,
         compress: bool = True,
     ) -> Outcome:
-        text, before = as_text(items), self.slots
+        text, before, tokenizer = as_text(items), self.slots, self._require_tokenizer()
         if compress:
             steps = self._steps(refine_steps)
-            (made,) = compress_texts(self.encoder, self.tokenizer, [text], as_queries(rows), steps, progress)
+            (made,) = compress_texts(self.encoder, tokenizer, [text], as_queries(rows), steps, progress)
         else:
-            made = Compressed(embedded_text(self.encoder, self.tokenizer, text + "\n"), [], None)
+            made = Compressed(embedded_text(self.encoder, tokenizer, text + "\n"), [], None)
         self._read([slots + made.slots for slots in before] or [made.slots])
         slots = made.slots
         note = (
@@ -161,13 +162,13 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             super().forget(items)
         with exclusive_use(self.model):
             self._check_writable()
-            left = self.items
+            left, tokenizer = self.items, self._require_tokenizer()
             for item in gone:
                 if item not in left:
                     raise ValueError(f"`items` holds {item!r}, which is not written; see `items`.")
                 left.remove(item)
             with rollback_on_error(*self._saved_state()):
-                self._read([embedded_text(self.encoder, self.tokenizer, as_text(left) + "\n")] if left else [])
+                self._read([embedded_text(self.encoder, tokenizer, as_text(left) + "\n")] if left else [])
                 self._config.items = []
                 self._set_items(left)
 
@@ -191,7 +192,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         steps = self._steps(refine_steps)
         with exclusive_use(self.model):
             self._check_writable()
-            made = [one.slots for one in compress_texts(self.encoder, self.tokenizer, texts, [], steps, progress)]
+            tokenizer = self._require_tokenizer()
+            made = [one.slots for one in compress_texts(self.encoder, tokenizer, texts, [], steps, progress)]
         return made[0] if isinstance(text, str) else made
 
     def use(self, slots: MemorySlots | Sequence[MemorySlots] | None) -> None:
@@ -230,8 +232,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self.slots = rows
 
     @property
-    def _entry(self) -> Any:
-        return SlotReader.of(self._stack).slot_entries[self.adapter_name]
+    def _entry(self) -> Entry:
+        return cast(Entry, SlotReader.of(self._stack).slot_entries[self.adapter_name])
 
     @contextmanager
     def _first_row_alone(self) -> Iterator[None]:
@@ -270,17 +272,18 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def _decoded(self, spans: list[MemorySlots], length: int) -> list[str]:
         """The text that the model decodes behind each span's slots."""
         self._read(spans)
+        tokenizer = self._require_tokenizer()
         asking = self.encoder.parts.reconstruct.expand(len(spans), 1, -1).to(self.model.dtype)  # (spans, 1, width)
         with evaluating(self.model):
-            ids = self.model.generate(
+            ids = self.model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
                 inputs_embeds=asking,
                 attention_mask=asking.new_ones(asking.shape[:2], dtype=torch.long),
                 max_new_tokens=length,
                 do_sample=False,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
             )
-        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     def _steps(self, asked: int | None) -> int:
         steps = self._config.resolved_refine_steps if asked is None else asked

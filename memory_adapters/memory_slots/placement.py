@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import context_length
 
 __all__ = ["check_length", "inserted", "leading_padding", "removed", "slot_positions"]
 
 
-def leading_padding(stack: Any, mask: Tensor, count: int) -> Tensor | None:
+def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int) -> Tensor | None:
     """Return how much padding each row starts with (rows,), if slots must stand behind it; None if they can be first.
 
     A sliding window counts padding too, and so would lose slots that stand before it.
@@ -49,7 +48,7 @@ def slot_positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def check_length(stack: Any, slots: int, tokens: int) -> None:
+def check_length(stack: PreTrainedModel, slots: int, tokens: int) -> None:
     """Raise a `ValueError` unless slots and prompt fit in the model's positions."""
     limit = context_length(stack)
     if slots + tokens > limit:

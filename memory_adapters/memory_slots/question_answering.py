@@ -6,9 +6,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.tokens import tokenize
@@ -43,7 +43,7 @@ def score_answers(
         progress: Show a bar.
     """
     check_lengths(questions, slots)
-    tokenizer, before = memory.tokenizer, memory.slots
+    tokenizer, before = memory._require_tokenizer(), memory.slots
     asking = question_prompt(tokenizer) if prompt is None else prompt
     found: list[tuple[float, float, float]] = []
     try:
@@ -54,7 +54,7 @@ def score_answers(
             rows = [tokenize(tokenizer, asking.replace("{question}", question)) for question, _ in batch]
             inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
             with evaluating(memory.model):
-                ids = memory.model.generate(
+                ids = memory.model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
                     **inputs.to(memory.model.device), max_new_tokens=max_new_tokens, do_sample=False
                 )
             said = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -66,7 +66,7 @@ def score_answers(
     return dict(zip(("f1", "exact", "contained"), means, strict=True))
 
 
-def question_prompt(tokenizer: Any) -> str:
+def question_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     """A question about the text before it, as the model's chat template puts it if there is one; holds `{question}`."""
     if not tokenizer.chat_template:
         return f"\n{QUESTION}\nAnswer:"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.memory_slots import MemorySlots, SlotMemory
@@ -79,7 +80,7 @@ def score_reconstruction(
         ValueError: If there are not as many slots as texts.
     """
     check_lengths(texts, slots)
-    tokenizer = memory.tokenizer
+    tokenizer = memory._require_tokenizer()
     spans = [memory.config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     vectors = [one for own, cut in zip(slots, spans, strict=True) for one in _vectors(memory, own, len(cut))]
     losses, hits = _predicted(memory, vectors, autoencoding_rows([span for cut in spans for span in cut], None))
@@ -110,7 +111,7 @@ def _decoded(memory: SlotMemory, texts: Sequence[str], slots: Reading) -> dict[s
         memory.use(before)
     prefixes = []
     for text, other in zip(texts, told, strict=True):
-        ids, found = (memory.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, other))
+        ids, found = (memory._require_tokenizer()(t, add_special_tokens=False)["input_ids"] for t in (text, other))
         same = next((i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b), min(len(ids), len(found)))
         prefixes.append(same / len(ids))
     return {
@@ -135,9 +136,9 @@ def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[Memor
     check_lengths(texts, slots)
     if len(texts) < 2:
         raise ValueError(f"`texts` has {len(texts)} text: two are needed, for slots of another text.")
-    whole = [embedded_text(memory.encoder, memory.tokenizer, text) for text in texts]
+    whole = [embedded_text(memory.encoder, memory._require_tokenizer(), text) for text in texts]
     truncated = [
-        embedded_text(memory.encoder, memory.tokenizer, text, own.num_slots)
+        embedded_text(memory.encoder, memory._require_tokenizer(), text, own.num_slots)
         for text, own in zip(texts, slots, strict=True)
     ]
     return {
@@ -158,7 +159,7 @@ def score_continuations_after(memory: SlotMemory, continuations: Sequence[str], 
         slots: What is read before it: one of `ways_to_read`.
     """
     check_lengths(continuations, slots)
-    ids = [memory.tokenizer(text, add_special_tokens=False)["input_ids"] for text in continuations]
+    ids = [memory._require_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in continuations]
     rows = [Row(Query(row[:1], row[1:]), [i]) for i, row in enumerate(ids)]
     vectors = [_vectors(memory, own, 1, joined=True)[0] for own in slots]
     return math.exp(_predicted(memory, vectors, rows)[0].mean())
@@ -175,7 +176,7 @@ def _predicted(
     return torch.cat(losses), torch.cat(hits)
 
 
-def other_texts(tokenizer: Any, texts: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
+def other_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
     """The honesty check of the ICAE paper: is the model's own knowledge of language doing the reconstruction?
 
     Returns:
@@ -190,8 +191,8 @@ def other_texts(tokenizer: Any, texts: Sequence[str], seed: int = 0) -> dict[str
     drawn = [[rng.choice(allowed) for _ in row] for row in rows]
     return {
         "normal": list(texts),
-        "patterned random": [tokenizer.decode(row) for row in patterned],
-        "random": [tokenizer.decode(row) for row in drawn],
+        "patterned random": [str(tokenizer.decode(row)) for row in patterned],
+        "random": [str(tokenizer.decode(row)) for row in drawn],
     }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.partial_forward import CACHE
@@ -26,10 +26,16 @@ class SlotCache:
     """Keep the keys and values of the slots that were read last, as long as nothing that they depend on changes."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, list[tuple[Tensor, Tensor]]] = (None, [])
+        self._kept: tuple[_State | None, list[tuple[Tensor, Tensor]]] = (None, [])
 
     def fill(
-        self, stack: Any, cache: Cache, vectors: Tensor, mask: Tensor, repeats: int, sources: Sequence[Tensor | None]
+        self,
+        stack: PreTrainedModel,
+        cache: Cache,
+        vectors: Tensor,
+        mask: Tensor,
+        repeats: int,
+        sources: Sequence[Tensor | None],
     ) -> None:
         """Put the slots' keys and values into an empty cache.
 
@@ -52,7 +58,7 @@ class SlotCache:
 
 
 @torch.no_grad()
-def _keys_and_values(stack: Any, vectors: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _keys_and_values(stack: PreTrainedModel, vectors: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the slots at every block, from one pass of the stack over the slots alone."""
     names = inspect.signature(stack.forward).parameters
     inputs: dict[str, Tensor] = {"position_ids": slot_positions(mask)} if "position_ids" in names else {}
@@ -62,21 +68,21 @@ def _keys_and_values(stack: Any, vectors: Tensor, mask: Tensor) -> list[tuple[Te
     setattr(cache, MARK, FILLED)
     with evaluating(stack):
         stack(**inputs, **{CACHE: cache}, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc, union-attr]  # filled by the pass
 
 
-def _state(stack: nn.Module, sources: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _state(stack: nn.Module, sources: Sequence[Tensor | None]) -> _State:
     """What the keys and values depend on: slots, weights, and which adapters take part.
 
     Tensors are held, so that none that is new can be taken for one that is gone.
     """
     tensors = [tensor for tensor in sources if tensor is not None]
-    settings: list[Any] = [[tensor is None for tensor in sources]]
+    settings: list[object] = [[tensor is None for tensor in sources]]
     _collect(stack, tensors, settings)
     return [_Held(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors], settings
 
 
-def _collect(module: Any, tensors: list[Tensor], settings: list[Any]) -> None:
+def _collect(module: nn.Module, tensors: list[Tensor], settings: list[object]) -> None:
     """Add a module's tensors, and of each adapter layer those of its active adapters and how strongly they act."""
     if isinstance(module, MemoryLayer) and module.adds_virtual_tokens:
         return
@@ -112,3 +118,6 @@ class _Held:
         return same and (self.version, self.place) == (other.version, other.place)  # type: ignore[attr-defined]
 
     __hash__ = None  # type: ignore[assignment]
+
+
+_State: TypeAlias = tuple[list[_Held], list[object]]  # see `_state`

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PromptTuningConfig, TaskType
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.fingerprint import check_fingerprint, warn_if_unmarked
 from memory_adapters.files.atomic import atomic_directory, atomic_file
@@ -191,7 +192,7 @@ class MemorySlots(OneFile):
             base_fingerprint=self.base_fingerprint,
         )
 
-    def to_prompt_tuning(self, save_directory: str | os.PathLike[str], model: Any) -> None:
+    def to_prompt_tuning(self, save_directory: str | os.PathLike[str], model: PreTrainedModel) -> None:
         """Save as a plain PEFT prompt-tuning adapter, which generates the same where memory-adapters is not installed.
 
         Args:

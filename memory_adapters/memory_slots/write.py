@@ -6,10 +6,10 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.modes import bfloat16_weights, evaluating
 from memory_adapters.base_model.nonfinite import origin, rows_not_finite
@@ -40,7 +40,12 @@ class Compressed:
 
 
 def compress_texts(
-    encoder: Encoder, tokenizer: Any, texts: Sequence[str], asked: Sequence[Query], steps: int, progress: bool
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    asked: Sequence[Query],
+    steps: int,
+    progress: bool,
 ) -> list[Compressed]:
     """Slots of each text; all are encoded together.
 
@@ -142,7 +147,9 @@ def _accuracies(
     return found
 
 
-def embedded_text(encoder: Encoder, tokenizer: Any, text: str, last: int | None = None) -> MemorySlots:
+def embedded_text(
+    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, text: str, last: int | None = None
+) -> MemorySlots:
     """Return the token embeddings of a text (of its last `last` tokens, if given) as slots, read as the text is."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][-(last or 0) :]
     with torch.no_grad():

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from typing_extensions import Self
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "adapter_layers",
     "adapter_tensors",
     "lora_layers",
+    "lora_linears",
     "own_tensors",
     "remove_adapter",
     "saved_activation",
@@ -44,7 +46,7 @@ class ForwardHook(NamedTuple):
 class RowRouter(Protocol):
     """What chooses, in each pass, the adapter of each row of a batch."""
 
-    def read(self, layer: Any, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
+    def read(self, layer: MemoryLayer, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
         """Return the adapters that are routed, and the one of each row at `layer`, whose input is `x`."""
 
 
@@ -127,7 +129,7 @@ def saved_activation(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
     PEFT's `set_adapter` will not do for switching a few adapters for a while: it makes the adapters that it names
     trainable and all others not, and it knows one tuner's layers alone.
     """
-    before: list[tuple[Any, Any]] = [(layer, layer._active_adapter) for layer in layers]
+    before = [(layer, layer._active_adapter) for layer in layers]
     try:
         yield
     finally:
@@ -135,15 +137,15 @@ def saved_activation(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
             layer._active_adapter = names
 
 
-def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[Any]:
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[BaseTunerLayer]:
     """Return PEFT's layers of all methods, lowest block first; only those that hold the adapter, if one is named."""
     layers = [layer for _, _, layer in _placed_layers(model)]
     return [layer for layer in layers if adapter_name is None or adapter_name in layer._get_available_adapters()]
 
 
-def _placed_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def _placed_layers(model: nn.Module) -> list[tuple[nn.Module, str, BaseTunerLayer]]:
     """Each adapter layer once, with its parent and its name there."""
-    found: dict[int, tuple[nn.Module, str, Any]] = {}
+    found: dict[int, tuple[nn.Module, str, BaseTunerLayer]] = {}
 
     def visit(parent: nn.Module, name: str, module: nn.Module) -> None:
         if not isinstance(module, BaseTunerLayer):
@@ -162,7 +164,7 @@ def _placed_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLayer]:
     """Return the LoRA layers at these places (block index to dotted name)."""
-    found = {}
+    found: dict[int, LoraLayer] = {}
     for index, name in names.items():
         module = model.get_submodule(name)
         assert isinstance(module, LoraLayer)
@@ -170,7 +172,12 @@ def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLay
     return found
 
 
-def remove_adapter(model: Any, adapter_name: str) -> None:
+def lora_linears(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
+    """Return the modules that hold A (rank, in_features) and B (out_features, rank) of a LoRA."""
+    return cast(nn.Linear, layer.lora_A[adapter_name]), cast(nn.Linear, layer.lora_B[adapter_name])
+
+
+def remove_adapter(model: PreTrainedModel, adapter_name: str) -> None:
     """Remove an adapter from a model: its modules, its hooks and PEFT's bookkeeping.
 
     Where no other adapter is left, base modules and hooks are as they were before the first one. Other adapters stay
@@ -211,7 +218,7 @@ def set_own_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, T
         own.copy_(tensors[name])
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: PreTrainedModel, adapter_name: str) -> dict[str, Tensor]:
     """Return a PEFT adapter's tensors under PEFT's checkpoint names (without the adapter's name)."""
     # Not the whole model's state dict: asked for it, bitsandbytes' 4-bit layers on a CPU compute something else then.
     every = chain(model.named_parameters(), model.named_buffers())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter
 
@@ -30,7 +31,7 @@ def rollback_on_error(*restore: Restore) -> Iterator[None]:
         raise
 
 
-def saved_adapters(model: Any) -> Restore:
+def saved_adapters(model: PreTrainedModel) -> Restore:
     """Return a function that removes the adapters that were added since, and makes active and trainable what was."""
     names = set(getattr(model, "peft_config", {}))
     active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]

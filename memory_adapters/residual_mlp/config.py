@@ -92,7 +92,7 @@ class MemoryAdapterConfig(MemoryConfig):
     locality_weight: float = field(default=0.0, metadata=TRAINING)
     distillation_weight: float = field(default=0.0, metadata=TRAINING)
     seed: int = field(default=0, metadata=TRAINING)
-    target_modules: Any = field(default=None, repr=False, metadata=STATE)
+    target_modules: list[str] | None = field(default=None, repr=False, metadata=STATE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from memory_adapters.base_model.partial_forward import hidden_state
 from memory_adapters.keys.router import KeyedLayer
+from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import ForwardHook
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 
-__all__ = ["PREFIX", "ResidualLayer"]
+__all__ = ["PREFIX", "ResidualLayer", "residual_layers"]
 
 PREFIX = "memory_adapter_"
 
@@ -51,8 +52,12 @@ class ResidualLayer(KeyedLayer):
         self._move_adapter_to_device_of_base_layer(name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self.memory_adapter_mlp and not self.memory_adapter_mlp[adapter_name].up.is_meta:
-            self.memory_adapter_mlp[adapter_name].to(device or self._device, torch.float32)
+        if adapter_name in self.memory_adapter_mlp and not self.mlp(adapter_name).up.is_meta:
+            self.mlp(adapter_name).to(device or self._device, torch.float32)
+
+    def mlp(self, adapter_name: str) -> GatedMLP:
+        """Return the MLP of a memory."""
+        return cast(GatedMLP, self.memory_adapter_mlp[adapter_name])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the memory of this name."""
@@ -61,11 +66,11 @@ class ResidualLayer(KeyedLayer):
 
     def has_keys(self, adapter_name: str) -> bool:
         """Return whether the memory keeps keys of what was written."""
-        return adapter_name in self.memory_adapter_mlp and self.memory_adapter_mlp[adapter_name].has_keys  # type: ignore[return-value]
+        return adapter_name in self.memory_adapter_mlp and self.mlp(adapter_name).has_keys
 
     def nearness(self, adapter_name: str, x: Tensor) -> Tensor:
         """See `GatedMLP.nearness`."""
-        return self.memory_adapter_mlp[adapter_name].nearness(x)  # type: ignore[operator]
+        return self.mlp(adapter_name).nearness(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (batch, tokens, hidden_size) plus what the active memories add; x itself if there are none."""
@@ -97,3 +102,8 @@ class ResidualLayer(KeyedLayer):
             delta = self.weights[name] * self.memory_adapter_mlp[name](x[index])
             out[index] = (out[index].float() + delta).to(x.dtype)
         return out
+
+
+def residual_layers(memory: Memory[MemoryAdapterConfig]) -> list[ResidualLayer]:
+    """Return the layers that hold a residual memory, lowest block first."""
+    return [layer for layer in memory.tuner_layers() if isinstance(layer, ResidualLayer)]

@@ -13,6 +13,7 @@ from memory_adapters.items import Item, as_items
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
+from memory_adapters.residual_mlp.layer import residual_layers
 from memory_adapters.residual_mlp.write import Writer, longest_row, write
 from memory_adapters.training.trainer import check_training_args
 
@@ -46,7 +47,7 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
     @weight.setter
     def weight(self, value: float) -> None:
         self.config.weight = float(value)
-        for layer in self.tuner_layers():
+        for layer in residual_layers(self):
             layer.weights[self.adapter_name] = float(value)
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
@@ -55,7 +56,7 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
         return items, []
 
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:
-        return plain_rows(items, self.tokenizer, longest_row(self.model, self._config))
+        return plain_rows(items, self._require_tokenizer(), longest_row(self.model, self._config))
 
     def _write(
         self,
@@ -89,7 +90,7 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
                 return Writer(self, listed, unrelated).fit_keys()
 
     def _saved_state(self) -> list[Restore]:
-        modules = [layer.memory_adapter_mlp[self.adapter_name] for layer in self.tuner_layers()]
+        modules = [layer.mlp(self.adapter_name) for layer in residual_layers(self)]
         buffers = [dict(module._buffers) for module in modules]
 
         def restore_keys() -> None:  # they are replaced, not written into

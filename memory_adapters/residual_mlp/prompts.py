@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.item_rows import Row
 from memory_adapters.base_model.tokens import last_token_of, tokenize
@@ -12,7 +13,7 @@ from memory_adapters.training.rows import TrainingTurn
 
 
 def locality_turns(
-    items: Sequence[Item], tokenizer: Any, said: Sequence[str], silent: Sequence[list[int]]
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, said: Sequence[str], silent: Sequence[list[int]]
 ) -> list[TrainingTurn]:
     """Rows on which the memory must answer as the base does, a slot for each item.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import block_returns_tuple, capture, resumed
@@ -15,7 +16,7 @@ __all__ = ["ReusedStates", "row_states"]
 
 
 def row_states(
-    model: nn.Module, decoder: Decoder, layers: Sequence[int], rows: Sequence[Sequence[int]]
+    model: PreTrainedModel, decoder: Decoder, layers: Sequence[int], rows: Sequence[Sequence[int]]
 ) -> list[list[Tensor]]:
     """Outputs of some blocks for rows of tokens, on the CPU in the model's dtype.
 
@@ -47,7 +48,7 @@ class ReusedStates:
         self.layer = layer
         self.returns_tuple = False
 
-    def compute(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def compute(self, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """States (tokens, hidden_size) of each row at the output of the block."""
 
         found = row_states(model, self.decoder, [self.layer], rows)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 
 from memory_adapters.base_model.decoder import Decoder
@@ -17,8 +18,9 @@ from memory_adapters.base_model.nonfinite import rows_not_finite
 from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.memory import Memory
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
+from memory_adapters.residual_mlp.layer import residual_layers
 from memory_adapters.residual_mlp.stored_states import ReusedStates
-from memory_adapters.training.dataset import FilledSampler, collate
+from memory_adapters.training.dataset import FilledSampler, TurnDataset, collate
 from memory_adapters.training.distributed import mean_weight, world_size
 from memory_adapters.training.trainer import AdapterTrainer, default_arguments
 
@@ -59,7 +61,7 @@ class MemoryTrainer(AdapterTrainer):
             **kwargs,
         )
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return AdamW; gates have a learning rate of their own and no weight decay."""
         gates: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
@@ -80,7 +82,7 @@ class MemoryTrainer(AdapterTrainer):
     def set_modes(self) -> None:
         """Put the memory into training mode, for its dropout, and the rest of the model into evaluation mode."""
         super().set_modes()
-        for layer in self.memory.tuner_layers():
+        for layer in residual_layers(self.memory):
             layer.train()
 
     def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -117,16 +119,17 @@ class MemoryTrainer(AdapterTrainer):
         """Raise a `ValueError` that names the text on which the loss is NaN or infinite."""
         bad = rows_not_finite(logits)
         row = wanted.nonzero()[bad[0], 0] if bad else wanted.new_zeros((), dtype=torch.long)
-        text = self.memory.tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()])
+        text = self.memory._require_tokenizer().decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()])
         raise ValueError(
             f"The loss on {text!r} is NaN or infinite in step {self.state.global_step}: lower `learning_rate` and "
             "`gate_learning_rate`, or use the model in bfloat16 or float32."
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         if world_size() == 1:
             return super()._get_train_sampler(train_dataset)
-        return FilledSampler(train_dataset or self.train_dataset, self.args.train_batch_size * world_size())
+        dataset = cast(TurnDataset, train_dataset or self.train_dataset)
+        return FilledSampler(dataset, self.args.train_batch_size * world_size())
 
     def _logits(self, model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
         """Return logits (wanted.sum(), vocabulary) in float32."""
@@ -143,8 +146,8 @@ def parameters_of(memory: Memory[MemoryAdapterConfig]) -> dict[str, nn.Parameter
     config = memory.config
     return {
         f"block {block}: {name}": parameter
-        for block, layer in zip(config.depths, memory.tuner_layers(), strict=True)
-        for name, parameter in layer.memory_adapter_mlp[memory.adapter_name].named_parameters()
+        for block, layer in zip(config.depths, residual_layers(memory), strict=True)
+        for name, parameter in layer.mlp(memory.adapter_name).named_parameters()
     }
 
 

@@ -11,6 +11,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftCo
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint
@@ -28,7 +29,7 @@ class ResidualTuner(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = ResidualLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]  # PEFT says no ClassVar
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Return a copy of the config with block indices, module names and the base's fingerprint filled in."""
@@ -48,7 +49,8 @@ class ResidualTuner(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return key in peft_config.target_modules
+        assert isinstance(peft_config, MemoryAdapterConfig)
+        return key in (peft_config.target_modules or [])
 
     def _create_and_replace(
         self,
@@ -64,6 +66,7 @@ class ResidualTuner(BaseTuner):
         layer = ResidualLayer.attach(target, self.model.config.get_text_config().hidden_size)
         if adapter_name in layer.memory_adapter_mlp:
             raise ValueError(f"`adapter_name={adapter_name!r}` is taken; choose another or remove that memory first.")
+        assert peft_config.target_modules is not None  # `resolve` filled it in
         position = peft_config.target_modules.index(current_key)
         layer.update_layer(adapter_name, peft_config, peft_config.seed + position, execution_device(target))
         layer.train(target.training)  # else its dropout would be on in a model that generates
@@ -83,7 +86,13 @@ class ResidualTuner(BaseTuner):
         super().delete_adapter(adapter_name)
         _detach_empty_layers(self.model)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT says None, and returns what this does
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
             _refuse_merge()
         for name in list(self.peft_config):
@@ -95,7 +104,7 @@ class ResidualTuner(BaseTuner):
         return self.model
 
 
-def _detach_empty_layers(model: nn.Module) -> None:
+def _detach_empty_layers(model: PreTrainedModel) -> None:
     for block in list(model.modules()):
         if ResidualLayer.child_name in block._modules and not ResidualLayer.of(block).memory_adapter_mlp:
             ResidualLayer.of(block).detach(block)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from memory_adapters.base_model.decoder import Decoder, context_length, execution_device, find_decoder
 from memory_adapters.base_model.item_rows import Row
@@ -22,6 +22,7 @@ from memory_adapters.keys.keys import StreamStatistics, gate_parameters, normali
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
+from memory_adapters.residual_mlp.layer import residual_layers
 from memory_adapters.residual_mlp.prompts import locality_turns
 from memory_adapters.residual_mlp.stored_states import ReusedStates, row_states
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
@@ -54,8 +55,8 @@ class Writer:
         self, memory: Memory[MemoryAdapterConfig], items: Sequence[Item], unrelated: Sequence[str] | None
     ) -> None:
         self.memory = memory
-        self.model: Any = memory.model
-        self.tokenizer = memory.tokenizer
+        self.model = memory.model
+        self.tokenizer = memory._require_tokenizer()
         self.config = memory.config
         self.items = items
         self.decoder: Decoder = find_decoder(self.model, self.config.layers_path)
@@ -116,7 +117,7 @@ class Writer:
         return added
 
     def _modules(self) -> list[GatedMLP]:
-        return [layer.memory_adapter_mlp[self.memory.adapter_name] for layer in self.memory.tuner_layers()]
+        return [layer.mlp(self.memory.adapter_name) for layer in residual_layers(self.memory)]
 
     def _last_words(self) -> list[tuple[int, list[int]]]:
         """Item and tokens of a prefix that ends in the last word of each subject of several words."""
@@ -209,7 +210,7 @@ class Writer:
         return Teacher(ids.cpu(), log_probs.cpu())
 
 
-def longest_row(model: Any, config: MemoryAdapterConfig) -> int:
+def longest_row(model: PreTrainedModel, config: MemoryAdapterConfig) -> int:
     """Return how many tokens a training row may have."""
     return min(context_length(model), config.max_length or context_length(model))
 

@@ -22,7 +22,8 @@ def _state() -> PartialState:
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)
-    if on_cpu and distributed.is_initialized() and state.num_processes < distributed.get_world_size():
+    counted: int = state.num_processes  # type: ignore[has-type]  # accelerate sets it in untyped code
+    if on_cpu and distributed.is_initialized() and counted < distributed.get_world_size():
         PartialState._reset_state()  # as `TrainingArguments` does
         state = PartialState(cpu=True)
     return state
@@ -30,7 +31,7 @@ def _state() -> PartialState:
 
 def world_size() -> int:
     """Return how many processes work together."""
-    return _state().num_processes
+    return _state().num_processes  # type: ignore[has-type]
 
 
 def is_main_process() -> bool:
@@ -41,7 +42,7 @@ def is_main_process() -> bool:
 def share_of(items: Sequence[T]) -> list[T]:
     """Return this process's part of `items`: every n-th, starting with its rank."""
     state = _state()
-    return list(items)[state.process_index :: state.num_processes]
+    return list(items)[state.process_index :: state.num_processes]  # type: ignore[has-type]
 
 
 def gather_items(share: list[T], length: int) -> list[T]:

@@ -9,7 +9,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from memory_adapters.base_model.modes import left_as_it_was
 from memory_adapters.base_model.nonfinite import check_gradients
@@ -59,7 +68,7 @@ class AdapterTrainer(Trainer):
 
     def __init__(
         self,
-        base_model: nn.Module,
+        base_model: PreTrainedModel,
         *,
         adapter: SavedAdapter | None = None,
         data_digest: str | None = None,
@@ -79,7 +88,7 @@ class AdapterTrainer(Trainer):
         self.add_callback(_EpochLosses(self, target_loss))
         self.model_accepts_loss_kwargs = False  # losses are means over a batch, also while gradients accumulate
 
-    def batch_loss(self, model: nn.Module, inputs: Any) -> Tensor:
+    def batch_loss(self, model: nn.Module, inputs: Any) -> Tensor:  # what the collator makes
         """Return the loss of a batch, a scalar."""
         raise NotImplementedError
 
@@ -107,14 +116,16 @@ class AdapterTrainer(Trainer):
             check_gradients(self.trained_parameters())
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.adapter is None:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            self.adapter.save_pretrained(output_dir or self.args.output_dir)
-            record_data(output_dir or self.args.output_dir, self.data_digest)
+            folder = output_dir or self.args.output_dir
+            assert folder is not None  # `TrainingArguments` filled it in
+            self.adapter.save_pretrained(folder)
+            record_data(folder, self.data_digest)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -130,8 +141,15 @@ class AdapterTrainer(Trainer):
 class _ProgressBar(ProgressCallback):
     """Trainer's progress bar, with the latest loss in it instead of a line for every log."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and "loss" in (logs or {}):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=logs["loss"])
 
 
@@ -141,7 +159,9 @@ class _EpochLosses(TrainerCallback):
     def __init__(self, trainer: AdapterTrainer, target_loss: float) -> None:
         self.trainer, self.target_loss = trainer, target_loss
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.step_losses:
             losses = all_reduce_sum(torch.stack(self.trainer.step_losses)) / world_size()
             self.trainer.step_losses.clear()
@@ -149,7 +169,7 @@ class _EpochLosses(TrainerCallback):
             control.should_training_stop |= self.trainer.epoch_losses[-1] < self.target_loss
 
 
-def default_arguments(model: Any, settings: Mapping[str, Any]) -> TrainingArguments:
+def default_arguments(model: PreTrainedModel, settings: Mapping[str, Any]) -> TrainingArguments:
     """Return `settings` as `TrainingArguments` for the model's device; where they are silent, nothing is logged, saved
     or reported, and the learning rate falls as a cosine."""
     on_cpu = model.device.type == "cpu"
