@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,7 +35,7 @@ def use_adapters(model: PreTrainedModel | PeftModel, adapter_names: Sequence[str
         ValueError: If a name is no adapter of the model.
         RuntimeError: If another thread uses the model: which adapters are active is the model's state, not a thread's.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     found = memories(base)
     _check_names(adapter_names, set(getattr(base, "peft_config", {})) | set(found))
     layers = adapter_layers(base)
@@ -64,7 +65,7 @@ def use_adapters_by_row(model: PreTrainedModel | PeftModel, adapter_names: Seque
             that is, or memories are routed.
         RuntimeError: As `use_adapters`.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     found = memories(base)
     named = set(adapter_names) - {BASE_ROW}
     layers = adapter_layers(base)
@@ -74,8 +75,8 @@ def use_adapters_by_row(model: PreTrainedModel | PeftModel, adapter_names: Seque
     if any(layer.router is not None for layer in by_row):
         raise ValueError("`model` is within `route_memories`, which chooses for each row: leave that context first.")
     with exclusive_use(base), saved_activation(layers), ExitStack() as stack:
-        for layer in _lora_layers_by_row(layers, found, named):
-            hook = layer.register_forward_pre_hook(_AdapterNames(adapter_names), with_kwargs=True)
+        for lora in _lora_layers_by_row(layers, found, named):
+            hook = lora.register_forward_pre_hook(_AdapterNames(adapter_names), with_kwargs=True)
             stack.callback(hook.remove)
         for layer in layers:
             layer._active_adapter = [name for name in layer._active_adapter if name not in found]
@@ -86,12 +87,12 @@ def use_adapters_by_row(model: PreTrainedModel | PeftModel, adapter_names: Seque
 
 
 class _AdapterNames:
-    """Pre-hook that gives a LoRA layer its `adapter_names`, repeated over beams."""
+    """Give a LoRA layer, as a forward pre-hook, its `adapter_names`, repeated over beams."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
 
-    def __call__(self, _layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         beams, rest = divmod(len(args[0]), len(self.names))
         if rest:
             raise ValueError(
@@ -100,10 +101,12 @@ class _AdapterNames:
         return args, {**kwargs, "adapter_names": [name for name in self.names for _ in range(beams)]}
 
 
-def _lora_layers_by_row(layers: Sequence[Any], found: dict[str, Memory[Any]], named: set[str]) -> list[Any]:
-    """The LoRA layers that a row may need an adapter of its own in."""
+def _lora_layers_by_row(
+    layers: Sequence[BaseTunerLayer], found: dict[str, Memory[Any]], named: set[str]
+) -> list[nn.Module]:
+    """Return the LoRA layers in which a row may need an adapter of its own."""
     places = {name: {id(layer) for layer in found[name].tuner_layers()} for name in named & set(found)}
-    mixed = []
+    mixed: list[nn.Module] = []
     for layer in layers:
         if not isinstance(layer, LoraLayer):
             continue
@@ -115,7 +118,7 @@ def _lora_layers_by_row(layers: Sequence[Any], found: dict[str, Memory[Any]], na
                 "can have one adapter there: switch it off, or merge it with `merge_lora`."
             )
         if wanted:
-            mixed.append(layer)
+            mixed.append(cast(nn.Module, layer))
     return mixed
 
 

@@ -7,9 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-from torch import nn
-from transformers import TrainerCallback
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.exclusive import exclusive_use
@@ -31,7 +38,7 @@ INDEX_FILE = "adapters.json"
 BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
 
 
-def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapters(model: PreTrainedModel | PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save every adapter of a model, each in a subfolder of its name.
 
     A subfolder can be loaded on its own, by `load_memory` or by PEFT. An index has the names in their order, and says
@@ -44,7 +51,7 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If the model has no adapter, or one that could not be loaded again. Nothing is written then.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     known = memories(base)
     configs: dict[str, PeftConfig] = dict(getattr(base, "peft_config", {}))
     if not configs:
@@ -68,16 +75,16 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_adapters(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     path_or_repo_id: str | os.PathLike[str],
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
     token: str | None = None,
     subfolder: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> dict[str, Memory]:
+) -> dict[str, Memory[Any]]:
     """Load all adapters that `save_adapters` saved, in the same order, with the same ones active.
 
     Args:
@@ -111,7 +118,9 @@ def _folders(index_file: Path) -> list[str]:
     return [name for name, _, _ in _read_index(index_file)]
 
 
-def _load(base: Any, folder: Path, index: list[tuple[str, bool, bool]], tokenizer: Any) -> dict[str, Memory]:
+def _load(
+    base: PreTrainedModel, folder: Path, index: list[tuple[str, bool, bool]], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Memory[Any]]:
     before = {id(layer): list(layer.active_adapters) for layer in adapter_layers(base)}
     for name, is_memory, _ in index:
         if is_memory:
@@ -131,7 +140,7 @@ def _load(base: Any, folder: Path, index: list[tuple[str, bool, bool]], tokenize
 
 
 class SaveAdaptersCallback(TrainerCallback):
-    """Trainer callback: every checkpoint holds all adapters of the model under `adapters/`, and no base weights.
+    """Save all adapters of the model under `adapters/` in every checkpoint of Trainer, and no base weights.
 
     Trainer itself saves what PEFT knows of a PeftModel; here memories come with all of their files (the ledger of an
     edit, slots), ready for `load_adapters`. When Trainer resumes, it makes the LoRA the only active one of its kind,
@@ -139,19 +148,36 @@ class SaveAdaptersCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.active: list[tuple[Any, list[str]]] = []
+        self.active: list[tuple[BaseTunerLayer, list[str]]] = []
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """When the Trainer is made."""
+    def on_init_end(  # type: ignore[override]  # Trainer always gives the model
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | PeftModel,
+        **kwargs: Any,
+    ) -> None:
+        """Note, when the Trainer is made, which adapters are active."""
         self.active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a checkpoint was loaded, before the first step."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Activate them again, after a checkpoint was loaded and before the first step."""
         for layer, names in self.active:
             layer._active_adapter = list(names)
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """After Trainer wrote a checkpoint."""
+    def on_save(  # type: ignore[override]  # as above
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | PeftModel,
+        **kwargs: Any,
+    ) -> None:
+        """Save the adapters into a checkpoint that Trainer wrote, and delete the base weights in it."""
+        assert args.output_dir is not None  # `TrainingArguments` filled it in
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if is_main_process():
             save_adapters(model, checkpoint / "adapters")
@@ -176,12 +202,13 @@ def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
     return index
 
 
-def _is_folder_name(name: Any) -> bool:
-    known = isinstance(name, str) and name.isprintable() and len(name.encode()) <= 255
-    return known and name == Path(name).name and name not in ("", "..")
+def _is_folder_name(name: object) -> bool:
+    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 255:
+        return False
+    return name == Path(name).name and name not in ("", "..")
 
 
-def _is_active(base: nn.Module, name: str, known: dict[str, Memory]) -> bool:
+def _is_active(base: PreTrainedModel, name: str, known: dict[str, Memory[Any]]) -> bool:
     if name in known:
         return known[name].active
     return any(name in layer.active_adapters for layer in adapter_layers(base, name))

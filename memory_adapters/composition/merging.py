@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
@@ -41,11 +41,11 @@ def merge_lora(model: PreTrainedModel | PeftModel, adapter_name: str = "default"
             modules beside its matrices (`modules_to_save`), or it holds NaN. The model is unchanged then.
         RuntimeError: If another thread uses the model.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     with exclusive_use(base):
         found = memories(base)
         own = found.pop(adapter_name, None)
-        held: list[Any] = own.tuner_layers() if own is not None else adapter_layers(base, adapter_name)
+        held = own.tuner_layers() if own is not None else adapter_layers(base, adapter_name)
         layers = [layer for layer in held if isinstance(layer, LoraLayer)]
         _check(base, adapter_name, held, layers)
         configs = [memory._config for memory in found.values()]
@@ -61,7 +61,9 @@ def merge_lora(model: PreTrainedModel | PeftModel, adapter_name: str = "default"
     return base
 
 
-def _check(base: Any, adapter_name: str, held: Sequence[Any], layers: Sequence[LoraLayer]) -> None:
+def _check(
+    base: PreTrainedModel, adapter_name: str, held: Sequence[BaseTunerLayer], layers: Sequence[LoraLayer]
+) -> None:
     if not layers:
         raise ValueError(
             f"`adapter_name={adapter_name!r}` is no LoRA that can be merged; the model's adapters are "
@@ -72,12 +74,13 @@ def _check(base: Any, adapter_name: str, held: Sequence[Any], layers: Sequence[L
     whole = [m for m in base.modules() if isinstance(m, AuxiliaryTrainingWrapper) and adapter_name in m._adapters]
     if whole or len(layers) < len(held):
         raise ValueError(f"`adapter_name={adapter_name!r}` trained whole modules too: merge it with PEFT, on its own.")
-    if not all(torch.isfinite(layer.get_delta_weight(adapter_name)).all() for layer in layers):
+    deltas = (layer.get_delta_weight(adapter_name) for layer in layers)  # type: ignore[attr-defined]  # all but the base
+    if not all(torch.isfinite(delta).all() for delta in deltas):
         raise ValueError(f"`adapter_name={adapter_name!r}` holds NaN or infinity: nothing was merged.")
 
 
 def _weights(layers: Sequence[LoraLayer]) -> Iterator[torch.Tensor]:
-    """What merging writes into; quantised weights are replaced, and those on disk are written back whole."""
+    """Yield what merging writes into; quantised weights are replaced, and those on disk are written back whole."""
     for layer in layers:
         for parameter in layer.get_base_layer().parameters():
             if type(parameter.data) is torch.Tensor and parameter.is_floating_point() and not parameter.is_meta:

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
 
 from memory_adapters.files.names import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in, read_json
@@ -50,7 +52,7 @@ LONGEST_PATTERN = 1000
 _REMEDY = "It could not be loaded again: save it with PEFT's `save_pretrained`, and remove it first."
 
 
-def load_peft_adapter(base: Any, folder: Path, adapter_name: str) -> None:
+def load_peft_adapter(base: PreTrainedModel, folder: Path, adapter_name: str) -> None:
     """Load an adapter that PEFT or `save_adapters` saved into a model.
 
     Args:
@@ -77,12 +79,12 @@ def load_peft_adapter(base: Any, folder: Path, adapter_name: str) -> None:
         if left := [name for name, tensor in own.items() if not torch.equal(loaded[name], tensor.to(loaded[name]))]:
             raise ValueError(f"`{weights_file}`: PEFT did not load {shown(left)} into this model. Update PEFT.")
         for layer in adapter_layers(base, adapter_name):
-            layer.train(base.training)
+            cast(nn.Module, layer).train(base.training)
         for name, value in initialisers.items():
             setattr(base.peft_config[adapter_name], name, value)  # the config is the same when it is saved again
 
 
-def check_saveable(base: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_saveable(base: PreTrainedModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise a `ValueError` unless `load_peft_adapter` would load the adapter once it is saved.
 
     Args:
@@ -90,7 +92,7 @@ def check_saveable(base: Any, adapter_name: str, tensors: Mapping[str, torch.Ten
         adapter_name: An adapter of PEFT's on it.
         tensors: What would be saved, by name in the file.
     """
-    text = json.dumps(base.peft_config[adapter_name].to_dict(), default=_plain)
+    text = json.dumps(cast(PeftConfig, base.peft_config[adapter_name]).to_dict(), default=_plain)
     source = f"The config of {adapter_name!r}"
     config, _ = _checked(json.loads(text), source)
     expected = _expected(base, config, adapter_name, source)
@@ -107,7 +109,8 @@ def _read_config(path: Path) -> tuple[PeftConfig, dict[str, Any]]:
 def _checked(values: Any, source: str) -> tuple[PeftConfig, dict[str, Any]]:
     """Return the config with these values, but for the initialisers, and those apart."""
     kind = values.get("peft_type") if isinstance(values, dict) else None
-    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) and method_of_type(kind) is None else None
+    types: Mapping[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING  # its keys are strings too
+    found = types.get(kind) if isinstance(kind, str) and method_of_type(kind) is None else None
     if found is None:
         raise ValueError(f"{source} has `peft_type={shown(kind)}`, which is not one of PEFT's. Save it again.")
     values.pop("auto_mapping", None)  # names a library that PEFT would import
@@ -188,7 +191,7 @@ def _check_patterns(name: str, patterns: Iterable[str]) -> None:
             )
 
 
-def _expected(base: Any, config: PeftConfig, adapter_name: str, source: str) -> dict[str, torch.Size]:
+def _expected(base: PreTrainedModel, config: PeftConfig, adapter_name: str, source: str) -> dict[str, torch.Size]:
     """Return name in the file and shape of each of the adapter's tensors, without allocating any."""
     try:
         with torch.device("meta"):

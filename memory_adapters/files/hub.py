@@ -31,7 +31,7 @@ MEMORY_FILE = "adapter_config.json"  # every saved memory has it
 
 
 class OnHub(ABC):
-    """Base of what can be pushed to a repository on the Hub."""
+    """Push to a repository on the Hub: the base of what can be pushed."""
 
     @abstractmethod
     def _write_repository(self, folder: Path) -> None:
@@ -95,7 +95,7 @@ class OnHub(ABC):
 
 
 class OneFile(OnHub):
-    """Base of what is saved as one safetensors file, in a repository of its own or beside a memory.
+    """Save as one safetensors file, in a repository of its own or beside a memory: the base of what is saved so.
 
     Attributes:
         file: The file's name in a repository.
