@@ -137,7 +137,7 @@ def load_memory(
 
 
 def _read_method(folder: Path) -> tuple[Method, MemoryConfig]:
-    """The method and config of a saved memory, all of whose files are there."""
+    """Return method and config of a saved memory, all of whose files are there."""
     config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
     config = read_config(file_in(folder, config_file))
     method = method_of(config)
@@ -157,7 +157,7 @@ def _inject(
     decoder: Decoder,
     fingerprint: dict[str, Any],
 ) -> Memory[Any]:
-    """As `inject_memory`, of a config that may be changed, with what is known of the base model."""
+    """Do as `inject_memory`, with a config that may be changed and what is known of the base model."""
     base = base_model(model)
     own = dict(fingerprint)
     if tokenizer is not None:

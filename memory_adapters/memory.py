@@ -59,7 +59,7 @@ ATTACHED = "_memory_adapters"
 
 @dataclass(frozen=True)
 class Attached:
-    """What `inject_memory` keeps on a model: its memories, and which base parameters were trainable before them."""
+    """Keep on a model its memories, and which base parameters were trainable before them."""
 
     memories: dict[str, Memory[Any]] = field(default_factory=dict)
     trainable: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Attached:
 
 @dataclass(frozen=True)
 class Scores:
-    """How a model does on what is written and on held-out text; see the fields of `WriteReport`."""
+    """Say how a model does on what is written and on held-out text; see the fields of `WriteReport`."""
 
     recall: float | None
     token_accuracy: float | None
@@ -76,7 +76,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method's `_write` says of itself; see the fields of `WriteReport`."""
+    """Say what a method's `_write` did; see the fields of `WriteReport`."""
 
     losses: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Outcome:
 
 
 class Memory(OnHub, Generic[ConfigT]):
-    """Knowledge that is written into one model, switched off, removed, saved and loaded.
+    """Write knowledge into one model, and switch it off, remove it, save it and load it.
 
     `inject_memory` and `load_memory` make it; it is not made directly.
 
@@ -225,7 +225,7 @@ class Memory(OnHub, Generic[ConfigT]):
         )
 
     def _set_items(self, written: Sequence[Item]) -> None:
-        """Note in the config that `written` was added."""
+        """Add what was written to the config's items."""
         self._config.set_items([*(item for item in self.items if item not in written), *written])
 
     def forget(self, items: Any) -> None:
@@ -267,7 +267,7 @@ class Memory(OnHub, Generic[ConfigT]):
         return known is self._adapter_config or (known is None and self._in_place())
 
     def _in_place(self) -> bool:
-        """Whether the memory's modules are on the model, whatever PEFT's bookkeeping says."""
+        """Return whether the memory's modules are on the model, whatever PEFT's bookkeeping says."""
         return bool(self.tuner_layers())
 
     def _check_attached(self) -> None:
@@ -283,7 +283,7 @@ class Memory(OnHub, Generic[ConfigT]):
             self._rebase(base_fingerprint(self.model, self._config.layers_path))
 
     def _rebase(self, fingerprint: dict[str, Any]) -> None:
-        """Belong to the model as it is now, whose weights something else changed."""
+        """Take the model as it is now for the memory's base, after something else changed its weights."""
         self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
 
     def _check_writable(self) -> None:
@@ -327,7 +327,7 @@ class Memory(OnHub, Generic[ConfigT]):
                 layer._active_adapter = names
 
     def _in_order(self, others: list[str]) -> list[str]:
-        """`others` with this memory at its place: sums are rounded alike after it was off and on again."""
+        """Return `others` with this memory at its place: sums are rounded alike after it was off and on again."""
         order = list(self.model.peft_config)
         later = order[order.index(self.adapter_name) + 1 :]
         place = next((i for i, name in enumerate(others) if name in later), len(others))
@@ -477,7 +477,7 @@ class Memory(OnHub, Generic[ConfigT]):
         self._save(folder, examples)
 
     def _num_virtual_tokens(self) -> int:
-        """How many positions the memory uses before a prompt."""
+        """Return how many positions the memory uses before a prompt."""
         return 0
 
     def _replaced(self) -> list[str]:

@@ -71,7 +71,7 @@ def base_fingerprint(
 
 
 def _first_row(module: nn.Module) -> list[torch.Tensor] | None:
-    """Of its matrix, if it has one; None if that is quantised, or is elsewhere."""
+    """Return the first row of a module's matrix, or nothing if it has none; None if it is quantised, or elsewhere."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         return []
@@ -80,7 +80,7 @@ def _first_row(module: nn.Module) -> list[torch.Tensor] | None:
 
 
 def _matrix(module: nn.Module) -> torch.Tensor | None:
-    """Its weight, if that is a matrix of floats and here."""
+    """Return a module's weight; None unless it is a matrix of floats, and here."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor:  # but torchao's
         return None
@@ -88,7 +88,7 @@ def _matrix(module: nn.Module) -> torch.Tensor | None:
 
 
 def _mark(rows: list[torch.Tensor]) -> str | None:
-    """Their hash; None if there are none, or weights that are NaN or infinite: those are damaged, and no mark."""
+    """Return the hash of rows; None if there are none, or NaN or infinity in them: damaged weights identify nothing."""
     return _sign_hash(rows) if rows and all(row.isfinite().all() for row in rows) else None
 
 
@@ -100,7 +100,7 @@ def _plain(module: nn.Module) -> Any:
 
 
 def _base_modules(block: nn.Module) -> Iterator[nn.Module]:
-    """Modules of a block that are the base model's own, in order; adapters around or inside them are left out."""
+    """Yield a block's modules that are the base model's own, in order, without the adapters around or inside them."""
     for child in block.children():
         if not isinstance(child, BaseTunerLayer):
             yield child
@@ -117,13 +117,13 @@ def _sign_hash(tensors: list[torch.Tensor]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the token ids of a fixed multilingual text: what the tokenizer does, not what it is called."""
+    """Return the SHA-256 of the ids of a fixed multilingual text: what the tokenizer does, not what it is called."""
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def tokenizer_habits(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    """What two tokenizers that cut plain text alike may still do differently, for a fingerprint.
+    """Return, for a fingerprint, what tokenizers that split plain text alike may still do differently.
 
     Returns:
         `special_tokens` (the ids of "a" with all that is put around it), `added_tokens` (SHA-256 of the tokens added

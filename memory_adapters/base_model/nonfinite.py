@@ -19,7 +19,7 @@ __all__ = ["check_gradients", "check_scores", "origin", "rows_not_finite"]
 
 
 def rows_not_finite(values: Tensor) -> list[int]:
-    """Indices of the rows of `values` (rows, ...) that hold NaN or infinity."""
+    """Return the indices of the rows of `values` (rows, ...) that hold NaN or infinity."""
     return (~torch.isfinite(values).flatten(1).all(1)).nonzero()[:, 0].tolist()
 
 
@@ -30,7 +30,7 @@ def origin(
     inputs: Mapping[str, Tensor],
     otherwise: str = "where, is not known, for in another pass every number is finite",
 ) -> str:
-    """Where a pass over `inputs` first gives NaN or infinity, in words, and which parameter does, or that none does.
+    """Say where a pass over `inputs` first gives NaN or infinity, and which parameter holds it, or that none does.
 
     Args:
         model: The causal LM.

@@ -34,11 +34,11 @@ CACHE = next(
 
 
 class _EnoughError(Exception):
-    """Ends a forward pass once the last hidden state that is needed has been computed."""
+    """End a forward pass once the last hidden state that is needed has been computed."""
 
 
 def hidden_state(output: Any) -> torch.Tensor:
-    """The hidden state in a block's output, which is a tensor or a tuple that starts with one."""
+    """Return the hidden state (batch, tokens, hidden_size) in a block's output, which is it or a tuple with it first."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -46,7 +46,7 @@ def hidden_state(output: Any) -> torch.Tensor:
 def capture(
     model: PreTrainedModel, decoder: Decoder, layers: Sequence[int], **inputs: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Outputs of some blocks, from one forward pass that stops after the last of them.
+    """Return the outputs of some blocks, from one forward pass that stops after the last of them.
 
     Args:
         model: The causal LM.
@@ -78,7 +78,7 @@ def capture(
 
 @contextmanager
 def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
-    """Within this context the head computes logits only where `mask` (batch, tokens) is true.
+    """Let the head, within this context, compute logits only where `mask` (batch, tokens) is true.
 
     The model then returns logits of shape (1, mask.sum(), vocabulary).
     """
@@ -95,7 +95,7 @@ def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def block_returns_tuple(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool:
-    """Whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
+    """Return whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
     kinds: list[bool] = []
     handle = decoder.blocks[layer].register_forward_hook(lambda _m, _a, output: kinds.append(isinstance(output, tuple)))
     try:
@@ -107,7 +107,7 @@ def block_returns_tuple(model: PreTrainedModel, decoder: Decoder, layer: int) ->
 
 @contextmanager
 def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: bool) -> Iterator[None]:
-    """Within this context block `layer` puts out `states`, and the blocks below it only pass their input through.
+    """Let block `layer`, within this context, put out `states`, and the blocks below only pass their input through.
 
     The model's own `forward` runs, so masks, positions and whatever else it computes are its own.
 
@@ -142,7 +142,7 @@ def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: boo
 
 @contextmanager
 def inputs_of(modules: Sequence[nn.Module], receive: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within this context `receive(i, x)` is called with the input x of `modules[i]` at each of its calls."""
+    """Call `receive(i, x)`, within this context, with the input x of `modules[i]` at each of its calls."""
 
     def hook(index: int) -> Callable[..., None]:
         return lambda _module, args: receive(index, args[0])
@@ -157,7 +157,7 @@ def inputs_of(modules: Sequence[nn.Module], receive: Callable[[int, torch.Tensor
 
 @torch.no_grad()
 def capture_inputs(model: PreTrainedModel, modules: Sequence[nn.Module], **inputs: Any) -> list[torch.Tensor]:
-    """Inputs of some modules, from one forward pass that stops when the last of them is reached.
+    """Return the inputs of some modules, from one forward pass that stops when the last of them is reached.
 
     Args:
         model: The causal LM.

@@ -75,7 +75,7 @@ _FILE_TEMPLATE = """---
 
 
 class CardExample(NamedTuple):
-    """A prompt, and the model's greedy answers without the memory and with it."""
+    """Hold a prompt, and the model's greedy answers without the memory and with it."""
 
     prompt: str
     before: str

@@ -23,7 +23,7 @@ PORTION_TOKENS = 32768
 
 @dataclass(frozen=True)
 class Portion:
-    """The next rows of a source.
+    """Hold the next rows of a source.
 
     Attributes:
         rows: Token ids.
@@ -95,7 +95,7 @@ def _check_skipped(digest: str, expected: str | None) -> None:
 
 
 def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
-    """Texts that are not blank, from strings, the path of a text file (a paragraph a line), or rows with a column.
+    """Yield texts that are not blank, from strings, the path of a file (a paragraph a line), or rows with a column.
 
     Raises:
         TypeError: If `texts` is none of these.
@@ -127,7 +127,7 @@ def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
 def sample_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int
 ) -> Tensor:
-    """Tokens (rows, length) that the model continues from its beginning-of-text token at temperature 1.
+    """Sample tokens (rows, length) that continue the model's beginning-of-text token, at temperature 1.
 
     A plain loop: one uniform number a token and the inverse of the distribution function are several times cheaper
     than `generate`'s noise for every word of the vocabulary, and the model reads each token just once.

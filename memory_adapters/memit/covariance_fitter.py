@@ -37,7 +37,7 @@ COLUMN_BLOCKS = 6
 
 
 class CovarianceFitter:
-    """Accumulates Σ k kᵀ over texts, in any number of calls and processes.
+    """Accumulate Σ k kᵀ over texts, in any number of calls and processes.
 
     Args:
         model: A Hugging Face causal LM. What is active on it takes part, but for memory slots.
@@ -131,7 +131,7 @@ class CovarianceFitter:
         return self
 
     def _add(self, portion: Portion) -> None:
-        """The keys of a portion; if that fails or is interrupted, what was added by then is counted."""
+        """Add the keys of a portion; if that fails or is interrupted, what was added by then is counted."""
         added = 0
         try:
             for batch in share_of(list(batches_of(portion.rows))):
@@ -227,7 +227,7 @@ class CovarianceFitter:
         saved.check_widths({layer: len(total) for layer, total in zip(self.layers, self.sums, strict=True)})
 
     def covariance(self) -> Covariance:
-        """C₀ so far, over all processes (which all must call this).
+        """Return C₀ so far, over all processes (which all must call this).
 
         Raises:
             RuntimeError: If a pass was interrupted, or failed, when it had added some of its keys.
@@ -246,7 +246,7 @@ class CovarianceFitter:
 
 
 def add_gram(total: Tensor, keys: Tensor) -> None:
-    """total += keysᵀ keys in float32, on and above the diagonal alone (by blocks of columns)."""
+    """Add keysᵀ keys to `total` in float32, on and above the diagonal alone (by blocks of columns)."""
     keys = keys.to(total.device, total.dtype)
     width = -(-keys.shape[1] // COLUMN_BLOCKS)
     for start in range(0, keys.shape[1], width):

@@ -44,7 +44,7 @@ LEDGER_FILE = "ledger.safetensors"
 
 
 class MemitMemory(Memory[MemitConfig]):
-    """Facts solved into the MLP output projections of a few blocks: an ordinary LoRA adapter, and a ledger.
+    """Solve facts into the MLP output projections of a few blocks: an ordinary LoRA adapter, and a ledger.
 
     `write` adds facts; a fact about the same subject and relation as an earlier one replaces it. The result does not
     depend on how facts are divided among writes, nor on their order.
@@ -149,7 +149,7 @@ class MemitMemory(Memory[MemitConfig]):
         return Outcome(notes=[f"covariance of {used.num_tokens:,} tokens of {used.source}"])
 
     def _covariance(self, given: Covariance | str | os.PathLike[str] | None, progress: bool) -> Covariance:
-        """The covariance to write with, which must belong to this model."""
+        """Return the covariance to write with, which must belong to this model."""
         if given is None:
             return self.covariance or self.fit_covariance(progress=progress)
         used = given if isinstance(given, Covariance) else Covariance.load(given)
@@ -237,7 +237,7 @@ class MemitMemory(Memory[MemitConfig]):
 
 
 def _edit_digest(weights: str, facts: Sequence[Mapping[str, str]]) -> str:
-    """What the ledger was saved with: SHA-256 of the adapter's digest and the facts."""
+    """Return the SHA-256 of what the ledger was saved with: the adapter's digest and the facts."""
     return hashlib.sha256(json.dumps([weights, facts], sort_keys=True).encode()).hexdigest()
 
 

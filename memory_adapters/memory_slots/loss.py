@@ -21,7 +21,7 @@ HEAD_BLOCK = 256  # positions whose logits are held at once
 
 @dataclass(frozen=True)
 class Query:
-    """What stands behind slots, and what should follow it.
+    """Hold what stands behind slots, and what should follow it.
 
     Attributes:
         prompt: Token ids; None for [AE], which asks for the text itself.
@@ -32,13 +32,13 @@ class Query:
     target: list[int]
 
     def __len__(self) -> int:
-        """Tokens that stand behind the slots in a pass that predicts the target."""
+        """Return how many tokens stand behind the slots in a pass that predicts the target."""
         return (1 if self.prompt is None else len(self.prompt)) + len(self.target) - 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """Something asked, and the spans whose slots stand before it."""
+    """Hold something asked, and the spans whose slots stand before it."""
 
     asked: Query
     spans: Sequence[int]
@@ -47,15 +47,17 @@ class Row:
 def autoencoding_rows(
     texts: Sequence[Sequence[int]], end: int | None, spans: Sequence[Sequence[int]] | None = None
 ) -> list[Row]:
-    """Each text asked back behind the slots of its spans (by default text i is span i), and the end of text after it
-    if there is one."""
+    """Return rows that ask for each text behind the slots of its spans (by default text i is span i).
+
+    The end of text follows, if there is one.
+    """
     own = spans or [[i] for i in range(len(texts))]
     tail = [] if end is None else [end]
     return [Row(Query(None, [*text, *tail]), where) for text, where in zip(texts, own, strict=True)]
 
 
 def in_batches(rows: Sequence[Row], slots: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of rows, in turn, in batches of at most `BATCH_TOKENS` slots and tokens with padding (at least one)."""
+    """Yield indices of rows in turn, in batches of at most `BATCH_TOKENS` slots and tokens with padding, or one row."""
     batch: list[int] = []
     most = 0
     for i, row in enumerate(rows):
@@ -70,7 +72,7 @@ def in_batches(rows: Sequence[Row], slots: Sequence[Tensor]) -> Iterator[list[in
 
 
 def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each token asked of the rows, one row after the other, and whether it is the first choice.
+    """Return the cross-entropy of each token asked, row after row, and whether it is the model's first choice.
 
     Args:
         encoder: Of the model.
@@ -91,7 +93,7 @@ def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> t
 
 
 def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row], contexts: Sequence[Sequence[int]]) -> Tensor:
-    """Mean KL(model that reads each row's whole context ‖ model that reads its slots) where something is asked."""
+    """Return the mean KL(model that reads each row's context ‖ model that reads its slots) where something is asked."""
     own = [encoder.decoder.embeddings(torch.tensor(list(ids), device=encoder.device)) for ids in contexts]
     with torch.no_grad():
         taught = _states(encoder, own, [replace(row, spans=[i]) for i, row in enumerate(rows)])
@@ -101,7 +103,7 @@ def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row], conte
 
 
 def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
-    """Last hidden states (tokens asked, hidden_size), one before each token that is asked."""
+    """Return last hidden states (tokens asked, hidden_size), one before each token that is asked."""
     before = [torch.cat([slots[i] for i in row.spans]) for row in rows]
     behind = [_behind(encoder, row.asked) for row in rows]
     first, length = max(map(len, before)), max(map(len, behind))
@@ -123,7 +125,7 @@ def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> T
 
 
 def _behind(encoder: Encoder, asked: Query) -> Tensor:
-    """Embeddings of what stands behind the slots (tokens, embedding_size)."""
+    """Return the embeddings (tokens, embedding_size) of what stands behind the slots."""
     ids = [*(asked.prompt or []), *asked.target[:-1]]
     embedded = encoder.decoder.embeddings(torch.tensor(ids, dtype=torch.long, device=encoder.device))
     return embedded if asked.prompt is not None else torch.cat([encoder.parts.reconstruct.to(embedded), embedded])
@@ -134,7 +136,7 @@ def _autocast(encoder: Encoder) -> Any:
 
 
 def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
-    """A function of logits, which are computed again for the gradient instead of kept."""
+    """Run a function of logits, which are computed again for the gradient instead of kept."""
 
     def run(*tensors: Tensor) -> Any:
         with encoder.adapters_disabled(), _autocast(encoder):

@@ -42,7 +42,7 @@ OTHER_ENCODER = "These slots were made by another encoder: the model reads them,
 
 
 class SlotMemory(Memory[MemorySlotsConfig]):
-    """A text compressed into vectors that the frozen model reads before every prompt.
+    """Compress a text into vectors that the frozen model reads before every prompt.
 
     `write` compresses items, which are read from then on behind what was written before. Facts and questions are
     written out as text; the answer to their prompt is what refinement also asks for.
@@ -114,7 +114,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return items, []
 
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:
-        """Rows of facts and questions; documents are judged by what refinement gives back."""
+        """Return the rows of facts and questions; documents are judged by what refinement gives back."""
         asked = [item for item in items if not isinstance(item, Document)]
         return plain_rows(asked, self._require_tokenizer(), context_length(self.model))
 
@@ -219,7 +219,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             self._read(rows)
 
     def _read(self, rows: list[MemorySlots]) -> None:
-        """As `use`, of slots that fit."""
+        """Do as `use`, with slots that fit."""
         decoder = self.encoder.decoder
         longest = max((row.num_slots for row in rows), default=0)
         device = self.encoder.device
@@ -237,7 +237,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     @contextmanager
     def _first_row_alone(self) -> Iterator[None]:
-        """Within this context every row of a batch reads the first of the slots, also where each has its own."""
+        """Let every row of a batch, within this context, read the first of the slots, also where each has its own."""
         rows = self.slots
         if len(rows) > 1:
             self._read(rows[:1])
@@ -270,7 +270,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return ["".join(next(rest) for _ in row.spans) for row in before]
 
     def _decoded(self, spans: list[MemorySlots], length: int) -> list[str]:
-        """The text that the model decodes behind each span's slots."""
+        """Return the text that the model decodes behind each span's slots."""
         self._read(spans)
         tokenizer = self._require_tokenizer()
         asking = self.encoder.parts.reconstruct.expand(len(spans), 1, -1).to(self.model.dtype)  # (spans, 1, width)

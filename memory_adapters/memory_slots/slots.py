@@ -33,7 +33,7 @@ memory.use(slots)  # a `SlotMemory`'s; the model reads them before every prompt"
 
 @dataclass(frozen=True)
 class MemorySlots(OneFile):
-    """Vectors that a frozen model reads before a prompt, as input embeddings.
+    """Hold vectors that a frozen model reads before a prompt, as input embeddings.
 
     Attributes:
         vectors: (slots, embedding_size), float32, in the space of the model's input embeddings.
@@ -76,7 +76,7 @@ class MemorySlots(OneFile):
         return self.num_tokens / self.num_slots
 
     def __add__(self, other: MemorySlots) -> MemorySlots:
-        """These slots, then those of `other`.
+        """Return these slots, then those of `other`.
 
         Raises:
             ValueError: If they belong to different models.
@@ -98,7 +98,7 @@ class MemorySlots(OneFile):
 
     @classmethod
     def concatenate(cls, parts: Sequence[MemorySlots]) -> MemorySlots:
-        """All of `parts`, one after the other."""
+        """Return all of `parts`, one after the other."""
         if not parts:
             raise ValueError("`parts` is empty: give slots to join.")
         total = parts[0]
@@ -107,7 +107,7 @@ class MemorySlots(OneFile):
         return total
 
     def split(self) -> list[MemorySlots]:
-        """The slots of each span, all else as it is."""
+        """Return the slots of each span, all else as it is."""
         return [replace(self, vectors=part, spans=(len(part),)) for part in self.vectors.split(list(self.spans))]
 
     def save(self, path: str | os.PathLike[str]) -> None:

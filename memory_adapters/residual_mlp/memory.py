@@ -21,7 +21,7 @@ __all__ = ["ResidualMemory"]
 
 
 class ResidualMemory(Memory[MemoryAdapterConfig]):
-    """Knowledge trained into gated residual MLPs on a few decoder blocks, the base frozen.
+    """Train knowledge into gated residual MLPs on a few decoder blocks, the base frozen.
 
     A second `write` trains the same MLP, so what was written earlier fades unless it is given again.
 
