@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memory_adapters.base_model.decoder import Decoder, base_model, check_not_sharded, find_decoder, unwrapped
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import (
+    Fingerprint,
     base_fingerprint,
     check_fingerprint,
     tokenizer_fingerprint,
@@ -155,7 +156,7 @@ def _inject(
     tokenizer: PreTrainedTokenizerBase | None,
     adapter_name: str | None,
     decoder: Decoder,
-    fingerprint: dict[str, Any],
+    fingerprint: Fingerprint,
 ) -> Memory[Any]:
     """Do as `inject_memory`, with a config that may be changed and what is known of the base model."""
     base = base_model(model)

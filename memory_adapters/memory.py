@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, check_not_sharded, context_length, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
-from memory_adapters.base_model.fingerprint import base_fingerprint
+from memory_adapters.base_model.fingerprint import Fingerprint, base_fingerprint
 from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import check_scores
@@ -36,7 +36,7 @@ from memory_adapters.files.hub import OnHub
 from memory_adapters.files.model_card import CardExample, model_card
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Fact, Item, QuestionAnswer, as_items
+from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, as_items
 from memory_adapters.peft_layers.layers import (
     MemoryLayer,
     adapter_layers,
@@ -113,7 +113,7 @@ class Memory(OnHub, Generic[ConfigT]):
         self._config = config
         self._adapter_config = cast(PeftConfig, model.peft_config[adapter_name])
 
-    # What a method gives.
+    # What a method gives. Its items, rows and saved contents are of kinds of its own, so `Any` here.
 
     @abstractmethod
     def _write(self, items: Sequence[Any], rows: Sequence[Any], *, progress: bool) -> Outcome:
@@ -140,7 +140,7 @@ class Memory(OnHub, Generic[ConfigT]):
 
     # Writing.
 
-    def write(self, items: Any, *, progress: bool = True, **options: Any) -> WriteReport:
+    def write(self, items: Items, *, progress: bool = True, **options: Any) -> WriteReport:
         """Learn items; what was written before stays.
 
         The memory takes part while it is written, whether or not it is active. If the write fails or is interrupted
@@ -228,7 +228,7 @@ class Memory(OnHub, Generic[ConfigT]):
         """Add what was written to the config's items."""
         self._config.set_items([*(item for item in self.items if item not in written), *written])
 
-    def forget(self, items: Any) -> None:
+    def forget(self, items: Items) -> None:
         """Take items out again: the memory is what it would be had they never been written.
 
         Args:
@@ -282,7 +282,7 @@ class Memory(OnHub, Generic[ConfigT]):
             self.model.peft_config = {**configs, self.adapter_name: cast(Any, self._adapter_config)}
             self._rebase(base_fingerprint(self.model, self._config.layers_path))
 
-    def _rebase(self, fingerprint: dict[str, Any]) -> None:
+    def _rebase(self, fingerprint: Fingerprint) -> None:
         """Take the model as it is now for the memory's base, after something else changed its weights."""
         self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
 

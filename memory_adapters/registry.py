@@ -39,7 +39,7 @@ class Method:
     """
 
     name: str
-    config_class: type[Any]
+    config_class: type[Any]  # not named here: configs and memories stand above the registry
     memory_class: type[Any]
     variants: Mapping[str, Variant]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
@@ -16,7 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, find_decoder
 
-__all__ = ["base_fingerprint", "check_fingerprint", "tokenizer_fingerprint", "tokenizer_habits", "warn_if_unmarked"]
+__all__ = [
+    "Fingerprint",
+    "base_fingerprint",
+    "check_fingerprint",
+    "tokenizer_fingerprint",
+    "tokenizer_habits",
+    "warn_if_unmarked",
+]
+
+Fingerprint: TypeAlias = Mapping[str, "str | int | None"]
+"""What tells a base model and its tokenizer from others, by name; see `base_fingerprint`."""
 
 HABITS = {
     "special_tokens": "prompts now get different special tokens, so the memory may not activate.",
@@ -28,7 +38,7 @@ _PROBE = "The quick brown fox: 1234.56 + (x_1 != y2)\n\tnaïve café, Grüße, �
 
 def base_fingerprint(
     model: PreTrainedModel, layers_path: str | None = None, *, decoder: Decoder | None = None
-) -> dict[str, Any]:
+) -> dict[str, str | int | None]:
     """Return what identifies a base model, whatever precision it is loaded in.
 
     Only signs of weights are hashed: they survive a change between float32, bfloat16 and float16. Quantised weights
@@ -138,7 +148,7 @@ def tokenizer_habits(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None
     }
 
 
-def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_fingerprint(saved: Fingerprint, found: Fingerprint) -> None:
     """Compare the fingerprint in a file with that of the model at hand; fields that either side lacks pass.
 
     Warns where only a habit of the tokenizer differs: see `tokenizer_habits`.
@@ -163,7 +173,7 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
             )
 
 
-def warn_if_unmarked(saved: Mapping[str, Any] | None, what: str) -> None:
+def warn_if_unmarked(saved: Fingerprint | None, what: str) -> None:
     """Warn if a file holds no fingerprint of the base that it belongs to."""
     if not (saved or {}).get("embeddings"):
         warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from memory_adapters.base_model.decoder import Decoder, execution_device
 
 __all__ = [
     "CACHE",
+    "BlockOutput",
     "block_returns_tuple",
     "capture",
     "capture_inputs",
@@ -33,12 +34,16 @@ CACHE = next(
 )
 
 
+BlockOutput: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+"""What a block puts out: the hidden state (batch, tokens, hidden_size), or a tuple that starts with it."""
+
+
 class _EnoughError(Exception):
     """End a forward pass once the last hidden state that is needed has been computed."""
 
 
-def hidden_state(output: Any) -> torch.Tensor:
-    """Return the hidden state (batch, tokens, hidden_size) in a block's output, which is it or a tuple with it first."""
+def hidden_state(output: BlockOutput) -> torch.Tensor:
+    """Return the hidden state (batch, tokens, hidden_size) in a block's output: that, or a tuple with it first."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -60,7 +65,7 @@ def capture(
     """
     states: list[torch.Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+    def keep(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
         states.append(hidden_state(output))
         if len(states) == len(layers):
             raise _EnoughError

@@ -72,7 +72,7 @@ def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
-def _four_bit_layers(model: nn.Module) -> list[Any]:
+def _four_bit_layers(model: nn.Module) -> list[Any]:  # bitsandbytes' layers, which need not be installed
     found = []
     for module in model.modules():
         weight: Any = module._parameters.get("weight")

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.base_model.seeding import seeded
 
-__all__ = ["Portion", "portions", "sample_tokens"]
+__all__ = ["Portion", "Texts", "portions", "sample_tokens"]
+
+Texts: TypeAlias = str | os.PathLike[str] | Iterable[str | Mapping[str, object]]
+"""Strings, the path of a text file, or rows with a text column; see `read_texts`."""
 
 PORTION_TOKENS = 32768
 
@@ -41,7 +44,7 @@ class Portion:
 
 
 def portions(
-    texts: Any,
+    texts: Texts,
     tokenizer: PreTrainedTokenizerBase,
     *,
     column: str,
@@ -94,7 +97,7 @@ def _check_skipped(digest: str, expected: str | None) -> None:
         raise ValueError("`checkpoint` is of other texts than `texts` begins with: give each text a file of its own.")
 
 
-def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
+def read_texts(texts: Texts, column: str = "text") -> Iterator[str]:
     """Yield texts that are not blank, from strings, the path of a file (a paragraph a line), or rows with a column.
 
     Raises:
@@ -112,6 +115,7 @@ def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
         raise TypeError(
             f"`texts` is a {type(texts).__name__}; give strings, a text file's path, or rows with a column."
         )
+    row: object
     for row in texts:
         if isinstance(row, Mapping):
             if column not in row:

@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.files.atomic import atomic_file
 from memory_adapters.files.hub import OneFile, find_file
 from memory_adapters.files.model_card import HERE, file_card
@@ -49,7 +50,7 @@ class Covariance(OneFile):
     num_tokens: int
     num_texts: int
     source: str
-    base_fingerprint: dict[str, Any]
+    base_fingerprint: Fingerprint
     texts_sha256: str | None = None
 
     def shrunk(self, layer: int, shrinkage: float | None = None) -> Tensor:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from memory_adapters.base_model.nonfinite import origin, rows_not_finite
 from memory_adapters.base_model.partial_forward import capture_inputs, inputs_of
 from memory_adapters.base_model.sampling import PLAIN_SENTENCES
 from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
-from memory_adapters.memit.corpus import Portion, portions, sample_tokens
+from memory_adapters.memit.corpus import Portion, Texts, portions, sample_tokens
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
@@ -73,7 +72,7 @@ class CovarianceFitter:
 
     def fit(
         self,
-        texts: Any,
+        texts: Texts,
         num_tokens: int,
         *,
         column: str = "text",

@@ -23,8 +23,9 @@ from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, SETTINGS_FILE, WEIGHTS_FILE
 from memory_adapters.files.strict_json import read_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, tensors_digest, write_tensors
-from memory_adapters.items import Fact, Item, as_items
+from memory_adapters.items import Fact, Item, Items, as_items
 from memory_adapters.memit.config import MemitConfig
+from memory_adapters.memit.corpus import Texts
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
@@ -86,7 +87,7 @@ class MemitMemory(Memory[MemitConfig]):
         self._check_attached()
         return list(self.ledger.facts)
 
-    def fit_covariance(self, texts: Any = None, num_tokens: int | None = None, **settings: Any) -> Covariance:
+    def fit_covariance(self, texts: Texts | None = None, num_tokens: int | None = None, **settings: Any) -> Covariance:
         """Fit C₀ of the blocks that this memory edits, without the memory; it is kept for the writes to come.
 
         Args:
@@ -161,7 +162,7 @@ class MemitMemory(Memory[MemitConfig]):
     def _set_items(self, written: Sequence[Item]) -> None:
         self._config.set_items(self.ledger.facts)
 
-    def forget(self, items: Any) -> None:
+    def forget(self, items: Items) -> None:
         """Take facts out again: the edit is what it would be had they never been written. Needs no model pass.
 
         Raises:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
-from memory_adapters.base_model.partial_forward import capture, resumed
+from memory_adapters.base_model.partial_forward import BlockOutput, capture, resumed
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import RowBatch
 
@@ -58,7 +58,7 @@ class added:  # noqa: N801 (a context manager)
             )
         )
 
-    def __exit__(self, *_error: Any) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.handle.remove()
 
 
@@ -78,7 +78,7 @@ def projection_change(
     """
     outputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+    def keep(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output)[:, 0].float())
 
     def run(change: Tensor) -> Tensor:

@@ -28,7 +28,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
-from memory_adapters.base_model.partial_forward import block_returns_tuple, hidden_state, logits_at, resumed
+from memory_adapters.base_model.partial_forward import (
+    BlockOutput,
+    block_returns_tuple,
+    hidden_state,
+    logits_at,
+    resumed,
+)
 from memory_adapters.base_model.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
 from memory_adapters.files.atomic import atomic_file
 from memory_adapters.items import Fact
@@ -241,7 +247,7 @@ class _Tracer:
         find |= {"mlp": lambda layer: mlp_projection(decoder, layer).module, "attention": partial(_attention, decoder)}
         self.modules = {kind: [find[kind](i) for i in range(decoder.num_layers)] for kind in {"hidden", *kinds}}
 
-    def trace(self, query: _Query, noise: Tensor, advance: Callable[[], Any]) -> tuple[Tensor, float]:
+    def trace(self, query: _Query, noise: Tensor, advance: Callable[[], object]) -> tuple[Tensor, float]:
         """Measure indirect effects (kinds, tokens from the subject on, num_layers) and the total effect of one fact.
 
         `noise` (samples, subject tokens, width) corrupts its embeddings; `advance` is called after each layer.
@@ -289,18 +295,20 @@ class _Tracer:
         return (logits[:, query.answer] - logits.logsumexp(-1)).double().exp().cpu()
 
 
-def _added(args: tuple[Any, ...], output: Any, rows: int) -> tuple[Tensor, Tensor]:
+def _added(args: tuple[Any, ...], output: BlockOutput, rows: int) -> tuple[Tensor, Tensor]:
     """Return a module's output (rows, tokens, hidden_size), and the stream if given it to add to (Bloom), else 0."""
     tensor = hidden_state(output)
     stream = next((x for x in args[1:] if isinstance(x, Tensor) and x.shape == tensor.shape), torch.zeros_like(tensor))
     return tensor.reshape(rows, -1, tensor.shape[-1]), stream.reshape(rows, -1, tensor.shape[-1])
 
 
-def _keep(kept: list[Tensor], rows: int, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _keep(kept: list[Tensor], rows: int, _module: nn.Module, args: tuple[Any, ...], output: BlockOutput) -> None:
     kept.append(torch.sub(*_added(args, output, rows)))
 
 
-def _put_back(clean: Tensor, positions: Tensor, _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _put_back(
+    clean: Tensor, positions: Tensor, _module: nn.Module, args: tuple[Any, ...], output: BlockOutput
+) -> BlockOutput:
     """Return the output with what the clean run (tokens, hidden_size) had at one position in each row."""
     tensor, stream = _added(args, output, len(positions))
     at = (torch.arange(len(positions)), positions)

@@ -181,10 +181,11 @@ class MemorySlotsConfig(MemoryConfig):
         """Return names and shapes of the encoder's tensors: its LoRA, and what it reads slots with."""
         shapes = {}
         for name, module in self.modules(decoder).items():
-            inputs: Any = getattr(module, "in_features", None)
-            outputs: Any = getattr(module, "out_features", None)
+            inputs: int | None = getattr(module, "in_features", None)
+            outputs: int = getattr(module, "out_features", 0)
             if inputs is None:
-                weight: Any = _weight(module)  # GPT-2's, stored (in, out)
+                weight = _weight(module)  # GPT-2's, stored (in, out)
+                assert weight is not None  # `modules` has matrices alone
                 inputs, outputs = weight.shape
             shapes[f"{name}.lora_A.weight"] = torch.Size((self.lora_rank, inputs))
             shapes[f"{name}.lora_B.weight"] = torch.Size((outputs, self.lora_rank))

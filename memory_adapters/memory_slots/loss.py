@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_positions
 
 __all__ = ["Query", "Row", "autoencoding_rows", "distil", "in_batches", "predict"]
+
+T = TypeVar("T")
 
 HEAD_BLOCK = 256  # positions whose logits are held at once
 
@@ -115,7 +117,7 @@ def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> T
         end = first + len(tail)
         mask[i, first - len(head) : end] = 1
         asked[i, end - len(row.asked.target) : end] = True
-    inputs: dict[str, Any] = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
+    inputs = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
     if takes_positions(encoder.stack):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with encoder.adapters_disabled(), _autocast(encoder):
@@ -131,25 +133,25 @@ def _behind(encoder: Encoder, asked: Query) -> Tensor:
     return embedded if asked.prompt is not None else torch.cat([encoder.parts.reconstruct.to(embedded), embedded])
 
 
-def _autocast(encoder: Encoder) -> Any:
+def _autocast(encoder: Encoder) -> AbstractContextManager[Any]:
     return torch.autocast(encoder.device.type, torch.bfloat16) if encoder.refines_in_bfloat16 else nullcontext()
 
 
-def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
+def _in_block(function: Callable[..., T], encoder: Encoder, *args: Tensor) -> T:
     """Run a function of logits, which are computed again for the gradient instead of kept."""
 
-    def run(*tensors: Tensor) -> Any:
+    def run(*tensors: Tensor) -> T:
         with encoder.adapters_disabled(), _autocast(encoder):
             return function(encoder.decoder.head, *tensors)
 
     return checkpoint(run, *args, use_reentrant=False)
 
 
-def _cross_entropy(head: Any, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(head: nn.Module, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     logits = head(states).float()
     return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 
 
-def _divergence(head: Any, states: Tensor, taught: Tensor) -> Tensor:
+def _divergence(head: nn.Module, states: Tensor, taught: Tensor) -> Tensor:
     given, wanted = (head(x).float().log_softmax(-1) for x in (states, taught))
     return F.kl_div(given, wanted, reduction="sum", log_target=True)

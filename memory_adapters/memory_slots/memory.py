@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
+from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Item, as_items
+from memory_adapters.items import Document, Item, Items, as_items
 from memory_adapters.memory import Memory, Outcome, Scores
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
@@ -105,7 +106,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         super()._check_writable()
         self._check_encoder()
 
-    def _rebase(self, fingerprint: dict[str, Any]) -> None:
+    def _rebase(self, fingerprint: Fingerprint) -> None:
         super()._rebase(fingerprint)
         self._read([replace(row, base_fingerprint=dict(self._config.base_fingerprint or {})) for row in self.slots])
 
@@ -149,7 +150,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._config.set_items([*self.items, *written])  # an item that is written twice is read twice
         self._written = (self.slots, self._config.items)
 
-    def forget(self, items: Any) -> None:
+    def forget(self, items: Items) -> None:
         """Take items out again, of slots that keep their text whole (`write(items, compress=False)`).
 
         Raises:

@@ -219,6 +219,6 @@ def _vectors(memory: SlotMemory, slots: MemorySlots | None, spans: int, joined: 
     return list(vectors.split(list(slots.spans)))
 
 
-def check_lengths(texts: Sequence[Any], slots: Sequence[Any]) -> None:
+def check_lengths(texts: Sequence[object], slots: Sequence[object]) -> None:
     if not texts or len(texts) != len(slots):
         raise ValueError(f"`slots` has {len(slots)} entries for {len(texts)} texts: give one for each, and some text.")

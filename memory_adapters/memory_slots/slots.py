@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from peft import PromptTuningConfig, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memory_adapters.base_model.fingerprint import check_fingerprint, warn_if_unmarked
+from memory_adapters.base_model.fingerprint import Fingerprint, check_fingerprint, warn_if_unmarked
 from memory_adapters.files.atomic import atomic_directory, atomic_file
 from memory_adapters.files.hub import OneFile, find_file
 from memory_adapters.files.model_card import HERE, file_card
@@ -50,7 +50,7 @@ class MemorySlots(OneFile):
     vectors: Tensor
     spans: tuple[int, ...]
     num_tokens: int
-    base_fingerprint: Mapping[str, Any] = field(repr=False)
+    base_fingerprint: Fingerprint = field(repr=False)
     encoder_fingerprint: str | None = field(repr=False)
     text_sha256: str = field(repr=False)
     refine_steps: int = 0
@@ -166,7 +166,7 @@ class MemorySlots(OneFile):
         vectors = read_tensors(file, {NAME: torch.Size(shapes[NAME])})[NAME]
         return cls(vectors.float(), spans, **fields, **hashes)
 
-    def check_fits(self, base_fingerprint: Mapping[str, Any] | None, embedding_size: int) -> None:
+    def check_fits(self, base_fingerprint: Fingerprint | None, embedding_size: int) -> None:
         """Raise a `ValueError` if the slots belong to another model than that of this fingerprint and width."""
         warn_if_unmarked(self.base_fingerprint, "A file of slots")
         check_fingerprint(self.base_fingerprint, base_fingerprint or {})

@@ -87,7 +87,7 @@ class GatedMLP(nn.Module):
         return self.nearness(x)[..., None].clamp(0, 1)
 
     def nearness(self, x: Tensor) -> Tensor:
-        """Return max_k (s_k(x) − θ_k) / ramp (...) at each token of x (..., hidden_size), float32: above 0 near a key."""
+        """Return max_k (s_k(x) − θ_k) / ramp (...), in float32, at each token of x (..., hidden_size)."""
         if self.keys.shape[0] == 0:
             return x.new_zeros(x.shape[:-1])
         return F.linear(F.layer_norm(x, x.shape[-1:]), self.keys.float(), self.key_bias.float()).amax(-1)

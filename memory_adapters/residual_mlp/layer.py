@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from memory_adapters.base_model.partial_forward import hidden_state
+from memory_adapters.base_model.partial_forward import BlockOutput, hidden_state
 from memory_adapters.keys.router import KeyedLayer
 from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import ForwardHook
@@ -19,7 +19,7 @@ __all__ = ["PREFIX", "ResidualLayer", "residual_layers"]
 PREFIX = "memory_adapter_"
 
 
-def apply_memories(block: nn.Module, _args: Any, output: Any) -> Any:
+def apply_memories(block: nn.Module, _args: Any, output: BlockOutput) -> BlockOutput:
     """Pass a block's output through its memories: the block's forward hook."""
     state = hidden_state(output)
     changed = ResidualLayer.of(block)(state)
