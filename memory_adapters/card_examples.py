@@ -59,7 +59,7 @@ def card_examples(
 
 @torch.no_grad()
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
-    """Greedy continuations of rows of token ids, in one batch with padding on the left."""
+    """Return greedy continuations of rows of token ids, in one batch with padding on the left."""
     backwards = pad_rows([row[::-1] for row in rows], model.device)
     inputs = {name: tensor.flip(1) for name, tensor in backwards.items()}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

@@ -58,7 +58,7 @@ class MemoryConfig(PeftConfig):
     kind: ClassVar[MemoryPeftType]
     card_note: ClassVar[str] = ""  # what the model card says of other ways to use the files
     layers_path: str | None = None
-    base_fingerprint: dict[str, Any] | None = field(default=None, repr=False, metadata=STATE)
+    base_fingerprint: dict[str, str | int | None] | None = field(default=None, repr=False, metadata=STATE)
     file_format: int = field(default=FILE_FORMAT, repr=False, metadata=STATE)
     items: list[dict[str, str]] = field(default_factory=list, repr=False, metadata=STATE)
     writes: list[dict[str, Any]] = field(default_factory=list, repr=False, metadata=STATE)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memory_adapters.base_model.decoder import Decoder, base_model, check_not_sharded, find_decoder, unwrapped
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import (
+    Fingerprint,
     base_fingerprint,
     check_fingerprint,
     tokenizer_fingerprint,
@@ -138,7 +139,7 @@ def load_memory(
 
 
 def _read_method(folder: Path) -> tuple[Method, MemoryConfig]:
-    """The method and config of a saved memory, all of whose files are there."""
+    """Return method and config of a saved memory, all of whose files are there."""
     config_file = next((name for name in CONFIG_FILES if (folder / name).is_file()), CONFIG_FILE)
     config = read_config(file_in(folder, config_file))
     method = method_of(config)
@@ -156,9 +157,9 @@ def _inject(
     tokenizer: PreTrainedTokenizerBase | None,
     adapter_name: str | None,
     decoder: Decoder,
-    fingerprint: dict[str, Any],
+    fingerprint: Fingerprint,
 ) -> Memory[Any]:
-    """As `inject_memory`, of a config that may be changed, with what is known of the base model."""
+    """Do as `inject_memory`, with a config that may be changed and what is known of the base model."""
     base = base_model(model)
     own = dict(fingerprint)
     if tokenizer is not None:

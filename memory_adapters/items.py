@@ -5,11 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from memory_adapters.validation import cut, shown
 
-__all__ = ["Document", "Fact", "Item", "QuestionAnswer", "as_items", "item_from_dict"]
+__all__ = ["Document", "Fact", "Item", "Items", "QuestionAnswer", "as_items", "item_from_dict"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ class QuestionAnswer:
 
 
 Item = Fact | Document | QuestionAnswer
+Items: TypeAlias = Item | str | Iterable[Item | str]
+"""What `write` and `forget` take: one item or many; a plain string is a `Document`."""
 
 
-def as_items(items: object, accepted: tuple[type, ...] = (Fact, Document, QuestionAnswer)) -> list[Item]:
+def as_items(items: Items, accepted: tuple[type, ...] = (Fact, Document, QuestionAnswer)) -> list[Item]:
     """Return one item or many as a list; a plain string is a `Document`.
 
     Args:
@@ -98,7 +100,7 @@ def as_items(items: object, accepted: tuple[type, ...] = (Fact, Document, Questi
         ValueError: If there is no item.
     """
     single = isinstance(items, (str, Fact, Document, QuestionAnswer)) or not isinstance(items, Iterable)
-    listed = [items] if single else list(items)  # type: ignore[call-overload]
+    listed = [items] if single else list(items)  # type: ignore[arg-type]  # mypy does not follow `single`
     if not listed:
         raise ValueError("`items` is empty: give at least one thing to write.")
     converted = [Document(item) if isinstance(item, str) else item for item in listed]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, check_not_sharded, context_length, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
-from memory_adapters.base_model.fingerprint import base_fingerprint
+from memory_adapters.base_model.fingerprint import Fingerprint, base_fingerprint
 from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.scoring import Scores, scored
@@ -33,7 +33,7 @@ from memory_adapters.files.hub import OnHub
 from memory_adapters.files.model_card import CardExample, model_card
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Fact, Item, QuestionAnswer, as_items
+from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, as_items
 from memory_adapters.peft_layers.attached import forget_memory
 from memory_adapters.peft_layers.layers import (
     MemoryLayer,
@@ -55,7 +55,7 @@ ConfigT = TypeVar("ConfigT", bound=MemoryConfig)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method's `_write` says of itself; see the fields of `WriteReport`."""
+    """Say what a method's `_write` did; see the fields of `WriteReport`."""
 
     losses: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Outcome:
 
 
 class Memory(OnHub, Generic[ConfigT]):
-    """Knowledge that is written into one model, switched off, removed, saved and loaded.
+    """Write knowledge into one model, and switch it off, remove it, save it and load it.
 
     `inject_memory` and `load_memory` make it; it is not made directly.
 
@@ -92,7 +92,7 @@ class Memory(OnHub, Generic[ConfigT]):
         self._config = config
         self._adapter_config = cast(PeftConfig, model.peft_config[adapter_name])
 
-    # What a method gives.
+    # What a method gives. Its items, rows and saved contents are of kinds of its own, so `Any` here.
 
     @abstractmethod
     def _write(self, items: Sequence[Any], rows: Sequence[Any], *, progress: bool) -> Outcome:
@@ -119,7 +119,7 @@ class Memory(OnHub, Generic[ConfigT]):
 
     # Writing.
 
-    def write(self, items: Any, *, progress: bool = True, **options: Any) -> WriteReport:
+    def write(self, items: Items, *, progress: bool = True, **options: Any) -> WriteReport:
         """Learn items; what was written before stays.
 
         The memory takes part while it is written, whether or not it is active. If the write fails or is interrupted
@@ -191,10 +191,10 @@ class Memory(OnHub, Generic[ConfigT]):
         return scored(self.model, self._require_tokenizer(), rows, self._config.layers_path)
 
     def _set_items(self, written: Sequence[Item]) -> None:
-        """Note in the config that `written` was added."""
+        """Add what was written to the config's items."""
         self._config.set_items([*(item for item in self.items if item not in written), *written])
 
-    def forget(self, items: Any) -> None:
+    def forget(self, items: Items) -> None:
         """Take items out again: the memory is what it would be had they never been written.
 
         Args:
@@ -233,7 +233,7 @@ class Memory(OnHub, Generic[ConfigT]):
         return known is self._adapter_config or (known is None and self._in_place())
 
     def _in_place(self) -> bool:
-        """Whether the memory's modules are on the model, whatever PEFT's bookkeeping says."""
+        """Return whether the memory's modules are on the model, whatever PEFT's bookkeeping says."""
         return bool(self.tuner_layers())
 
     def _check_attached(self) -> None:
@@ -248,8 +248,8 @@ class Memory(OnHub, Generic[ConfigT]):
             self.model.peft_config = {**configs, self.adapter_name: cast(Any, self._adapter_config)}
             self._rebase(base_fingerprint(self.model, self._config.layers_path))
 
-    def _rebase(self, fingerprint: dict[str, Any]) -> None:
-        """Belong to the model as it is now, whose weights something else changed."""
+    def _rebase(self, fingerprint: Fingerprint) -> None:
+        """Take the model as it is now for the memory's base, after something else changed its weights."""
         self._config.base_fingerprint = {**(self._config.base_fingerprint or {}), **fingerprint}
 
     def _check_writable(self) -> None:
@@ -293,7 +293,7 @@ class Memory(OnHub, Generic[ConfigT]):
                 layer._active_adapter = names
 
     def _in_order(self, others: list[str]) -> list[str]:
-        """`others` with this memory at its place: sums are rounded alike after it was off and on again."""
+        """Return `others` with this memory at its place: sums are rounded alike after it was off and on again."""
         order = list(self.model.peft_config)
         later = order[order.index(self.adapter_name) + 1 :]
         place = next((i for i, name in enumerate(others) if name in later), len(others))
@@ -443,7 +443,7 @@ class Memory(OnHub, Generic[ConfigT]):
         self._save(folder, examples)
 
     def _num_virtual_tokens(self) -> int:
-        """How many positions the memory uses before a prompt."""
+        """Return how many positions the memory uses before a prompt."""
         return 0
 
     def _replaced(self) -> list[str]:

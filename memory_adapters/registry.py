@@ -13,7 +13,7 @@ __all__ = ["Method", "Variant", "method_of", "method_of_type", "methods", "regis
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a method in a comparison.
+    """Describe one way to run a method in a comparison.
 
     Attributes:
         settings: Fields of the method's config that differ from their defaults.
@@ -29,7 +29,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Method:
-    """A memory method.
+    """Describe a memory method.
 
     Attributes:
         name: Its name on the command line and in comparisons, such as `"memit"`.
@@ -39,7 +39,7 @@ class Method:
     """
 
     name: str
-    config_class: type[Any]
+    config_class: type[Any]  # not named here: configs and memories stand above the registry
     memory_class: type[Any]
     variants: Mapping[str, Variant]
 

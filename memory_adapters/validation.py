@@ -42,36 +42,36 @@ def check_number(
         raise ValueError(f"`{name}` must be {' '.join(bounds)}, got {shown(value)}.")
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {shown(value)}.")
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: object) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False, got {shown(value)}.")
 
 
-def check_name(name: str, value: Any) -> None:
+def check_name(name: str, value: object) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is None or a name: text on one line."""
     if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME):
         raise ValueError(f"`{name}` must be a name of printable characters, got {shown(value)}.")
 
 
-def check_fingerprint_fields(name: str, value: Any) -> None:
+def check_fingerprint_fields(name: str, value: object) -> None:
     """Raise a `ValueError` naming `name` unless `value` maps names to texts or whole numbers."""
     entries = value.items() if isinstance(value, dict) and len(value) <= 64 else [(None, None)]
     if not all(isinstance(key, str) and len(key) <= 100 and _is_label(entry) for key, entry in entries):
         raise ValueError(f"`{name}` must have a text or a whole number for each of its names, got {shown(value)}.")
 
 
-def _is_label(value: Any) -> bool:
+def _is_label(value: object) -> bool:
     return value is None or type(value) is int or (isinstance(value, str) and len(value) <= 1000)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return `repr(value)` for an error message, cut where it is long."""
     return cut(repr(value))
 

@@ -32,7 +32,7 @@ NO_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of a causal LM that the memory methods touch.
+    """Hold the parts of a causal LM that the memory methods touch.
 
     Attributes:
         blocks: The decoder blocks, lowest first.
@@ -70,7 +70,7 @@ class Decoder:
         return self.path.rpartition(".")[0]
 
     def block_name(self, layer: int) -> str:
-        """Dotted name of block `layer`, such as `"model.layers.7"`."""
+        """Return the dotted name of block `layer`, such as `"model.layers.7"`."""
         return f"{self.path}.{layer}"
 
 
@@ -193,7 +193,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def base_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Leaf modules of a block with a matrix, and adapter layers around them, by dotted name, in order."""
+    """Yield a block's leaf modules and the adapter layers around them, by dotted name, in order."""
     for name, child in block.named_children():
         inner = f"{path}.{name}" if path else name
         wrapped = isinstance(child, BaseTunerLayer) and child.get_base_layer() is not child

@@ -27,7 +27,7 @@ REMEDY = (
 
 @dataclass
 class _Owner:
-    """The thread that has the model, and in how many nested contexts."""
+    """Note which thread has the model, and in how many nested contexts."""
 
     thread: int
     handle: RemovableHandle
@@ -73,7 +73,7 @@ def exclusive_use(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _refuse_other_threads(stack: nn.Module, _args: Any) -> None:
-    """Forward pre-hook, there only within `exclusive_use`."""
+    """Refuse a pass of another thread: a forward pre-hook, there only within `exclusive_use`."""
     if torch.compiler.is_compiling():
         return
     owner = _owners.get(stack)  # None for a copy or a replica

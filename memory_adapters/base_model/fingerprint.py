@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
@@ -16,7 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, find_decoder
 
-__all__ = ["base_fingerprint", "check_fingerprint", "tokenizer_fingerprint", "tokenizer_habits", "warn_if_unmarked"]
+__all__ = [
+    "Fingerprint",
+    "base_fingerprint",
+    "check_fingerprint",
+    "tokenizer_fingerprint",
+    "tokenizer_habits",
+    "warn_if_unmarked",
+]
+
+Fingerprint: TypeAlias = Mapping[str, "str | int | None"]
+"""What tells a base model and its tokenizer from others, by name; see `base_fingerprint`."""
 
 HABITS = {
     "special_tokens": "prompts now get different special tokens, so the memory may not activate.",
@@ -28,7 +38,7 @@ _PROBE = "The quick brown fox: 1234.56 + (x_1 != y2)\n\tnaïve café, Grüße, �
 
 def base_fingerprint(
     model: PreTrainedModel, layers_path: str | None = None, *, decoder: Decoder | None = None
-) -> dict[str, Any]:
+) -> dict[str, str | int | None]:
     """Return what identifies a base model, whatever precision it is loaded in.
 
     Only signs of weights are hashed: they survive a change between float32, bfloat16 and float16. Quantised weights
@@ -71,7 +81,7 @@ def base_fingerprint(
 
 
 def _first_row(module: nn.Module) -> list[torch.Tensor] | None:
-    """Of its matrix, if it has one; None if that is quantised, or is elsewhere."""
+    """Return the first row of a module's matrix, or nothing if it has none; None if it is quantised, or elsewhere."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         return []
@@ -80,7 +90,7 @@ def _first_row(module: nn.Module) -> list[torch.Tensor] | None:
 
 
 def _matrix(module: nn.Module) -> torch.Tensor | None:
-    """Its weight, if that is a matrix of floats and here."""
+    """Return a module's weight; None unless it is a matrix of floats, and here."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor:  # but torchao's
         return None
@@ -88,7 +98,7 @@ def _matrix(module: nn.Module) -> torch.Tensor | None:
 
 
 def _mark(rows: list[torch.Tensor]) -> str | None:
-    """Their hash; None if there are none, or weights that are NaN or infinite: those are damaged, and no mark."""
+    """Return the hash of rows; None if there are none, or NaN or infinity in them: damaged weights identify nothing."""
     return _sign_hash(rows) if rows and all(row.isfinite().all() for row in rows) else None
 
 
@@ -100,7 +110,7 @@ def _plain(module: nn.Module) -> Any:
 
 
 def _base_modules(block: nn.Module) -> Iterator[nn.Module]:
-    """Modules of a block that are the base model's own, in order; adapters around or inside them are left out."""
+    """Yield a block's modules that are the base model's own, in order, without the adapters around or inside them."""
     for child in block.children():
         if not isinstance(child, BaseTunerLayer):
             yield child
@@ -117,13 +127,13 @@ def _sign_hash(tensors: list[torch.Tensor]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the token ids of a fixed multilingual text: what the tokenizer does, not what it is called."""
+    """Return the SHA-256 of the ids of a fixed multilingual text: what the tokenizer does, not what it is called."""
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def tokenizer_habits(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    """What two tokenizers that cut plain text alike may still do differently, for a fingerprint.
+    """Return, for a fingerprint, what tokenizers that split plain text alike may still do differently.
 
     Returns:
         `special_tokens` (the ids of "a" with all that is put around it), `added_tokens` (SHA-256 of the tokens added
@@ -138,7 +148,7 @@ def tokenizer_habits(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None
     }
 
 
-def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_fingerprint(saved: Fingerprint, found: Fingerprint) -> None:
     """Compare the fingerprint in a file with that of the model at hand; fields that either side lacks pass.
 
     Warns where only a habit of the tokenizer differs: see `tokenizer_habits`.
@@ -163,7 +173,7 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
             )
 
 
-def warn_if_unmarked(saved: Mapping[str, Any] | None, what: str) -> None:
+def warn_if_unmarked(saved: Fingerprint | None, what: str) -> None:
     """Warn if a file holds no fingerprint of the base that it belongs to."""
     if not (saved or {}).get("embeddings"):
         warnings.warn(

@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 class ScoredRow(Protocol):
-    """A row of tokens of which those from `first_label` on are scored."""
+    """Describe a row of tokens of which those from `first_label` on are scored."""
 
     @property
     def input_ids(self) -> list[int]: ...
@@ -29,7 +29,7 @@ class ScoredRow(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence of tokens.
+    """Hold one sequence of tokens, and what is to be predicted in it.
 
     Attributes:
         input_ids: Its tokens.

@@ -14,7 +14,7 @@ __all__ = ["bfloat16_weights", "computes_in_bfloat16", "evaluating", "left_as_it
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode; afterwards in the mode it was in."""
+    """Put a model into evaluation mode within this context; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -26,8 +26,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """As `evaluating`, for transformers' Trainer: what it changes on a model beside its parameters is put back too, the
-    attributes that accelerate marks it by and the config's `use_cache`, which it turns off."""
+    """Undo afterwards what transformers' Trainer changes on a model beside its parameters; otherwise as `evaluating`.
+
+    These are the attributes that accelerate marks it by, and the config's `use_cache`, which Trainer turns off.
+    """
     attributes, config = set(vars(model)), vars(model.config)
     use_cache = {name: config[name] for name in config if name == "use_cache"}
     with evaluating(model):
@@ -41,7 +43,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether passes asked for in `precision` run in bfloat16.
+    """Return whether passes asked for in `precision` run in bfloat16.
 
     They do not on a CPU that has no instructions for it: it takes many times as long as in float32 there.
     """
@@ -52,7 +54,7 @@ def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
 
 @contextmanager
 def bfloat16_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within this context these modules' own float32 parameters are bfloat16, and need no gradient.
+    """Convert these modules' own float32 parameters to bfloat16, without gradients, within this context.
 
     Autocast alone would convert them again in every pass.
     """
@@ -70,5 +72,5 @@ def bfloat16_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def plain_attention(device: torch.device) -> AbstractContextManager[None]:
-    """PyTorch's fused attention has a slow backward pass on the CPU for few tokens."""
+    """Use PyTorch's plain attention on a CPU, where the backward pass of the fused one is slow for few tokens."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

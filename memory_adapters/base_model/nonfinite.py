@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
-from memory_adapters.base_model.partial_forward import hidden_state
+from memory_adapters.base_model.partial_forward import BlockOutput, hidden_state
 from memory_adapters.base_model.tokens import RowScores, pad_rows
 
 __all__ = ["check_gradients", "check_scores", "origin", "rows_not_finite"]
 
 
 def rows_not_finite(values: Tensor) -> list[int]:
-    """Indices of the rows of `values` (rows, ...) that hold NaN or infinity."""
+    """Return the indices of the rows of `values` (rows, ...) that hold NaN or infinity."""
     return (~torch.isfinite(values).flatten(1).all(1)).nonzero()[:, 0].tolist()
 
 
@@ -30,7 +30,7 @@ def origin(
     inputs: Mapping[str, Tensor],
     otherwise: str = "where, is not known, for in another pass every number is finite",
 ) -> str:
-    """Where a pass over `inputs` first gives NaN or infinity, in words, and which parameter does, or that none does.
+    """Say where a pass over `inputs` first gives NaN or infinity, and which parameter holds it, or that none does.
 
     Args:
         model: The causal LM.
@@ -43,8 +43,8 @@ def origin(
     places += [("the head, or the norm before it,", decoder.head)]
     found: list[int] = []
 
-    def look(index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+    def look(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
             state = hidden_state(output)
             if not found and not torch.isfinite(state).all():
                 found.append(index)

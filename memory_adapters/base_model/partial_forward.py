@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from memory_adapters.base_model.decoder import Decoder, execution_device
 
 __all__ = [
     "CACHE",
+    "BlockOutput",
     "block_returns_tuple",
     "capture",
     "capture_inputs",
@@ -33,12 +34,16 @@ CACHE = next(
 )
 
 
+BlockOutput: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+"""What a block puts out: the hidden state (batch, tokens, hidden_size), or a tuple that starts with it."""
+
+
 class _EnoughError(Exception):
-    """Ends a forward pass once the last hidden state that is needed has been computed."""
+    """End a forward pass once the last hidden state that is needed has been computed."""
 
 
-def hidden_state(output: Any) -> torch.Tensor:
-    """The hidden state in a block's output, which is a tensor or a tuple that starts with one."""
+def hidden_state(output: BlockOutput) -> torch.Tensor:
+    """Return the hidden state (batch, tokens, hidden_size) in a block's output: that, or a tuple with it first."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -46,7 +51,7 @@ def hidden_state(output: Any) -> torch.Tensor:
 def capture(
     model: PreTrainedModel, decoder: Decoder, layers: Sequence[int], **inputs: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Outputs of some blocks, from one forward pass that stops after the last of them.
+    """Return the outputs of some blocks, from one forward pass that stops after the last of them.
 
     Args:
         model: The causal LM.
@@ -60,7 +65,7 @@ def capture(
     """
     states: list[torch.Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+    def keep(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
         states.append(hidden_state(output))
         if len(states) == len(layers):
             raise _EnoughError
@@ -78,7 +83,7 @@ def capture(
 
 @contextmanager
 def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
-    """Within this context the head computes logits only where `mask` (batch, tokens) is true.
+    """Let the head, within this context, compute logits only where `mask` (batch, tokens) is true.
 
     The model then returns logits of shape (1, mask.sum(), vocabulary).
     """
@@ -95,7 +100,7 @@ def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def block_returns_tuple(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool:
-    """Whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
+    """Return whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
     kinds: list[bool] = []
     handle = decoder.blocks[layer].register_forward_hook(lambda _m, _a, output: kinds.append(isinstance(output, tuple)))
     try:
@@ -107,7 +112,7 @@ def block_returns_tuple(model: PreTrainedModel, decoder: Decoder, layer: int) ->
 
 @contextmanager
 def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: bool) -> Iterator[None]:
-    """Within this context block `layer` puts out `states`, and the blocks below it only pass their input through.
+    """Let block `layer`, within this context, put out `states`, and the blocks below only pass their input through.
 
     The model's own `forward` runs, so masks, positions and whatever else it computes are its own.
 
@@ -142,7 +147,7 @@ def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: boo
 
 @contextmanager
 def inputs_of(modules: Sequence[nn.Module], receive: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within this context `receive(i, x)` is called with the input x of `modules[i]` at each of its calls."""
+    """Call `receive(i, x)`, within this context, with the input x of `modules[i]` at each of its calls."""
 
     def hook(index: int) -> Callable[..., None]:
         return lambda _module, args: receive(index, args[0])
@@ -157,7 +162,7 @@ def inputs_of(modules: Sequence[nn.Module], receive: Callable[[int, torch.Tensor
 
 @torch.no_grad()
 def capture_inputs(model: PreTrainedModel, modules: Sequence[nn.Module], **inputs: Any) -> list[torch.Tensor]:
-    """Inputs of some modules, from one forward pass that stops when the last of them is reached.
+    """Return the inputs of some modules, from one forward pass that stops when the last of them is reached.
 
     Args:
         model: The causal LM.

@@ -22,7 +22,7 @@ __all__ = ["differentiable", "keep_unpacked"]
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Within this context gradients flow through all layers; afterwards each weight is packed, or not, as it was.
+    """Let gradients flow through 4-bit layers on a CPU within this context; afterwards weights are packed as they were.
 
     Weights are dequantised once, if twice the memory that this takes is free.
     """
@@ -45,7 +45,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Within `differentiable`, after a change of the model's mode: layers in training mode are not packed."""
+    """Keep layers unpacked after a change of the model's mode within `differentiable`: those in training mode are."""
     for layer in _four_bit_layers(model):
         layer.training = True
 
@@ -61,7 +61,7 @@ def _linear(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Weight and state as before packing, but for the rounding of absmax, which is left unquantised."""
+    """Return weight and state as before packing, but for the rounding of absmax, which is left unquantised."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = copy.copy(state)
@@ -72,7 +72,7 @@ def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
-def _four_bit_layers(model: nn.Module) -> list[Any]:
+def _four_bit_layers(model: nn.Module) -> list[Any]:  # bitsandbytes' layers, which need not be installed
     found = []
     for module in model.modules():
         weight: Any = module._parameters.get("weight")

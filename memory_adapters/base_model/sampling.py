@@ -69,7 +69,7 @@ HELD_OUT_SENTENCES = (
 
 
 class _Finite(LogitsProcessor):
-    """Says where it comes from if there is NaN or infinity in logits, which nothing can be sampled from."""
+    """Refuse logits with NaN or infinity, from which nothing can be sampled, and say where these come from."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -91,7 +91,7 @@ def sample_text(
     seed: int,
     top_k: int = 0,
 ) -> list[str]:
-    """Text sampled from the model itself at temperature 1: needs no data, and looks like what the model reads.
+    """Sample text from the model itself, at temperature 1: it needs no data, and looks like what the model reads.
 
     Args:
         model: The causal LM, with what is to be left out of it disabled.

@@ -20,7 +20,7 @@ TOKENS_A_BATCH = 4096
 
 
 def pad_rows(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (batch, tokens) of rows padded on the right (with id 0, which is masked)."""
+    """Return `input_ids` and `attention_mask` (rows, tokens) of rows padded on the right (with id 0, masked)."""
     length = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -31,7 +31,7 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
 
 
 def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> Iterator[list[int]]:
-    """Indices of rows in batches of like length and at most `tokens` tokens with padding (at least one row)."""
+    """Yield indices of rows, in batches of like length and at most `tokens` tokens with padding (at least one row)."""
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         if batch and (len(batch) + 1) * len(rows[index]) > tokens:
@@ -43,13 +43,13 @@ def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> I
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids as the model reads a prompt: with the special tokens at the start, without one at the end."""
+    """Return token ids as the model reads a prompt: with the special tokens at the start, without one at the end."""
     ids = list(tokenizer(text)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common start of two token sequences."""
+    """Return the length of the common start of two token sequences."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
@@ -57,7 +57,7 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def last_token_of(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: Sequence[int]) -> int:
-    """Index in `ids`, the tokens of `text`, of the token that holds character `end - 1`."""
+    """Return the index in `ids`, the tokens of `text`, of the token that holds character `end - 1`."""
     head = tokenize(tokenizer, text[:end])
     shared = shared_length(head, ids)
     return shared - 1 if shared == len(head) else min(shared, len(ids) - 1)
@@ -65,7 +65,7 @@ def last_token_of(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: 
 
 @dataclass(frozen=True)
 class RowScores:
-    """How a model predicts the scored tokens of each row.
+    """Say how well a model predicts the scored tokens of each row.
 
     Attributes:
         log_prob: Sum of their log-probabilities (rows,).

@@ -16,7 +16,7 @@ import torch
 import typer
 from accelerate import PartialState
 from torch import distributed
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from memory_adapters.embedded_model import embedded_model
@@ -39,13 +39,14 @@ class Run:
         self.progress = progress
         self._stdout, self._device, self._as_json = stdout, device, as_json
 
-    def load_model(self, name: str, dtype: str) -> tuple[Any, Any]:
+    def load_model(self, name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a model, on the device, and its tokenizer."""
         if name == "embedded":
             with PartialState().main_process_first() if distributed.is_initialized() else nullcontext():
                 name = str(embedded_model())  # the first process makes the folder
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.to(self._device), AutoTokenizer.from_pretrained(name)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model.to(self._device)  # type: ignore[arg-type]  # its decorator hides `self`
+        return model, AutoTokenizer.from_pretrained(name)
 
     def show(self, result: Mapping[str, Any], text: str) -> None:
         """Print the result on stdout: as JSON if that was asked for, else `text`."""
@@ -71,7 +72,7 @@ def wrong(option: str, why: str) -> typer.BadParameter:
 
 def say(message: str) -> None:
     """Print a line on stderr."""
-    who = "" if is_main_process() else f"process {PartialState().process_index}: "
+    who = "" if is_main_process() else f"process {PartialState().process_index}: "  # type: ignore[has-type]  # set in untyped code
     print(f"{who}{message}", file=sys.stderr)
 
 
@@ -109,7 +110,8 @@ def running(*, as_json: bool, quiet: bool, debug: bool, device: str = "cpu") -> 
 
 def _device(name: str, launched: bool) -> torch.device:
     if name == "auto":
-        return PartialState().device if launched else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = PartialState().device if launched else None
+        return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(name)
     except RuntimeError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.cli.options import (
     DebugOption,
@@ -142,7 +143,13 @@ def _method(name: str | None, saved: SavedMemory | None) -> Method:
     return saved.method
 
 
-def _memory(base: Any, tokenizer: Any, method: Method, saved: SavedMemory | None, fields: dict[str, Any]) -> Memory:
+def _memory(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    saved: SavedMemory | None,
+    fields: dict[str, Any],
+) -> Memory[Any]:
     if saved is None:
         return inject_memory(base, method.config_class(**fields), tokenizer=tokenizer)
     with with_settings(saved, fields) as folder:

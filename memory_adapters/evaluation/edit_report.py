@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.evaluation.records import EditRecord
@@ -89,7 +89,7 @@ class EditReport:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def _tables(self, style: str) -> list[str]:
-        """The scores, the single numbers and the relations that resist most, as tables."""
+        """Return the scores, the single numbers and the relations that resist most, as tables."""
         s = self.scores
         portability = (s.portability_exact_match, s.portability_token_accuracy)
         judged: dict[str, tuple[float | None, ...]] = {
@@ -125,8 +125,8 @@ class EditReport:
 
 
 def evaluate_edits(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     records: Sequence[EditRecord],
     *,
     text: str | Sequence[str] | None = None,

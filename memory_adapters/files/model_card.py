@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import peft
 from huggingface_hub import ModelCard, ModelCardData
 
+from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.config import MemoryConfig
 
 __all__ = ["HERE", "CardExample", "file_card", "model_card"]
@@ -75,7 +76,7 @@ _FILE_TEMPLATE = """---
 
 
 class CardExample(NamedTuple):
-    """A prompt, and the model's greedy answers without the memory and with it."""
+    """Hold a prompt, and the model's greedy answers without the memory and with it."""
 
     prompt: str
     before: str
@@ -117,7 +118,7 @@ def model_card(config: MemoryConfig, num_parameters: int, examples: Sequence[Car
 
 
 def file_card(
-    *, title: str, tag: str, text: str, snippet: str, about: Mapping[str, object], base_fingerprint: Mapping[str, Any]
+    *, title: str, tag: str, text: str, snippet: str, about: Mapping[str, object], base_fingerprint: Fingerprint
 ) -> str:
     """Return the model card of a file that is not a memory.
 

@@ -28,7 +28,7 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """Mean and shrunk precision of the normalised stream on unrelated text, at one block.
+    """Hold mean and shrunk precision of the normalised stream on unrelated text, at one block.
 
     Attributes:
         mean: μ (hidden_size,), float64.
@@ -42,7 +42,7 @@ class StreamStatistics:
 
     @classmethod
     def fit(cls, states: Tensor) -> StreamStatistics:
-        """From residual-stream states (num_tokens, hidden_size) of unrelated text.
+        """Fit to residual-stream states (num_tokens, hidden_size) of unrelated text.
 
         Raises:
             ValueError: If they hold NaN or infinity, or are all the same.
@@ -60,7 +60,7 @@ class StreamStatistics:
         return cls(mean, precision, n)
 
     def directions(self, keys: Tensor, last_words: Tensor | None = None) -> Tensor:
-        """P_k (k − μ) / (k − μ)ᵀ P_k (k − μ): rows whose product with n(x) − μ is s_k(x).
+        """Return P_k (k − μ) / (k − μ)ᵀ P_k (k − μ) (n, hidden_size): rows whose product with n(x) − μ is s_k(x).
 
         Args:
             keys: Normalised keys (n, hidden_size).
@@ -76,7 +76,7 @@ class StreamStatistics:
         return direction / (direction * offset).sum(-1, keepdim=True)
 
     def highest_unrelated(self, directions: Tensor) -> Tensor:
-        """Highest similarity of each key to any unrelated token (n,)."""
+        """Return the highest similarity (n,) of each key to any unrelated token."""
         parts = [
             ((self.unrelated - self.mean) @ part.T).amax(0) if len(part) else part.new_zeros(0)
             for part in directions.split(_BLOCK)
@@ -85,13 +85,13 @@ class StreamStatistics:
 
 
 def normalized(states: Tensor) -> Tensor:
-    """n(x) = (x − mean(x)) / std(x) over the last dimension, in float64 on the CPU."""
+    """Return n(x) = (x − mean(x)) / std(x) over the last dimension, in float64 on the CPU."""
     states = states.detach().to("cpu", torch.float64)
     return F.layer_norm(states, states.shape[-1:])
 
 
 def select_keys(statistics: StreamStatistics, candidates: Tensor, *, threshold: float, ramp: float) -> Tensor:
-    """The candidates that are worth a key: unlike unrelated text, and not already opened by another.
+    """Choose the candidates that are worth a key: unlike unrelated text, and not already opened by another.
 
     Args:
         statistics: Of the block.
@@ -116,7 +116,7 @@ def select_keys(statistics: StreamStatistics, candidates: Tensor, *, threshold: 
 
 
 def uncovered(statistics: StreamStatistics, mean: Tensor, states: Tensor, *, threshold: float, ramp: float) -> Tensor:
-    """Which states of one subject (n, hidden_size) its mean key does not open fully, and that are worth a key too.
+    """Return a mask (n,) of a subject's states (n, hidden_size) that its mean key does not open, and worth a key too.
 
     A subject that opens its prompt has another state than behind other text.
     """
@@ -128,7 +128,7 @@ def uncovered(statistics: StreamStatistics, mean: Tensor, states: Tensor, *, thr
 def gate_parameters(
     statistics: StreamStatistics, keys: Tensor, last_words: Tensor | None, *, threshold: float, ramp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and biases of `GatedMLP`: `keys · n(x) + bias = (s_k(x) − θ_k) / ramp`.
+    """Return keys and biases of `GatedMLP`: `keys · n(x) + bias = (s_k(x) − θ_k) / ramp`.
 
     θ_k is `threshold`, or higher where unrelated text comes nearer than that, but never so high that the gate would
     not open at the key itself.

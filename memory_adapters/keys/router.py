@@ -33,7 +33,7 @@ ROUTE = "_memory_route"  # attribute of a cache: the adapter of each of its rows
 
 
 class KeyedLayer(MemoryLayer):
-    """A memory layer whose adapters may have keys, and so can be routed."""
+    """Hold adapters that may have keys, and so can be routed."""
 
     @abstractmethod
     def has_keys(self, adapter_name: str) -> bool:
@@ -46,7 +46,7 @@ class KeyedLayer(MemoryLayer):
 
 @dataclass
 class _Pass:
-    """A pass in progress: whether in training, its attention mask (batch, tokens), and the route once it is known."""
+    """Hold whether a pass in progress trains, its attention mask (batch, tokens), and its route once known."""
 
     training: bool
     mask: Tensor | None
@@ -127,7 +127,7 @@ class MemoryRouter:
         return [[BASE_ROW, *names][i] for i in chosen]
 
     def _begin(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a pass: a cache that is being continued keeps its route; another input is read anew."""
+        """Begin a pass: a cache that is being continued keeps its route; another input is read anew."""
         cache = kwargs.get(CACHE)
         continued = cache is not None and cache.get_seq_length() > 0
         mask = kwargs.get("attention_mask")
@@ -136,7 +136,7 @@ class MemoryRouter:
         self._passes.setdefault(get_ident(), []).append(_Pass(stack.training, mask, route))
 
     def _end(self, stack: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
-        """After a pass, or one that failed: the route is kept with the cache."""
+        """End a pass, also one that failed: the route is kept with the cache."""
         own = self._passes.get(get_ident())
         if own is None:  # it was refused before it began
             return

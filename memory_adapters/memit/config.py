@@ -22,7 +22,7 @@ __all__ = ["MemitConfig"]
 
 @dataclass
 class MemitConfig(MemoryConfig):
-    """MEMIT (Meng et al. 2023): a change ΔW = R Kᵀ (λC₀ + K Kᵀ)⁻¹ of the MLP output projections of a few blocks.
+    """Configure MEMIT (Meng et al. 2023): ΔW = R Kᵀ (λC₀ + K Kᵀ)⁻¹ on the MLP output projections of a few blocks.
 
     ΔW is a product of two thin matrices and lives on the model as a LoRA adapter: B = R, A = Kᵀ (λC₀ + K Kᵀ)⁻¹.
     Nothing here is in units of a particular model: λ is relative to the covariance, steps and norms to the stream.
@@ -112,7 +112,7 @@ class MemitConfig(MemoryConfig):
 
     @property
     def keys_per_fact(self) -> int:
-        """One a group; but one in all for an exact solver, which would have to tell nearly equal keys apart."""
+        """One for each group; a single one for an exact solver, which would have to tell nearly equal keys apart."""
         return 1 if SOLVERS[self.solver].exact else 1 + (self.num_prefixes > 0) + self.chat
 
     def resolved(self, decoder: Decoder) -> list[int]:
@@ -127,7 +127,7 @@ class MemitConfig(MemoryConfig):
             mlp_projection(decoder, layer)
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:
-        """The LoRA adapter that the edit is on the model, of rank 1 as long as nothing is written."""
+        """Return the LoRA adapter that the edit is on the model, of rank 1 as long as nothing is written."""
         projections = [mlp_projection(decoder, layer) for layer in self.resolved(decoder)]
         return LoraConfig(
             r=1,
@@ -148,11 +148,11 @@ class MemitConfig(MemoryConfig):
         return {layer: mlp_projection(decoder, layer).in_features for layer in self.resolved(decoder)}
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
-        """Names and shapes of the ledger's tensors."""
+        """Return names and shapes of the ledger's tensors."""
         return Ledger.tensor_shapes(len(self.items), self.widths(decoder), decoder.hidden_size, self.keys_per_fact)
 
     @classmethod
     def reference(cls, **settings: Any) -> MemitConfig:
-        """The authors' settings for GPT-J."""
+        """Return the authors' settings for GPT-J."""
         gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384)
         return cls(**{**gptj, **settings})

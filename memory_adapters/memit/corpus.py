@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,14 +16,17 @@ from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.base_model.seeding import seeded
 
-__all__ = ["Portion", "portions", "sample_tokens"]
+__all__ = ["Portion", "Texts", "portions", "sample_tokens"]
+
+Texts: TypeAlias = str | os.PathLike[str] | Iterable[str | Mapping[str, object]]
+"""Strings, the path of a text file, or rows with a text column; see `read_texts`."""
 
 PORTION_TOKENS = 32768
 
 
 @dataclass(frozen=True)
 class Portion:
-    """The next rows of a source.
+    """Hold the next rows of a source.
 
     Attributes:
         rows: Token ids.
@@ -41,7 +44,7 @@ class Portion:
 
 
 def portions(
-    texts: Any,
+    texts: Texts,
     tokenizer: PreTrainedTokenizerBase,
     *,
     column: str,
@@ -94,8 +97,8 @@ def _check_skipped(digest: str, expected: str | None) -> None:
         raise ValueError("`checkpoint` is of other texts than `texts` begins with: give each text a file of its own.")
 
 
-def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
-    """Texts that are not blank, from strings, the path of a text file (a paragraph a line), or rows with a column.
+def read_texts(texts: Texts, column: str = "text") -> Iterator[str]:
+    """Yield texts that are not blank, from strings, the path of a file (a paragraph a line), or rows with a column.
 
     Raises:
         TypeError: If `texts` is none of these.
@@ -112,6 +115,7 @@ def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
         raise TypeError(
             f"`texts` is a {type(texts).__name__}; give strings, a text file's path, or rows with a column."
         )
+    row: object
     for row in texts:
         if isinstance(row, Mapping):
             if column not in row:
@@ -127,7 +131,7 @@ def read_texts(texts: Any, column: str = "text") -> Iterator[str]:
 def sample_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, seed: int
 ) -> Tensor:
-    """Tokens (rows, length) that the model continues from its beginning-of-text token at temperature 1.
+    """Sample tokens (rows, length) that continue the model's beginning-of-text token, at temperature 1.
 
     A plain loop: one uniform number a token and the inverse of the distribution function are several times cheaper
     than `generate`'s noise for every word of the vocabulary, and the model reads each token just once.

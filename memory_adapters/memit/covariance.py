@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.files.atomic import atomic_file
 from memory_adapters.files.hub import OneFile, find_file
 from memory_adapters.files.model_card import HERE, file_card
@@ -32,7 +33,7 @@ memory.write(facts, covariance=covariance)  # a `MemitMemory`'s"""
 
 @dataclass(frozen=True, repr=False)
 class Covariance(OneFile):
-    """C₀ of some layers, and what it was computed from.
+    """Hold C₀ of some layers, and what it was computed from.
 
     Attributes:
         matrices: Layer to the mean of k kᵀ, (d_in, d_in), float32, symmetric.
@@ -49,11 +50,11 @@ class Covariance(OneFile):
     num_tokens: int
     num_texts: int
     source: str
-    base_fingerprint: dict[str, Any]
+    base_fingerprint: Fingerprint
     texts_sha256: str | None = None
 
     def shrunk(self, layer: int, shrinkage: float | None = None) -> Tensor:
-        """(1 − ρ) C₀ + ρ m I in float64: invertible also when tokens are few.
+        """Return (1 − ρ) C₀ + ρ m I (d_in, d_in) in float64: invertible also when tokens are few.
 
         m is the median of C₀'s diagonal, not its mean: the first token of a text has keys of enormous norm in many
         models. Where most components are always 0, it is that of the others. Without `shrinkage`, ρ is the
@@ -153,7 +154,7 @@ class Covariance(OneFile):
 
 
 def oracle_shrinkage(matrix: Tensor, num_tokens: int) -> float:
-    """ρ in [0, 1] that minimises the expected squared error of the shrunk matrix, were the keys Gaussian."""
+    """Return the ρ in [0, 1] that minimises the expected squared error of the shrunk matrix, were the keys Gaussian."""
     d = len(matrix)
     trace, squared = float(matrix.trace()), float(matrix.square().sum())
     denominator = (num_tokens + 1 - 2 / d) * (squared - trace**2 / d)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from memory_adapters.base_model.nonfinite import origin, rows_not_finite
 from memory_adapters.base_model.partial_forward import capture_inputs, inputs_of
 from memory_adapters.base_model.sampling import PLAIN_SENTENCES
 from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
-from memory_adapters.memit.corpus import Portion, portions, sample_tokens
+from memory_adapters.memit.corpus import Portion, Texts, portions, sample_tokens
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
@@ -37,7 +36,7 @@ COLUMN_BLOCKS = 6
 
 
 class CovarianceFitter:
-    """Accumulates Σ k kᵀ over texts, in any number of calls and processes.
+    """Accumulate Σ k kᵀ over texts, in any number of calls and processes.
 
     Args:
         model: A Hugging Face causal LM. What is active on it takes part, but for memory slots.
@@ -73,7 +72,7 @@ class CovarianceFitter:
 
     def fit(
         self,
-        texts: Any,
+        texts: Texts,
         num_tokens: int,
         *,
         column: str = "text",
@@ -131,7 +130,7 @@ class CovarianceFitter:
         return self
 
     def _add(self, portion: Portion) -> None:
-        """The keys of a portion; if that fails or is interrupted, what was added by then is counted."""
+        """Add the keys of a portion; if that fails or is interrupted, what was added by then is counted."""
         added = 0
         try:
             for batch in share_of(list(batches_of(portion.rows))):
@@ -227,7 +226,7 @@ class CovarianceFitter:
         saved.check_widths({layer: len(total) for layer, total in zip(self.layers, self.sums, strict=True)})
 
     def covariance(self) -> Covariance:
-        """C₀ so far, over all processes (which all must call this).
+        """Return C₀ so far, over all processes (which all must call this).
 
         Raises:
             RuntimeError: If a pass was interrupted, or failed, when it had added some of its keys.
@@ -246,7 +245,7 @@ class CovarianceFitter:
 
 
 def add_gram(total: Tensor, keys: Tensor) -> None:
-    """total += keysᵀ keys in float32, on and above the diagonal alone (by blocks of columns)."""
+    """Add keysᵀ keys to `total` in float32, on and above the diagonal alone (by blocks of columns)."""
     keys = keys.to(total.device, total.dtype)
     width = -(-keys.shape[1] // COLUMN_BLOCKS)
     for start in range(0, keys.shape[1], width):

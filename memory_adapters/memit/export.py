@@ -45,7 +45,7 @@ GGUF_ARCHITECTURES = {
 
 
 def vllm(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
-    """A plain LoRA adapter, its rank filled up with zeros to one of `VLLM_RANKS`."""
+    """Export a plain LoRA adapter, its rank filled up with zeros to one of `VLLM_RANKS`."""
     factors = _factors(memory, dtype or memory.model.dtype)
     rank = _rank(factors)
     padded = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
@@ -72,7 +72,7 @@ def vllm(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
 
 
 def gguf(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
-    """A LoRA file as llama.cpp's `convert_lora_to_gguf.py` makes it."""
+    """Export a LoRA file as llama.cpp's `convert_lora_to_gguf.py` makes it."""
     try:
         import gguf as library
     except ModuleNotFoundError:
@@ -112,7 +112,7 @@ def gguf(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
 
 
 def merged(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
-    """The base with W + B A, summed in float32, for W of the edited projections, and the tokenizer if it is known."""
+    """Export the base with W + B A, summed in float32, for W of the edited projections; and the tokenizer, if known."""
     _check_written(memory)
     model = memory.model
     if any(layer.merged for layer in adapter_layers(model)):
@@ -152,7 +152,7 @@ EXPORTERS: Mapping[str, EditExporter] = {"gguf": gguf, "merged": merged, "vllm":
 
 
 def _factors(memory: Memory[MemitConfig], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (rank, d_in) and B (hidden_size, rank) of each edited projection, by its dotted name, on the CPU."""
+    """Return A (rank, d_in) and B (hidden_size, rank) of each edited projection, by its dotted name, on the CPU."""
     _check_written(memory)
     names = _names(memory)
     factors = {}
@@ -165,7 +165,7 @@ def _factors(memory: Memory[MemitConfig], dtype: torch.dtype) -> dict[str, tuple
 
 
 def _names(memory: Memory[MemitConfig]) -> dict[int, str]:
-    """Dotted name of each edited projection, by block."""
+    """Return the dotted name of each edited projection, by block."""
     return memory.config.projection_names(find_decoder(memory.model, memory.config.layers_path))
 
 
@@ -183,7 +183,7 @@ def _check_written(memory: Memory[MemitConfig]) -> None:
 
 
 def _base_tensor(model: PreTrainedModel, name: str, like: Tensor) -> Tensor:
-    """A parameter or buffer of the model that the adapters on it were put on, by its name there."""
+    """Return a parameter or buffer, by its name on the model without adapters."""
     *path, leaf = name.split(".")
     module: Any = model
     for part in path:

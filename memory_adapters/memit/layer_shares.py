@@ -28,7 +28,7 @@ __all__ = ["LayerShares", "SubjectStates", "share_over_layers"]
 
 @dataclass(frozen=True)
 class SubjectStates:
-    """Rows at their subjects' last tokens, as the model without the edit has them.
+    """Hold rows at their subjects' last tokens, as the model without the edit has them.
 
     Attributes:
         batch: The rows.
@@ -45,7 +45,7 @@ class SubjectStates:
 
 @dataclass(frozen=True)
 class LayerShares:
-    """What each fact asks of each edited block.
+    """Hold what each fact asks of each edited block.
 
     Attributes:
         keys: Layer to keys (facts · groups, d_in), float32, as in the ledger.
@@ -57,7 +57,7 @@ class LayerShares:
 
 
 def _bare(visit: SubjectStates) -> Tensor:
-    """Rows of the bare prompt."""
+    """Return a mask (rows,) of the rows of the bare prompt."""
     rows = [i for i, row in enumerate(visit.batch.rows) if row.context == 0]
     return torch.tensor(rows, dtype=torch.long, device=visit.state.device)
 
@@ -78,7 +78,7 @@ def share_over_layers(
     z: Tensor,
     as_tuple: bool,
 ) -> LayerShares:
-    """Keys and shares of facts whose targets are known.
+    """Find the keys and shares of facts whose targets are known.
 
     Args:
         model: The causal LM, without the edit.

@@ -16,7 +16,7 @@ __all__ = ["Factors", "Ledger", "relation_of"]
 
 @dataclass(frozen=True)
 class Factors:
-    """ΔW = B A of one layer.
+    """Hold ΔW = B A of one layer.
 
     Attributes:
         A: (rank, d_in), float32.
@@ -29,7 +29,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What was written, fact by fact. A value: changes make a new one.
+    """Hold what was written, fact by fact. A value: changes make a new one.
 
     Attributes:
         facts: The n facts.
@@ -50,7 +50,7 @@ class Ledger:
 
     @classmethod
     def empty(cls, layers: Mapping[int, int], hidden_size: int) -> Ledger:
-        """Of no facts, for layers and their d_in."""
+        """Return the ledger of no facts, for layers and their d_in."""
         none = {layer: torch.zeros(0, width) for layer, width in layers.items()}
         shares = {layer: torch.zeros(0, hidden_size) for layer in layers}
         whitened = {layer: torch.zeros(0, width, dtype=torch.float64) for layer, width in layers.items()}
@@ -62,11 +62,11 @@ class Ledger:
 
     @property
     def keys_per_fact(self) -> int:
-        """c."""
+        """Number of keys c that each fact has."""
         return max((len(keys) // len(self.facts) for keys in self.keys.values() if self.facts), default=1)
 
     def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
-        """With the facts of `other` too, and every key measured by the same `costs`. Replaces facts it has already."""
+        """Return a ledger with the facts of `other` too, which replace its own, and every key measured by `costs`."""
         taken = {relation_of(fact) for fact in other.facts}
         kept = self.subset([i for i, fact in enumerate(self.facts) if relation_of(fact) not in taken])
         keys = {layer: torch.cat([kept.keys[layer], other.keys[layer]]) for layer in self.layers}
@@ -85,7 +85,7 @@ class Ledger:
         )
 
     def subset(self, indices: Sequence[int]) -> Ledger:
-        """Of the facts with these indices alone."""
+        """Return a ledger of the facts with these indices alone."""
         rows = torch.tensor(list(indices), dtype=torch.long)
         each = self.keys_per_fact
         own = (rows[:, None] * each + torch.arange(each)).flatten()
@@ -101,7 +101,7 @@ class Ledger:
         return Ledger(tuple(self.facts[i] for i in indices), self.targets[rows], keys, shares, whitened, inverses)
 
     def solve(self) -> dict[int, Factors]:
-        """ΔW of every layer. What a layer fails to realise is shared out among those above it."""
+        """Return ΔW of every layer. What a layer fails to realise is shared out among those above it."""
         solved: dict[int, Factors] = {}
         each = self.keys_per_fact
         carried = torch.zeros_like(self.targets, dtype=torch.float64)
@@ -119,7 +119,7 @@ class Ledger:
         return solved
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, for a file."""
+        """Return the tensors by name, for a file."""
         found = {"targets": self.targets}
         for kind in ("keys", "shares", "whitened", "inverses"):
             found |= {f"{kind}.{layer}": tensor for layer, tensor in getattr(self, kind).items()}
@@ -129,7 +129,7 @@ class Ledger:
     def tensor_shapes(
         num_facts: int, layers: Mapping[int, int], hidden_size: int, keys_per_fact: int = 1
     ) -> dict[str, torch.Size]:
-        """Names and shapes of `tensors` for so many facts."""
+        """Return names and shapes of `tensors` for so many facts."""
         rows = num_facts * keys_per_fact
         shapes = {"targets": (num_facts, hidden_size)}
         for layer, width in layers.items():
@@ -151,12 +151,12 @@ class Ledger:
 
 
 def relation_of(fact: Fact) -> tuple[str, str]:
-    """What a fact is about: its subject, and its prompt with the subject left open."""
+    """Return what a fact is about: its subject, and its prompt with the subject left open."""
     return fact.subject, fact.prompt.replace(fact.subject, "{}")
 
 
 def _thin(R: Tensor, A: Tensor) -> Factors:
-    """R A with the smallest rank that loses nothing: for more facts than the stream is wide, by R = Q T."""
+    """Return R A with the smallest rank that loses nothing: for more facts than the stream is wide, by R = Q T."""
     if R.shape[1] > R.shape[0]:
         Q, T = torch.linalg.qr(R)
         R, A = Q, T @ A

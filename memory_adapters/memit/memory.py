@@ -23,8 +23,9 @@ from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, SETTINGS_FILE, WEIGHTS_FILE
 from memory_adapters.files.strict_json import read_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, tensors_digest, write_tensors
-from memory_adapters.items import Fact, Item, as_items
+from memory_adapters.items import Fact, Item, Items, as_items
 from memory_adapters.memit.config import MemitConfig
+from memory_adapters.memit.corpus import Texts
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
@@ -44,7 +45,7 @@ LEDGER_FILE = "ledger.safetensors"
 
 
 class MemitMemory(Memory[MemitConfig]):
-    """Facts solved into the MLP output projections of a few blocks: an ordinary LoRA adapter, and a ledger.
+    """Solve facts into the MLP output projections of a few blocks: an ordinary LoRA adapter, and a ledger.
 
     `write` adds facts; a fact about the same subject and relation as an earlier one replaces it. The result does not
     depend on how facts are divided among writes, nor on their order.
@@ -86,7 +87,7 @@ class MemitMemory(Memory[MemitConfig]):
         self._check_attached()
         return list(self.ledger.facts)
 
-    def fit_covariance(self, texts: Any = None, num_tokens: int | None = None, **settings: Any) -> Covariance:
+    def fit_covariance(self, texts: Texts | None = None, num_tokens: int | None = None, **settings: Any) -> Covariance:
         """Fit C₀ of the blocks that this memory edits, without the memory; it is kept for the writes to come.
 
         Args:
@@ -149,7 +150,7 @@ class MemitMemory(Memory[MemitConfig]):
         return Outcome(notes=[f"covariance of {used.num_tokens:,} tokens of {used.source}"])
 
     def _covariance(self, given: Covariance | str | os.PathLike[str] | None, progress: bool) -> Covariance:
-        """The covariance to write with, which must belong to this model."""
+        """Return the covariance to write with, which must belong to this model."""
         if given is None:
             return self.covariance or self.fit_covariance(progress=progress)
         used = given if isinstance(given, Covariance) else Covariance.load(given)
@@ -161,7 +162,7 @@ class MemitMemory(Memory[MemitConfig]):
     def _set_items(self, written: Sequence[Item]) -> None:
         self._config.set_items(self.ledger.facts)
 
-    def forget(self, items: Any) -> None:
+    def forget(self, items: Items) -> None:
         """Take facts out again: the edit is what it would be had they never been written. Needs no model pass.
 
         Raises:
@@ -237,7 +238,7 @@ class MemitMemory(Memory[MemitConfig]):
 
 
 def _edit_digest(weights: str, facts: Sequence[Mapping[str, str]]) -> str:
-    """What the ledger was saved with: SHA-256 of the adapter's digest and the facts."""
+    """Return the SHA-256 of what the ledger was saved with: the adapter's digest and the facts."""
     return hashlib.sha256(json.dumps([weights, facts], sort_keys=True).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
-from memory_adapters.base_model.partial_forward import capture, resumed
+from memory_adapters.base_model.partial_forward import BlockOutput, capture, resumed
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import RowBatch
 
@@ -29,7 +29,7 @@ PROBE_TOLERANCE = 0.02
 
 
 def adds_unchanged(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool:
-    """Whether the stream after block `layer` changes by just what is added to the projection's output."""
+    """Return whether the stream after block `layer` changes by just what is added to the projection's output."""
     device = execution_device(decoder.embeddings)
     probe = torch.zeros(decoder.hidden_size, device=device)
     outputs = []
@@ -44,7 +44,7 @@ def adds_unchanged(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool
 
 
 class added:  # noqa: N801 (a context manager)
-    """Within this context `change` is added to the output of the projection of block `layer`."""
+    """Add `change`, within this context, to the output of the projection of block `layer`."""
 
     def __init__(self, decoder: Decoder, layer: int, change: Tensor) -> None:
         self.module, self.change = mlp_projection(decoder, layer).module, change
@@ -58,14 +58,14 @@ class added:  # noqa: N801 (a context manager)
             )
         )
 
-    def __exit__(self, *_error: Any) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.handle.remove()
 
 
 def projection_change(
     model: PreTrainedModel, decoder: Decoder, layer: int, batch: RowBatch, below: Tensor, wanted: Tensor, as_tuple: bool
 ) -> Tensor:
-    """e (rows, hidden_size) for which the output of block `layer` at the subjects changes by `wanted`.
+    """Find e (rows, hidden_size) for which the output of block `layer` at the subjects changes by `wanted`.
 
     Args:
         model: The causal LM, without the edit.
@@ -78,7 +78,7 @@ def projection_change(
     """
     outputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+    def keep(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output)[:, 0].float())
 
     def run(change: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def projection_change(
 
 
 def gauss_newton(f: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
-    """e with f(e) − f(0) ≈ wanted, row by row: the smallest one where several do, the nearest where none does."""
+    """Find e with f(e) − f(0) ≈ wanted, row by row: the smallest one where several do, the nearest where none does."""
     e = torch.zeros_like(wanted)
     start = None
     for _ in range(NEWTON_STEPS):
@@ -123,7 +123,7 @@ def gauss_newton(f: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _best(f: Callable[[Tensor], Tensor], goal: Tensor, e: Tensor, step: Tensor) -> Tensor:
-    """e + t · step, with the t of a few that brings f nearest to the goal, row by row."""
+    """Return e + t · step, with the t of a few that brings f nearest to the goal, row by row."""
     found, distance = e, (f(e) - goal).norm(dim=-1)
     for t in STEP_SIZES:
         tried = e + t * step

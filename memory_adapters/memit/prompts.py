@@ -26,7 +26,7 @@ __all__ = ["Context", "FactRow", "PrefixCache", "RowBatch", "bare_rows", "chat_c
 
 @dataclass(frozen=True)
 class Context:
-    """What stands around a prompt.
+    """Hold what stands around a prompt.
 
     Attributes:
         before: Text before it.
@@ -39,7 +39,7 @@ class Context:
 
 @dataclass(frozen=True)
 class FactRow:
-    """One fact in one context.
+    """Hold one fact in one context.
 
     Attributes:
         fact: Index of the fact.
@@ -62,7 +62,7 @@ class FactRow:
 
     @property
     def is_document(self) -> bool:
-        """A fact is none."""
+        """Whether it is running text: a fact is not."""
         return False
 
     @property
@@ -151,7 +151,7 @@ def _row(
 
 @dataclass
 class RowBatch:
-    """Rows that read equally many tokens from their subject on, with what came before them kept.
+    """Hold rows that read equally many tokens from their subject on, and what came before them.
 
     Attributes:
         rows: The rows.
@@ -168,7 +168,7 @@ class RowBatch:
     facts: Tensor
 
     def fresh_cache(self) -> Cache | None:
-        """A cache that the model may append to, sharing the kept tensors."""
+        """Return a cache to which the model may append, sharing the kept tensors."""
         if self.cache is None:
             return None
         fresh = copy.copy(self.cache)
@@ -176,7 +176,7 @@ class RowBatch:
         return fresh
 
     def model_inputs(self, tokens: int | None = None) -> dict[str, Any]:
-        """What to call the model with, for the first `tokens` tokens (all if None)."""
+        """Return what to call the model with, for the first `tokens` tokens (all if None)."""
         left = self.ids.shape[1] - (tokens or self.ids.shape[1])
         inputs = {"input_ids": self.ids[:, : self.ids.shape[1] - left]}
         for name, value in self.inputs.items():
@@ -184,14 +184,14 @@ class RowBatch:
         return {**inputs, CACHE: self.fresh_cache()}
 
     def select(self, keep: Tensor) -> RowBatch:
-        """The rows with these indices."""
+        """Return a batch of the rows with these indices."""
         rows = [self.rows[i] for i in keep.tolist()]
         inputs = {name: value[keep] for name, value in self.inputs.items()}
         return RowBatch(rows, self.ids[keep], inputs, _chosen(self.cache, keep), self.facts[keep])
 
 
 def row_batches(rows: Sequence[FactRow], tokens: int) -> Iterator[list[FactRow]]:
-    """Rows in batches that read equally many tokens from the subject on, of at most `tokens` of these in all."""
+    """Yield rows in batches that read equally many tokens from the subject on, of at most `tokens` of these in all."""
     batch: list[FactRow] = []
     for row in sorted(rows, key=lambda row: (row.num_read, row.subject)):
         full = batch and (len(batch) + 1) * row.num_read > tokens
@@ -205,7 +205,7 @@ def row_batches(rows: Sequence[FactRow], tokens: int) -> Iterator[list[FactRow]]
 
 @dataclass
 class PrefixCache:
-    """The keys and values of each context's prefix, which all facts share: computed once, and used for every fact.
+    """Hold the keys and values of each context's prefix, which all facts share: computed once, used for every fact.
 
     The prefixes of all contexts are one left-padded batch, with an empty row for rows of no context (the subject
     alone). A row of context c starts with the cached tokens of row c; only the tokens behind them are read again.
@@ -269,7 +269,7 @@ def keep_before(model: PreTrainedModel, rows: Sequence[FactRow], prefixes: Prefi
 
 
 def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (rows, tokens), padded on the left."""
+    """Return token ids and attention mask (rows, tokens), padded on the left."""
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -281,7 +281,7 @@ def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 
 
 def _masked(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
-    """`attention_mask` and, where the model takes them, the `position_ids` that follow from it."""
+    """Return `attention_mask` and, where the model takes them, the `position_ids` from it (rows, tokens)."""
     inputs = {"attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -289,7 +289,7 @@ def _masked(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
 
 
 def _chosen(cache: Cache | None, rows: Tensor) -> Cache | None:
-    """A cache of the rows with these indices, that the model may append to."""
+    """Return a cache of the rows with these indices, to which the model may append."""
     if cache is None:
         return None
     chosen = copy.copy(cache)

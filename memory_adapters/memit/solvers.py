@@ -21,15 +21,15 @@ __all__ = ["SOLVERS", "Cost", "Solver", "cost_of", "readout"]
 
 
 class Cost(ABC):
-    """M of one layer."""
+    """Hold M of one layer."""
 
     @abstractmethod
     def whiten(self, keys: Tensor) -> Tensor:
-        """W = M⁻¹ K, (d_in, n), for keys (d_in, n)."""
+        """Return W = M⁻¹ K (d_in, n), for keys K (d_in, n)."""
 
 
 class DenseCost(Cost):
-    """M given as a positive definite matrix (d_in, d_in), by its Cholesky factor L.
+    """Hold M as a positive definite matrix (d_in, d_in), by its Cholesky factor L.
 
     L_ii² / M_ii is the share of component i that those before it do not determine, however components are scaled.
     Below d_in · ε, rounding hides it.
@@ -52,7 +52,7 @@ class DenseCost(Cost):
 
 
 class NullSpaceCost(Cost):
-    """M that is λ on some directions and infinite on all others: M⁻¹ = P / λ.
+    """Hold an M that is λ on some directions and infinite on all others: M⁻¹ = P / λ.
 
     Args:
         basis: Orthonormal columns (d_in, m) that span what may be changed.
@@ -67,7 +67,7 @@ class NullSpaceCost(Cost):
 
 
 class Solver(ABC):
-    """A choice of M.
+    """Choose M.
 
     Attributes:
         exact: Whether ΔW K = R holds exactly.
@@ -81,14 +81,14 @@ class Solver(ABC):
 
 
 class Memit(Solver):
-    """M = λ C₀ (MEMIT, eq. 14)."""
+    """Choose M = λ C₀ (MEMIT, eq. 14)."""
 
     def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
         return DenseCost(regularization * len(covariance) * covariance)
 
 
 class AlphaEdit(Solver):
-    """M⁻¹ = P / λ with P the projection on the directions of C₀ in which ordinary keys hardly are (Fang et al. 2024).
+    """Choose M⁻¹ = P / λ, with P the projection on directions that ordinary keys hardly have (Fang et al. 2024).
 
     λ is relative to the mean of ‖P k‖² over ordinary text.
     """
@@ -106,7 +106,7 @@ class AlphaEdit(Solver):
 
 
 class Emmet(Solver):
-    """M = ε C₀ with ε next to 0: ΔW K = R holds exactly (Gupta et al. 2024)."""
+    """Choose M = ε C₀ with ε next to 0: ΔW K = R holds exactly (Gupta et al. 2024)."""
 
     exact = True
 
@@ -137,7 +137,7 @@ def cost_of(solver: str, layer: int, covariance: Tensor, *, regularization: floa
 
 
 def readout(keys: Tensor, whitened: Tensor) -> Tensor:
-    """A = (I + Kᵀ W)⁻¹ Wᵀ, (n, d_in), for K and W (d_in, n): what turns a key into the facts that it opens."""
+    """Return A = (I + Kᵀ W)⁻¹ Wᵀ (n, d_in), for K and W (d_in, n): it turns a key into the facts that it opens."""
     gram = keys.T @ whitened
     gram = (gram + gram.T) / 2 + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -147,7 +147,7 @@ def readout(keys: Tensor, whitened: Tensor) -> Tensor:
 
 
 def dense_readout(keys: Tensor, inverse: Tensor) -> Tensor:
-    """The same A from M⁻¹ (d_in, d_in), on d_in × d_in matrices: for more facts than keys have components."""
+    """Return the same A from M⁻¹, on matrices (d_in, d_in): for more facts than keys have components."""
     gram = inverse @ (keys @ keys.T)
     gram += torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return keys.T @ torch.linalg.solve(gram, inverse)

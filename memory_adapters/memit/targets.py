@@ -41,7 +41,7 @@ COMPACT_BELOW = 0.8
 
 @dataclass
 class TargetBatch:
-    """A batch of rows, and what the loss reads in it.
+    """Hold a batch of rows, and what the loss reads in it.
 
     Attributes:
         batch: The rows.
@@ -61,7 +61,7 @@ class TargetBatch:
 
     @classmethod
     def of(cls, batch: RowBatch, states: Tensor, num_contexts: int, kl_factor: float) -> TargetBatch:
-        """From rows and the states that they have at the last edited block."""
+        """Make a batch from rows and the states that they have at the last edited block."""
         read = torch.zeros(batch.ids.shape, dtype=torch.bool)
         targets, weights = [], []
         for i, row in enumerate(batch.rows):
@@ -80,7 +80,7 @@ class TargetBatch:
         )
 
     def select(self, keep: Tensor) -> TargetBatch:
-        """The rows with these indices."""
+        """Return a batch of the rows with these indices."""
         owner = self.read.nonzero()[:, 0]
         chosen = torch.isin(owner, keep)
         base = None if self.base is None else self.base[chosen[self.targets < 0]]
@@ -95,7 +95,7 @@ class TargetBatch:
 
 
 class TargetFinder:
-    """Evaluates the loss of many facts at once.
+    """Evaluate the loss of many facts at once.
 
     Args:
         model: The causal LM, frozen.
@@ -111,12 +111,12 @@ class TargetFinder:
         self.bfloat16 = computes_in_bfloat16(precision, self.device)
 
     def states(self, batch: RowBatch) -> Tensor:
-        """Output of the last edited block at all tokens of `batch` (rows, tokens, hidden_size)."""
+        """Return the output of the last edited block at all tokens of `batch` (rows, tokens, hidden_size)."""
         inputs = batch.model_inputs()
         return capture(self.model, self.decoder, [self.layer], **inputs)[0]
 
     def logits(self, problem: TargetBatch, delta: Tensor) -> Tensor:
-        """Logits (positions read, vocabulary) in float32, with δ (facts, hidden_size) added at the subjects."""
+        """Return logits (positions read, vocabulary) in float32, with δ (facts, hidden_size) added at the subjects."""
         states = problem.states.clone()
         states[:, 0] += delta[problem.batch.facts].to(states.dtype)
         with (
@@ -128,7 +128,7 @@ class TargetFinder:
             return self.model(**problem.batch.model_inputs(), use_cache=True).logits[0].float()
 
     def prepared(self, problem: TargetBatch) -> TargetBatch:
-        """With `precision="bfloat16"`: the problem with its states, keys and values in bfloat16."""
+        """Convert the states, keys and values of a batch to bfloat16, if that is the `precision`."""
         if not self.bfloat16:
             return problem
         cache = problem.batch.fresh_cache()
@@ -139,13 +139,13 @@ class TargetFinder:
 
     @contextmanager
     def fast_weights(self) -> Iterator[None]:
-        """With `precision="bfloat16"`: the weights that are used are bfloat16 within this context."""
+        """Convert the weights that are used to bfloat16 within this context, if that is the `precision`."""
         above = [m for block in self.decoder.blocks[self.layer + 1 :] for m in block.modules()]
         with bfloat16_weights([*above, self.decoder.head] if self.bfloat16 else []):
             yield
 
     def losses(self, problem: TargetBatch, delta: Tensor) -> Tensor:
-        """Contribution of the rows to each fact's loss (facts,)."""
+        """Return what the rows contribute to each fact's loss (facts,)."""
         logits = self.logits(problem, delta)
         kept = problem.targets < 0
         each = torch.zeros(len(logits), device=logits.device)
@@ -235,7 +235,7 @@ def _check(values: Tensor, what: str, prompts: Sequence[str]) -> None:
 
 
 def _unfinished(problems: Sequence[TargetBatch], active: Tensor) -> list[TargetBatch]:
-    """The problems without the rows of facts that are done, once these are many enough to be worth the copy."""
+    """Drop the rows of facts that are done, once these are many enough to be worth the copy."""
     left = []
     for problem in problems:
         rows = active[problem.batch.facts]

@@ -28,7 +28,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
-from memory_adapters.base_model.partial_forward import block_returns_tuple, hidden_state, logits_at, resumed
+from memory_adapters.base_model.partial_forward import (
+    BlockOutput,
+    block_returns_tuple,
+    hidden_state,
+    logits_at,
+    resumed,
+)
 from memory_adapters.base_model.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
 from memory_adapters.files.atomic import atomic_file
 from memory_adapters.items import Fact
@@ -45,7 +51,7 @@ Hooks = Mapping[nn.Module, Callable[..., Any]]
 
 @dataclass(frozen=True, eq=False)
 class TraceTable:
-    """Average indirect effects of states on the answer's probability, by token role and layer.
+    """Hold average indirect effects of states on the answer's probability, by token role and layer.
 
     A subject's only token is its last one. The prompt's last token is `"last token"`, even right after the subject,
     but `"last subject token"` where the prompt ends with the subject.
@@ -69,7 +75,7 @@ class TraceTable:
     window: int
 
     def recommended_layers(self, count: int = 5) -> list[int]:
-        """The `count` consecutive blocks whose MLPs have the highest mean indirect effect at the last subject token.
+        """Return the `count` neighbouring blocks whose MLPs have the highest mean effect at the last subject token.
 
         There the MLPs look up what is known of the subject, before attention takes it to the prompt's end: these are
         the ones to edit (MEMIT, §4). Raises `ValueError` if `count` is out of range or MLPs were not traced.
@@ -83,7 +89,7 @@ class TraceTable:
         return list(range(start, start + count))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for NaN."""
+        """Return plain values, for JSON; None for NaN."""
         effects = {k: [[x if x == x else None for x in row] for row in e.tolist()] for k, e in self.effects.items()}
         return {**vars(self), "effects": effects, "roles": list(self.roles)}
 
@@ -138,7 +144,7 @@ def trace_facts(
     progress: bool = True,
     layers_path: str | None = None,
 ) -> TraceTable:
-    """Indirect effects P_restored(answer) − P_corrupted(answer), averaged over draws of the noise and over facts.
+    """Measure indirect effects P_restored(answer) − P_corrupted(answer), averaged over draws of noise and facts.
 
     The answer is the first token of a fact's target. The subject is corrupted where it stands last in the prompt;
     tokens before it cannot have an effect and are not restored.
@@ -195,7 +201,7 @@ def trace_facts(
 
 
 class _Query(NamedTuple):
-    """A fact in tokens: the prompt's ids, the answer's id, indices of the subject's first and last token."""
+    """Hold a fact in tokens: the prompt's ids, the answer's id, indices of the subject's first and last token."""
 
     ids: list[int]
     answer: int
@@ -211,13 +217,13 @@ class _Query(NamedTuple):
         return cls(ids, joint[length], min(shared_length(tokenize(tokenizer, fact.prompt[:start]), ids), last), last)
 
     def roles(self) -> list[int]:
-        """Indices in `ROLES` of the tokens from the subject on."""
+        """Return the indices in `ROLES` of the tokens from the subject on."""
         inside, after = self.last - self.first + 1, len(self.ids) - 1 - self.last
         return [0, *[1] * (inside - 2), 2][max(0, 2 - inside) :] + [3, *[4] * (after - 2), 5][max(0, 2 - after) :]
 
 
 def _attention(decoder: Decoder, layer: int) -> nn.Module:
-    """The attention of a block: the child without the MLP that takes a mask or, failing that, has most parameters."""
+    """Find a block's attention: the child without the MLP that takes a mask or, failing that, has most parameters."""
     mlp, found = None, []
     with suppress(ValueError):  # a mixture of experts has no such projection, and takes no mask
         mlp = mlp_projection(decoder, layer).module
@@ -232,7 +238,7 @@ def _attention(decoder: Decoder, layer: int) -> nn.Module:
 
 
 class _Tracer:
-    """Traces facts one at a time. `modules` are those whose outputs are kept and restored, for each kind by layer."""
+    """Trace facts one at a time. `modules` are those whose outputs are kept and restored, for each kind by layer."""
 
     def __init__(self, model: PreTrainedModel, decoder: Decoder, kinds: Sequence[str], window: int, batch_tokens: int):
         self.model, self.decoder, self.as_tuple = model, decoder, block_returns_tuple(model, decoder, 0)
@@ -241,9 +247,11 @@ class _Tracer:
         find |= {"mlp": lambda layer: mlp_projection(decoder, layer).module, "attention": partial(_attention, decoder)}
         self.modules = {kind: [find[kind](i) for i in range(decoder.num_layers)] for kind in {"hidden", *kinds}}
 
-    def trace(self, query: _Query, noise: Tensor, advance: Callable[[], Any]) -> tuple[Tensor, float]:
-        """Indirect effects (kinds, tokens from the subject on, num_layers) and the total effect of one fact, whose
-        embeddings `noise` (samples, subject tokens, width) corrupts. Calls `advance` after each layer."""
+    def trace(self, query: _Query, noise: Tensor, advance: Callable[[], object]) -> tuple[Tensor, float]:
+        """Measure indirect effects (kinds, tokens from the subject on, num_layers) and the total effect of one fact.
+
+        `noise` (samples, subject tokens, width) corrupts its embeddings; `advance` is called after each layer.
+        """
         limit = max(1, self.batch_tokens // len(query.ids))
         clean, p_clean = self.recorded(query, torch.zeros_like(noise[:1]), self.modules)
         runs = [self.recorded(query, part, ["hidden"]) for part in noise.split(limit)]
@@ -267,13 +275,13 @@ class _Tracer:
         return effects, (p_clean - p_corrupted).mean().item()
 
     def recorded(self, query: _Query, noise: Tensor, kinds: Iterable[str]) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """By kind and layer what the modules put out (samples, tokens, hidden_size); and P(answer) (samples,)."""
+        """Return the modules' outputs (samples, tokens, hidden_size), by kind and layer; and P(answer) (samples,)."""
         kept: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         hooks = {module: partial(_keep, kept[kind], len(noise)) for kind in kept for module in self.modules[kind]}
         return kept, self.answer(query, noise, hooks)
 
     def answer(self, query: _Query, noise: Tensor, hooks: Hooks, resume: tuple[int, Tensor] | None = None) -> Tensor:
-        """P(answer) (rows,), float64, of one row a draw of `noise`, resumed at the output of a block if given."""
+        """Return P(answer) (rows,) in float64, one row a draw of `noise`, resumed at the output of a block if given."""
         inputs = pad_rows([query.ids] * len(noise), execution_device(self.decoder.embeddings))
         last = (torch.arange(len(query.ids)) == len(query.ids) - 1).expand(len(noise), -1)
         whole = F.pad(noise, (0, 0, query.first, len(query.ids) - 1 - query.last))
@@ -287,19 +295,21 @@ class _Tracer:
         return (logits[:, query.answer] - logits.logsumexp(-1)).double().exp().cpu()
 
 
-def _added(args: tuple[Any, ...], output: Any, rows: int) -> tuple[Tensor, Tensor]:
-    """(rows, tokens, hidden_size): a module's output, and the stream if it was given that to add to (Bloom), else 0."""
+def _added(args: tuple[Any, ...], output: BlockOutput, rows: int) -> tuple[Tensor, Tensor]:
+    """Return a module's output (rows, tokens, hidden_size), and the stream if given it to add to (Bloom), else 0."""
     tensor = hidden_state(output)
     stream = next((x for x in args[1:] if isinstance(x, Tensor) and x.shape == tensor.shape), torch.zeros_like(tensor))
     return tensor.reshape(rows, -1, tensor.shape[-1]), stream.reshape(rows, -1, tensor.shape[-1])
 
 
-def _keep(kept: list[Tensor], rows: int, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _keep(kept: list[Tensor], rows: int, _module: nn.Module, args: tuple[Any, ...], output: BlockOutput) -> None:
     kept.append(torch.sub(*_added(args, output, rows)))
 
 
-def _put_back(clean: Tensor, positions: Tensor, _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The output with what the clean run (tokens, hidden_size) had at one position in each row."""
+def _put_back(
+    clean: Tensor, positions: Tensor, _module: nn.Module, args: tuple[Any, ...], output: BlockOutput
+) -> BlockOutput:
+    """Return the output with what the clean run (tokens, hidden_size) had at one position in each row."""
     tensor, stream = _added(args, output, len(positions))
     at = (torch.arange(len(positions)), positions)
     restored = tensor.index_put(at, clean[positions] + stream[at]).view_as(hidden_state(output))

@@ -154,7 +154,7 @@ class LedgerBuilder:
         )
 
     def _subject_states(self, batch: RowBatch) -> tuple[SubjectStates, Tensor]:
-        """Keys and states at the first edited block, and the states at the last one for all tokens."""
+        """Return keys and states at the first edited block, and the states at the last one for all tokens."""
         keys: list[Tensor] = []
         low, high = self.layers[0], self.layers[-1]
         wanted = sorted({max(low - 1, 0), low, high})
@@ -172,7 +172,7 @@ class LedgerBuilder:
         return psutil.virtual_memory().available
 
     def _batch_tokens(self) -> int:
-        """Tokens whose activations above the last edited block fit in a share of the free memory."""
+        """Return how many tokens' activations above the last edited block fit in a share of the free memory."""
         if self.config.batch_tokens is not None:
             return self.config.batch_tokens
         above = self.decoder.num_layers - self.layers[-1]
@@ -182,7 +182,7 @@ class LedgerBuilder:
         return max(1, min(cap, int(MEMORY_SHARE * self._free_memory()) // a_token))
 
     def _chunk(self, rows: Sequence[Sequence[FactRow]]) -> int:
-        """How many facts' keys and values fit in a share of the free memory."""
+        """Return how many facts' keys and values fit in a share of the free memory."""
         if not rows:
             return 1
         tokens = max(len(row.ids) for group in rows for row in group) * len(rows[0])

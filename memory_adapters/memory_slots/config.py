@@ -24,7 +24,7 @@ POOLINGS = ("tokens", "mean")
 
 @dataclass
 class MemorySlotsConfig(MemoryConfig):
-    """Memory slots (ICAE, Ge et al. 2024): a context compressed into vectors that the frozen model reads as embeddings.
+    """Configure memory slots (ICAE, Ge et al. 2024): contexts compressed into vectors, read as input embeddings.
 
     The encoder is the model itself with a LoRA that is active only while it compresses.
 
@@ -99,7 +99,7 @@ class MemorySlotsConfig(MemoryConfig):
             raise ValueError(f"`target_modules` must be a list of module names, got {shown(names)}.")
 
     def card_settings(self) -> dict[str, Any]:
-        """As in `MemoryConfig`; the LoRA's matrices, once resolved, by the ends of their names."""
+        """Do as `MemoryConfig`; the LoRA's matrices, once resolved, are given by the ends of their names."""
         settings = super().card_settings()
         if self.target_modules is not None:
             settings["target_modules"] = sorted({name.rpartition(".")[2] for name in self.target_modules})
@@ -120,7 +120,7 @@ class MemorySlotsConfig(MemoryConfig):
         return 0.25 if self.encoder_steps else 1.0
 
     def slots_for(self, num_tokens: int) -> int:
-        """Slots of a span of so many tokens: in proportion, at least one."""
+        """Return the number of slots for a span of so many tokens: in proportion, at least one."""
         return max(1, math.ceil(num_tokens * self.num_slots / self.span_length))
 
     @property
@@ -129,7 +129,7 @@ class MemorySlotsConfig(MemoryConfig):
         return 1 if self.pooling == "tokens" else math.ceil(self.span_length / self.num_slots)
 
     def spans_of(self, ids: Sequence[int]) -> list[list[int]]:
-        """Token ids cut into equal spans of at most `span_length`."""
+        """Cut token ids into equal spans of at most `span_length`."""
         count = math.ceil(len(ids) / self.span_length)
         edges = [round(i * len(ids) / count) for i in range(count + 1)]
         return [list(ids[a:b]) for a, b in pairwise(edges)]
@@ -140,7 +140,7 @@ class MemorySlotsConfig(MemoryConfig):
         self.tensor_shapes(decoder)
 
     def modules(self, decoder: Decoder) -> dict[str, nn.Module]:
-        """The matrices that the encoder's LoRA sits on, by full name.
+        """Return the matrices that the encoder's LoRA sits on, by full name.
 
         Raises:
             ValueError: If `target_modules` names none of the blocks.
@@ -165,7 +165,7 @@ class MemorySlotsConfig(MemoryConfig):
         return found
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:
-        """The encoder's LoRA."""
+        """Return the config of the encoder's LoRA."""
         modules = self.modules(decoder)
         return LoraConfig(
             r=self.lora_rank,
@@ -178,13 +178,14 @@ class MemorySlotsConfig(MemoryConfig):
         )
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
-        """Names and shapes of the encoder's tensors: its LoRA, and what it reads slots with."""
+        """Return names and shapes of the encoder's tensors: its LoRA, and what it reads slots with."""
         shapes = {}
         for name, module in self.modules(decoder).items():
-            inputs: Any = getattr(module, "in_features", None)
-            outputs: Any = getattr(module, "out_features", None)
+            inputs: int | None = getattr(module, "in_features", None)
+            outputs: int = getattr(module, "out_features", 0)
             if inputs is None:
-                weight: Any = _weight(module)  # GPT-2's, stored (in, out)
+                weight = _weight(module)  # GPT-2's, stored (in, out)
+                assert weight is not None  # `modules` has matrices alone
                 inputs, outputs = weight.shape
             shapes[f"{name}.lora_A.weight"] = torch.Size((self.lora_rank, inputs))
             shapes[f"{name}.lora_B.weight"] = torch.Size((outputs, self.lora_rank))
@@ -198,6 +199,6 @@ class MemorySlotsConfig(MemoryConfig):
 
 
 def _weight(module: nn.Module) -> torch.Tensor | None:
-    """Its matrix; None if it has none, as an activation or a norm."""
+    """Return a module's matrix; None if it has none, as an activation or a norm."""
     weight = getattr(unwrapped(module), "weight", None)
     return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None

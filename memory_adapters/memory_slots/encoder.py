@@ -27,7 +27,7 @@ BATCH_TOKENS = 4096
 
 
 class EncoderParts(nn.Module):
-    """What the encoder trains beside its LoRA.
+    """Hold what the encoder trains beside its LoRA.
 
     Attributes:
         memory_tokens: Embeddings appended to a span (num_slots, embedding_size); read with `pooling="tokens"`.
@@ -60,7 +60,7 @@ class EncoderParts(nn.Module):
 
 
 class Encoder:
-    """Compresses spans of tokens on one model.
+    """Compress spans of tokens on one model.
 
     Args:
         model: The causal LM.
@@ -84,7 +84,7 @@ class Encoder:
         return computes_in_bfloat16(self.config.precision, self.device)
 
     def layers(self) -> list[LoraLayer]:
-        """The LoRA's layers."""
+        """Return the LoRA's layers."""
         found = adapter_layers(self.model, self.adapter_name)
         return [layer for layer in found if isinstance(layer, LoraLayer)]
 
@@ -128,11 +128,11 @@ class Encoder:
                     layer.scaling[self.adapter_name] = 0.0
 
     def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For a checkpointed pass and its second run in the backward pass, which must see the same adapters."""
+        """Return contexts for a checkpointed pass and for its second run, backwards: both see the same adapters."""
         return nullcontext(), self.mode()
 
     def slots(self, spans: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Slots of each span (slots, embedding_size) in float32, from one pass; with gradients where they are on."""
+        """Return each span's slots (slots, embedding_size) in float32, from one pass; with gradients if they are on."""
         counts = [self.config.slots_for(len(span)) for span in spans]
         appended = counts if self.config.pooling == "tokens" else [0] * len(spans)
         length = max(len(span) + n for span, n in zip(spans, appended, strict=True))
@@ -162,7 +162,7 @@ class Encoder:
 
     @torch.no_grad()
     def compress(self, spans: Sequence[Sequence[int]], progress: bool) -> list[Tensor]:
-        """Slots of each span, in batches."""
+        """Return the slots of each span (slots, embedding_size), computed in batches."""
         size = max(1, BATCH_TOKENS // max(len(span) + self.config.num_slots for span in spans))
         found: list[Tensor] = []
         with tqdm(total=len(spans), unit="span", desc="compressing", disable=not progress or len(spans) == 1) as bar:
@@ -172,7 +172,7 @@ class Encoder:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """The encoder's tensors by name: LoRA and parts."""
+        """Return the encoder's tensors by name: LoRA and parts."""
         found = {f"memory_slots.{name}": parameter.detach() for name, parameter in self.parts.named_parameters()}
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLayer) and self.adapter_name in module.lora_A:
@@ -182,7 +182,7 @@ class Encoder:
         return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """What training moves."""
+        """Return what training changes."""
         lora = [
             linear.get_parameter("weight")
             for layer in self.layers()
@@ -192,7 +192,7 @@ class Encoder:
         return [*lora, *own, *([self.parts.memory_tokens] if self.config.pooling == "tokens" else [])]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the encoder's tensors."""
+        """Return the SHA-256 of the encoder's tensors."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode())
@@ -201,7 +201,7 @@ class Encoder:
 
 
 def stretches(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every token of the spans in turn: its slot, its place in that slot's stretch, and 1 ÷ the stretch's length."""
+    """Return, for the spans' tokens in turn, slot, place in that slot's stretch, and 1 ÷ its length, each (tokens,)."""
     places: list[int] = []
     offsets: list[int] = []
     shares: list[float] = []
@@ -221,5 +221,5 @@ def stretches(lengths: Sequence[int], counts: Sequence[int], device: torch.devic
 
 
 def takes_positions(stack: PreTrainedModel) -> bool:
-    """Whether a decoder stack takes `position_ids`."""
+    """Return whether a decoder stack takes `position_ids`."""
     return "position_ids" in inspect.signature(stack.forward).parameters

@@ -29,7 +29,7 @@ DIGESTED_EXAMPLES = 100  # by which a checkpoint knows its data again
 
 
 class MemoryWithEncoder(SavedAdapter, Protocol):
-    """A `SlotMemory`, as far as its encoder's training goes."""
+    """Describe a `SlotMemory`, as far as its encoder's training goes."""
 
     encoder: Encoder
 
@@ -41,7 +41,7 @@ class MemoryWithEncoder(SavedAdapter, Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn.
+    """Hold one thing to learn.
 
     Attributes:
         context: Token ids to compress; several spans if it is long.
@@ -157,7 +157,7 @@ class EncoderTrainer(AdapterTrainer):
 
 
 class _BatchLoss(nn.Module):
-    """The loss of a batch as a module, whose `forward` Trainer and DDP wrap."""
+    """Compute the loss of a batch in a module, whose `forward` Trainer and DDP wrap."""
 
     def __init__(self, memory: MemoryWithEncoder) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def train_encoder(
 
 
 def _digest(examples: Any) -> str:
-    """Digest of the number of examples and of the first of them."""
+    """Return a digest of the number of examples and of the first of them."""
     first = (examples[i].context for i in range(min(len(examples), DIGESTED_EXAMPLES)))
     return digest_of([[len(examples)], *first])
 

@@ -24,7 +24,7 @@ __all__ = ["Entry", "SlotReader"]
 def read_slots(
     stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of the decoder stack: let the pass read the slots."""
+    """Let a pass read the slots: the forward pre-hook of the decoder stack."""
     reader = SlotReader.of(stack)
     slots = reader.read()
     names = list(inspect.signature(stack.forward).parameters)
@@ -98,7 +98,7 @@ def read_slots(
 
 
 def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the decoder stack: remove the slots' outputs, where their embeddings were part of the pass."""
+    """Remove the slots' outputs where their embeddings were part of the pass: the decoder stack's forward hook."""
     slots, embedded = SlotReader.of(stack).read(), kwargs.get("inputs_embeds")
     if slots is None or embedded is None or embedded.shape[1] != kwargs["attention_mask"].shape[1]:
         return output
@@ -115,7 +115,7 @@ def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, An
 
 
 class Entry(nn.Module):
-    """The slots that one memory lets the model read.
+    """Hold the slots that one memory lets the model read.
 
     Attributes:
         vectors: (rows, slots, embedding_size); one row serves every row of a batch.
@@ -132,7 +132,7 @@ class Entry(nn.Module):
 
 
 class SlotReader(MemoryLayer):
-    """The slots of all memories on a model, by adapter name.
+    """Hold the slots of all memories on a model, by adapter name.
 
     Attributes:
         cache: Keys and values of the slots that were read last.
@@ -155,7 +155,7 @@ class SlotReader(MemoryLayer):
         """Do nothing: slots are put where the embeddings are."""
 
     def _entries(self) -> list[Entry | None]:
-        """The entry of each row of a batch (None for a row without), or those of the active memories."""
+        """Return the entry of each row of a batch (None for a row without), or those of the active memories."""
         known = {name: cast(Entry, entry) for name, entry in self.slot_entries.items()}
         if self.rows is not None:
             return [known.get(name) for name in self.rows]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -16,12 +16,14 @@ from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_po
 
 __all__ = ["Query", "Row", "autoencoding_rows", "distil", "in_batches", "predict"]
 
+T = TypeVar("T")
+
 HEAD_BLOCK = 256  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
 class Query:
-    """What stands behind slots, and what should follow it.
+    """Hold what stands behind slots, and what should follow it.
 
     Attributes:
         prompt: Token ids; None for [AE], which asks for the text itself.
@@ -32,13 +34,13 @@ class Query:
     target: list[int]
 
     def __len__(self) -> int:
-        """Tokens that stand behind the slots in a pass that predicts the target."""
+        """Return how many tokens stand behind the slots in a pass that predicts the target."""
         return (1 if self.prompt is None else len(self.prompt)) + len(self.target) - 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """Something asked, and the spans whose slots stand before it."""
+    """Hold something asked, and the spans whose slots stand before it."""
 
     asked: Query
     spans: Sequence[int]
@@ -47,15 +49,17 @@ class Row:
 def autoencoding_rows(
     texts: Sequence[Sequence[int]], end: int | None, spans: Sequence[Sequence[int]] | None = None
 ) -> list[Row]:
-    """Each text asked back behind the slots of its spans (by default text i is span i), and the end of text after it
-    if there is one."""
+    """Return rows that ask for each text behind the slots of its spans (by default text i is span i).
+
+    The end of text follows, if there is one.
+    """
     own = spans or [[i] for i in range(len(texts))]
     tail = [] if end is None else [end]
     return [Row(Query(None, [*text, *tail]), where) for text, where in zip(texts, own, strict=True)]
 
 
 def in_batches(rows: Sequence[Row], slots: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of rows, in turn, in batches of at most `BATCH_TOKENS` slots and tokens with padding (at least one)."""
+    """Yield indices of rows in turn, in batches of at most `BATCH_TOKENS` slots and tokens with padding, or one row."""
     batch: list[int] = []
     most = 0
     for i, row in enumerate(rows):
@@ -70,7 +74,7 @@ def in_batches(rows: Sequence[Row], slots: Sequence[Tensor]) -> Iterator[list[in
 
 
 def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each token asked of the rows, one row after the other, and whether it is the first choice.
+    """Return the cross-entropy of each token asked, row after row, and whether it is the model's first choice.
 
     Args:
         encoder: Of the model.
@@ -91,7 +95,7 @@ def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> t
 
 
 def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row], contexts: Sequence[Sequence[int]]) -> Tensor:
-    """Mean KL(model that reads each row's whole context ‖ model that reads its slots) where something is asked."""
+    """Return the mean KL(model that reads each row's context ‖ model that reads its slots) where something is asked."""
     own = [encoder.decoder.embeddings(torch.tensor(list(ids), device=encoder.device)) for ids in contexts]
     with torch.no_grad():
         taught = _states(encoder, own, [replace(row, spans=[i]) for i, row in enumerate(rows)])
@@ -101,7 +105,7 @@ def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row], conte
 
 
 def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
-    """Last hidden states (tokens asked, hidden_size), one before each token that is asked."""
+    """Return last hidden states (tokens asked, hidden_size), one before each token that is asked."""
     before = [torch.cat([slots[i] for i in row.spans]) for row in rows]
     behind = [_behind(encoder, row.asked) for row in rows]
     first, length = max(map(len, before)), max(map(len, behind))
@@ -113,7 +117,7 @@ def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> T
         end = first + len(tail)
         mask[i, first - len(head) : end] = 1
         asked[i, end - len(row.asked.target) : end] = True
-    inputs: dict[str, Any] = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
+    inputs = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
     if takes_positions(encoder.stack):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with encoder.adapters_disabled(), _autocast(encoder):
@@ -123,31 +127,31 @@ def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> T
 
 
 def _behind(encoder: Encoder, asked: Query) -> Tensor:
-    """Embeddings of what stands behind the slots (tokens, embedding_size)."""
+    """Return the embeddings (tokens, embedding_size) of what stands behind the slots."""
     ids = [*(asked.prompt or []), *asked.target[:-1]]
     embedded = encoder.decoder.embeddings(torch.tensor(ids, dtype=torch.long, device=encoder.device))
     return embedded if asked.prompt is not None else torch.cat([encoder.parts.reconstruct.to(embedded), embedded])
 
 
-def _autocast(encoder: Encoder) -> Any:
+def _autocast(encoder: Encoder) -> AbstractContextManager[Any]:
     return torch.autocast(encoder.device.type, torch.bfloat16) if encoder.refines_in_bfloat16 else nullcontext()
 
 
-def _in_block(function: Any, encoder: Encoder, *args: Tensor) -> Any:
-    """A function of logits, which are computed again for the gradient instead of kept."""
+def _in_block(function: Callable[..., T], encoder: Encoder, *args: Tensor) -> T:
+    """Run a function of logits, which are computed again for the gradient instead of kept."""
 
-    def run(*tensors: Tensor) -> Any:
+    def run(*tensors: Tensor) -> T:
         with encoder.adapters_disabled(), _autocast(encoder):
             return function(encoder.decoder.head, *tensors)
 
     return checkpoint(run, *args, use_reentrant=False)
 
 
-def _cross_entropy(head: Any, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(head: nn.Module, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     logits = head(states).float()
     return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 
 
-def _divergence(head: Any, states: Tensor, taught: Tensor) -> Tensor:
+def _divergence(head: nn.Module, states: Tensor, taught: Tensor) -> Tensor:
     given, wanted = (head(x).float().log_softmax(-1) for x in (states, taught))
     return F.kl_div(given, wanted, reduction="sum", log_target=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
+from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.scoring import Scores
@@ -25,7 +26,7 @@ from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Item, as_items
+from memory_adapters.items import Document, Item, Items, as_items
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
@@ -43,7 +44,7 @@ OTHER_ENCODER = "These slots were made by another encoder: the model reads them,
 
 
 class SlotMemory(Memory[MemorySlotsConfig]):
-    """A text compressed into vectors that the frozen model reads before every prompt.
+    """Compress a text into vectors that the frozen model reads before every prompt.
 
     `write` compresses items, which are read from then on behind what was written before. Facts and questions are
     written out as text; the answer to their prompt is what refinement also asks for.
@@ -106,7 +107,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         super()._check_writable()
         self._check_encoder()
 
-    def _rebase(self, fingerprint: dict[str, Any]) -> None:
+    def _rebase(self, fingerprint: Fingerprint) -> None:
         super()._rebase(fingerprint)
         self._read([replace(row, base_fingerprint=dict(self._config.base_fingerprint or {})) for row in self.slots])
 
@@ -115,7 +116,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return items, []
 
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:
-        """Rows of facts and questions; documents are judged by what refinement gives back."""
+        """Return the rows of facts and questions; documents are judged by what refinement gives back."""
         asked = [item for item in items if not isinstance(item, Document)]
         return plain_rows(asked, self._require_tokenizer(), context_length(self.model))
 
@@ -150,7 +151,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._config.set_items([*self.items, *written])  # an item that is written twice is read twice
         self._written = (self.slots, self._config.items)
 
-    def forget(self, items: Any) -> None:
+    def forget(self, items: Items) -> None:
         """Take items out again, of slots that keep their text whole (`write(items, compress=False)`).
 
         Raises:
@@ -220,7 +221,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             self._read(rows)
 
     def _read(self, rows: list[MemorySlots]) -> None:
-        """As `use`, of slots that fit."""
+        """Do as `use`, with slots that fit."""
         decoder = self.encoder.decoder
         longest = max((row.num_slots for row in rows), default=0)
         device = self.encoder.device
@@ -238,7 +239,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     @contextmanager
     def _first_row_alone(self) -> Iterator[None]:
-        """Within this context every row of a batch reads the first of the slots, also where each has its own."""
+        """Let every row of a batch, within this context, read the first of the slots, also where each has its own."""
         rows = self.slots
         if len(rows) > 1:
             self._read(rows[:1])
@@ -271,7 +272,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return ["".join(next(rest) for _ in row.spans) for row in before]
 
     def _decoded(self, spans: list[MemorySlots], length: int) -> list[str]:
-        """The text that the model decodes behind each span's slots."""
+        """Return the text that the model decodes behind each span's slots."""
         self._read(spans)
         tokenizer = self._require_tokenizer()
         asking = self.encoder.parts.reconstruct.expand(len(spans), 1, -1).to(self.model.dtype)  # (spans, 1, width)

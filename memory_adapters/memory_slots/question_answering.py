@@ -30,8 +30,10 @@ def score_answers(
     batch_size: int = 16,
     progress: bool = True,
 ) -> dict[str, float]:
-    """F1, exact match and whether the wanted answer is contained, of the first line of greedy answers; all with SQuAD's
-    normalisation, means over questions in [0, 1].
+    """Score the first line of greedy answers: F1, exact match, and whether the wanted answer is contained.
+
+    All are means over questions in [0, 1], with SQuAD's normalisation.
+
 
     Args:
         memory: A memory with a tokenizer; what it reads is put back afterwards.
@@ -67,7 +69,7 @@ def score_answers(
 
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A question about the text before it, as the model's chat template puts it if there is one; holds `{question}`."""
+    """Return a prompt with `{question}`, about the text before it; in the chat template if the tokenizer has one."""
     if not tokenizer.chat_template:
         return f"\n{QUESTION}\nAnswer:"
     message = [{"role": "user", "content": QUESTION}]
@@ -77,8 +79,10 @@ def question_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def answer_scores(said: str, answer: str) -> tuple[float, float, float]:
-    """F1 over words, exact match, and whether the words of `answer` stand in `said` in a row; all without case,
-    punctuation and articles (SQuAD)."""
+    """Return F1 over words, exact match, and whether the words of `answer` stand in `said` in a row.
+
+    All are without case, punctuation and articles, as in SQuAD.
+    """
     words, wanted = (_words(text) for text in (said, answer))
     if not words or not wanted:
         return (float(words == wanted),) * 3

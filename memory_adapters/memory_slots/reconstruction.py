@@ -35,7 +35,7 @@ Reading = Sequence[MemorySlots | None]
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    """How well texts are given back from their slots.
+    """Say how well texts are given back from their slots.
 
     Attributes:
         texts: How many.
@@ -60,14 +60,14 @@ class ReconstructionScores:
     exact: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 
 def score_reconstruction(
     memory: SlotMemory, texts: Sequence[str], slots: Reading, *, decode: bool = True
 ) -> ReconstructionScores:
-    """How well `texts` come back from `slots`, which may be their own (`memory.compress(texts)`), others', or None.
+    """Score how well `texts` come back from `slots`: their own (`memory.compress(texts)`), others', or None.
 
     Args:
         memory: A memory with a tokenizer; what it reads is put back afterwards.
@@ -122,8 +122,9 @@ def _decoded(memory: SlotMemory, texts: Sequence[str], slots: Reading) -> dict[s
 
 
 def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[MemorySlots]) -> dict[str, Reading]:
-    """What the model can be given of each text (see the module); for `score_continuations_after` and
-    `memory_adapters.memory_slots.question_answering`.
+    """Return what the model can be given of each text (see the module).
+
+    It is for `score_continuations_after` and `memory_adapters.memory_slots.question_answering`.
 
     Args:
         memory: The memory that compressed them.
@@ -151,7 +152,7 @@ def ways_to_read(memory: SlotMemory, texts: Sequence[str], slots: Sequence[Memor
 
 
 def score_continuations_after(memory: SlotMemory, continuations: Sequence[str], slots: Reading) -> float:
-    """Perplexity of each text's continuation (from its second token on) behind what is read of it.
+    """Return the perplexity of the texts' continuations (from their second token on) behind what is read of each.
 
     Args:
         memory: A memory with a tokenizer.
@@ -169,7 +170,7 @@ def score_continuations_after(memory: SlotMemory, continuations: Sequence[str], 
 def _predicted(
     memory: SlotMemory, vectors: Sequence[torch.Tensor], rows: Sequence[Row]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `predict`, in batches."""
+    """Do as `predict`, in batches."""
     with evaluating(memory.model):
         parts = [predict(memory.encoder, vectors, [rows[i] for i in part]) for part in in_batches(rows, vectors)]
     losses, hits = zip(*parts, strict=True)
@@ -177,7 +178,7 @@ def _predicted(
 
 
 def other_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
-    """The honesty check of the ICAE paper: is the model's own knowledge of language doing the reconstruction?
+    """Make the texts of the ICAE paper's check: is the model's own knowledge of language doing the reconstruction?
 
     Returns:
         `"normal"`: the texts. `"patterned random"`: every token id of them plus 1. `"random"`: tokens drawn evenly.
@@ -218,6 +219,6 @@ def _vectors(memory: SlotMemory, slots: MemorySlots | None, spans: int, joined: 
     return list(vectors.split(list(slots.spans)))
 
 
-def check_lengths(texts: Sequence[Any], slots: Sequence[Any]) -> None:
+def check_lengths(texts: Sequence[object], slots: Sequence[object]) -> None:
     if not texts or len(texts) != len(slots):
         raise ValueError(f"`slots` has {len(slots)} entries for {len(texts)} texts: give one for each, and some text.")

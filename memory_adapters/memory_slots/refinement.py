@@ -19,7 +19,7 @@ BETAS = (0.6, 0.7)  # of Adam: what is asked changes with every token that comes
 
 @dataclass(frozen=True)
 class Goal:
-    """Rows that refinement asks of the slots of a text's spans; `weight` is that of their tokens' mean loss."""
+    """Hold rows that refinement asks of the slots of a text's spans; `weight` is that of their tokens' mean loss."""
 
     rows: Sequence[Row]
     weight: float
@@ -33,7 +33,7 @@ def refine(
     progress: bool,
     texts: Sequence[str],
 ) -> list[tuple[list[Tensor], list[float]]]:
-    """Adam on the slots of texts, the model frozen, with a learning rate that falls to 0 as a cosine.
+    """Refine the slots of texts with Adam, the model frozen, with a learning rate that falls to 0 as a cosine.
 
     Texts do not affect each other: they share passes. One is done, before all steps, once the model gives every token
     asked, below the loss `refine_target_loss`.
@@ -92,7 +92,7 @@ def _check(what: str, step: int, text: str, loss: float, tensors: Sequence[Tenso
 def _backward(
     encoder: Encoder, slots: Sequence[Sequence[Tensor]], goals: dict[int, Sequence[Goal]]
 ) -> dict[int, tuple[float, bool]]:
-    """Gradients of every text's loss; the loss, and whether each token asked of it is the first choice."""
+    """Compute gradients of every text's loss; return the loss, and whether each token asked is the first choice."""
     first: dict[int, int] = {}
     every: list[Tensor] = []
     for text in goals:

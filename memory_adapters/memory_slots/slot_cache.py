@@ -59,7 +59,7 @@ class SlotCache:
 
 @torch.no_grad()
 def _keys_and_values(stack: PreTrainedModel, vectors: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the slots at every block, from one pass of the stack over the slots alone."""
+    """Return the slots' keys and values (rows, heads, slots, head_dim) at every block, from a pass over them."""
     names = inspect.signature(stack.forward).parameters
     inputs: dict[str, Tensor] = {"position_ids": slot_positions(mask)} if "position_ids" in names else {}
     embeddings = stack.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=vectors.device))
@@ -72,7 +72,7 @@ def _keys_and_values(stack: PreTrainedModel, vectors: Tensor, mask: Tensor) -> l
 
 
 def _state(stack: nn.Module, sources: Sequence[Tensor | None]) -> _State:
-    """What the keys and values depend on: slots, weights, and which adapters take part.
+    """Return what the keys and values depend on: slots, weights, and which adapters take part.
 
     Tensors are held, so that none that is new can be taken for one that is gone.
     """
@@ -108,7 +108,7 @@ def _collect(module: nn.Module, tensors: list[Tensor], settings: list[object]) -
 
 
 class _Held:
-    """A tensor as it is now: equal to itself as long as nothing writes into it."""
+    """Hold a tensor as it is now: equal to itself as long as nothing writes into it."""
 
     def __init__(self, tensor: Tensor, version: int) -> None:
         self.tensor, self.version, self.place = tensor, version, (tensor.device, tensor.dtype)

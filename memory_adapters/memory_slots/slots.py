@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from peft import PromptTuningConfig, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memory_adapters.base_model.fingerprint import check_fingerprint, warn_if_unmarked
+from memory_adapters.base_model.fingerprint import Fingerprint, check_fingerprint, warn_if_unmarked
 from memory_adapters.files.atomic import atomic_directory, atomic_file
 from memory_adapters.files.hub import OneFile, find_file
 from memory_adapters.files.model_card import HERE, file_card
@@ -33,7 +33,7 @@ memory.use(slots)  # a `SlotMemory`'s; the model reads them before every prompt"
 
 @dataclass(frozen=True)
 class MemorySlots(OneFile):
-    """Vectors that a frozen model reads before a prompt, as input embeddings.
+    """Hold vectors that a frozen model reads before a prompt, as input embeddings.
 
     Attributes:
         vectors: (slots, embedding_size), float32, in the space of the model's input embeddings.
@@ -50,7 +50,7 @@ class MemorySlots(OneFile):
     vectors: Tensor
     spans: tuple[int, ...]
     num_tokens: int
-    base_fingerprint: Mapping[str, Any] = field(repr=False)
+    base_fingerprint: Fingerprint = field(repr=False)
     encoder_fingerprint: str | None = field(repr=False)
     text_sha256: str = field(repr=False)
     refine_steps: int = 0
@@ -76,7 +76,7 @@ class MemorySlots(OneFile):
         return self.num_tokens / self.num_slots
 
     def __add__(self, other: MemorySlots) -> MemorySlots:
-        """These slots, then those of `other`.
+        """Return these slots, then those of `other`.
 
         Raises:
             ValueError: If they belong to different models.
@@ -98,7 +98,7 @@ class MemorySlots(OneFile):
 
     @classmethod
     def concatenate(cls, parts: Sequence[MemorySlots]) -> MemorySlots:
-        """All of `parts`, one after the other."""
+        """Return all of `parts`, one after the other."""
         if not parts:
             raise ValueError("`parts` is empty: give slots to join.")
         total = parts[0]
@@ -107,7 +107,7 @@ class MemorySlots(OneFile):
         return total
 
     def split(self) -> list[MemorySlots]:
-        """The slots of each span, all else as it is."""
+        """Return the slots of each span, all else as it is."""
         return [replace(self, vectors=part, spans=(len(part),)) for part in self.vectors.split(list(self.spans))]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -166,7 +166,7 @@ class MemorySlots(OneFile):
         vectors = read_tensors(file, {NAME: torch.Size(shapes[NAME])})[NAME]
         return cls(vectors.float(), spans, **fields, **hashes)
 
-    def check_fits(self, base_fingerprint: Mapping[str, Any] | None, embedding_size: int) -> None:
+    def check_fits(self, base_fingerprint: Fingerprint | None, embedding_size: int) -> None:
         """Raise a `ValueError` if the slots belong to another model than that of this fingerprint and width."""
         warn_if_unmarked(self.base_fingerprint, "A file of slots")
         check_fingerprint(self.base_fingerprint, base_fingerprint or {})

@@ -25,7 +25,7 @@ __all__ = ["Compressed", "compress_texts", "embedded_text"]
 
 @dataclass(frozen=True)
 class Compressed:
-    """One text.
+    """Hold one compressed text.
 
     Attributes:
         slots: What it was compressed into.
@@ -47,7 +47,7 @@ def compress_texts(
     steps: int,
     progress: bool,
 ) -> list[Compressed]:
-    """Slots of each text; all are encoded together.
+    """Compress each text into slots; all are encoded together.
 
     Args:
         encoder: Of the model.
@@ -113,7 +113,7 @@ def _check(
 
 
 def _goals(fraction: float, spans: Sequence[Sequence[int]], end: int | None, asked: Sequence[Query]) -> list[Goal]:
-    """What refinement asks of the slots of a text's spans: the spans, and what else is asked behind all of them."""
+    """Return what refinement asks of a text's slots: its spans, and what else is asked behind all of them."""
     share = fraction if asked else 1.0
     goals = [Goal(autoencoding_rows(spans, end), share)] if share else []
     if share < 1:
@@ -122,7 +122,7 @@ def _goals(fraction: float, spans: Sequence[Sequence[int]], end: int | None, ask
 
 
 def _groups(tokens: Sequence[int]) -> list[list[int]]:
-    """Texts, in turn, that are refined together: as many as one pass takes."""
+    """Return indices of texts, in turn, that are refined together: as many as one pass takes."""
     groups: list[list[int]] = []
     total = 0
     for i, own in enumerate(tokens):
@@ -138,7 +138,7 @@ def _groups(tokens: Sequence[int]) -> list[list[int]]:
 def _accuracies(
     encoder: Encoder, cut: Sequence[Sequence[Sequence[int]]], vectors: Sequence[Sequence[Tensor]]
 ) -> list[float]:
-    """Of each text, the share of its tokens that the model gives back behind the true ones before them."""
+    """Return the share of each text's tokens that the model gives back behind the true ones before them."""
     found = []
     for spans, own in zip(cut, vectors, strict=True):
         rows = autoencoding_rows(spans, None)

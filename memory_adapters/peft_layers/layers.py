@@ -32,7 +32,7 @@ __all__ = [
 
 
 class ForwardHook(NamedTuple):
-    """A hook that a `MemoryLayer` needs on its parent: the function, and how it is registered.
+    """Describe a hook that a `MemoryLayer` needs on its parent: the function, and how it is registered.
 
     Hooks keep no state: they find the layer on the module that they are called with, so a copied model works.
     """
@@ -44,7 +44,7 @@ class ForwardHook(NamedTuple):
 
 
 class RowRouter(Protocol):
-    """What chooses, in each pass, the adapter of each row of a batch."""
+    """Choose, in each pass, the adapter of each row of a batch."""
 
     def read(self, layer: MemoryLayer, x: Tensor) -> tuple[tuple[str, ...], list[str] | None]:
         """Return the adapters that are routed, and the one of each row at `layer`, whose input is `x`."""
@@ -144,7 +144,7 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[Ba
 
 
 def _placed_layers(model: nn.Module) -> list[tuple[nn.Module, str, BaseTunerLayer]]:
-    """Each adapter layer once, with its parent and its name there."""
+    """Return each adapter layer once, with its parent and its name there."""
     found: dict[int, tuple[nn.Module, str, BaseTunerLayer]] = {}
 
     def visit(parent: nn.Module, name: str, module: nn.Module) -> None:

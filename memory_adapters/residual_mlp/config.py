@@ -18,7 +18,7 @@ __all__ = ["MemoryAdapterConfig"]
 
 @dataclass
 class MemoryAdapterConfig(MemoryConfig):
-    """A gated residual MLP on the output x of chosen decoder blocks.
+    """Configure a gated residual MLP on the output x of chosen decoder blocks.
 
     With the defaults, at each token,
 
@@ -173,7 +173,7 @@ class MemoryAdapterConfig(MemoryConfig):
 
     @classmethod
     def fever_experiment(cls, **settings: Any) -> MemoryAdapterConfig:
-        """The FEVER experiment's module and depth: gate 1.0 at every token, absolute scale, blocks at 70–80%."""
+        """Return the FEVER experiment's module and depth: gate 1.0 at every token, absolute scale, blocks at 70–80%."""
         experiment: dict[str, Any] = dict(
             layers=(0.7, 0.8),
             gate_init=1.0,

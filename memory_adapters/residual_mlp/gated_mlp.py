@@ -13,7 +13,7 @@ __all__ = ["GatedMLP"]
 
 
 class GatedMLP(nn.Module):
-    """Computes what one memory adds to the residual stream at one block.
+    """Compute what one memory adds to the residual stream at one block.
 
     All parameters sit directly on this module, so whatever moves or offloads modules moves them together.
 
@@ -70,7 +70,7 @@ class GatedMLP(nn.Module):
                 self.gate_bias.zero_()
 
     def token_gate(self, x: Tensor) -> Tensor | None:
-        """How far the memory opens at each token.
+        """Return how far the memory opens at each token.
 
         Args:
             x: Residual stream (..., hidden_size), float32.
@@ -87,13 +87,13 @@ class GatedMLP(nn.Module):
         return self.nearness(x)[..., None].clamp(0, 1)
 
     def nearness(self, x: Tensor) -> Tensor:
-        """max_k (s_k(x) − θ_k) / ramp at each token of x (..., hidden_size), float32: above 0 near a key (...)."""
+        """Return max_k (s_k(x) − θ_k) / ramp (...), in float32, at each token of x (..., hidden_size)."""
         if self.keys.shape[0] == 0:
             return x.new_zeros(x.shape[:-1])
         return F.linear(F.layer_norm(x, x.shape[-1:]), self.keys.float(), self.key_bias.float()).amax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What this memory adds to x.
+        """Return what this memory adds to x.
 
         Args:
             x: Residual stream (batch, tokens, hidden_size), any floating dtype.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from memory_adapters.base_model.partial_forward import hidden_state
+from memory_adapters.base_model.partial_forward import BlockOutput, hidden_state
 from memory_adapters.keys.router import KeyedLayer
 from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import ForwardHook
@@ -19,8 +19,8 @@ __all__ = ["PREFIX", "ResidualLayer", "residual_layers"]
 PREFIX = "memory_adapter_"
 
 
-def apply_memories(block: nn.Module, _args: Any, output: Any) -> Any:
-    """Forward hook of a block: pass its output through the block's memories."""
+def apply_memories(block: nn.Module, _args: Any, output: BlockOutput) -> BlockOutput:
+    """Pass a block's output through its memories: the block's forward hook."""
     state = hidden_state(output)
     changed = ResidualLayer.of(block)(state)
     if changed is state:
@@ -29,7 +29,7 @@ def apply_memories(block: nn.Module, _args: Any, output: Any) -> Any:
 
 
 class ResidualLayer(KeyedLayer):
-    """All residual memories of one decoder block, by adapter name."""
+    """Hold all residual memories of one decoder block, by adapter name."""
 
     child_name: ClassVar[str] = "residual_memory"
     hooks: ClassVar[tuple[ForwardHook, ...]] = (ForwardHook(apply_memories, prepend=True),)
@@ -86,7 +86,7 @@ class ResidualLayer(KeyedLayer):
         return out if rows is None else self._forward_rows(x, out, rows)
 
     def _forward_rows(self, x: Tensor, out: Tensor, rows: list[str]) -> Tensor:
-        """`out` plus what each row's own memory adds at x."""
+        """Return `out` plus what each row's own memory adds at x (both batch, tokens, hidden_size)."""
         beams, rest = divmod(x.shape[0], len(rows))
         if rest:
             raise ValueError(

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
-from memory_adapters.items import Item, as_items
+from memory_adapters.items import Item, Items, as_items
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
@@ -21,7 +21,7 @@ __all__ = ["ResidualMemory"]
 
 
 class ResidualMemory(Memory[MemoryAdapterConfig]):
-    """Knowledge trained into gated residual MLPs on a few decoder blocks, the base frozen.
+    """Train knowledge into gated residual MLPs on a few decoder blocks, the base frozen.
 
     A second `write` trains the same MLP, so what was written earlier fades unless it is given again.
 
@@ -73,7 +73,7 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
         resume = resume_from_checkpoint
         return write(self, items, unrelated=unrelated, training_args=arguments, callbacks=callbacks, resume=resume)
 
-    def fit_keys(self, items: Any, *, unrelated: Sequence[str] | None = None) -> int:
+    def fit_keys(self, items: Items, *, unrelated: Sequence[str] | None = None) -> int:
         """Find the keys of `items` alone, for those who train the memory in a loop of their own.
 
         Returns:

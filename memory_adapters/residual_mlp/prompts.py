@@ -15,7 +15,7 @@ from memory_adapters.training.rows import TrainingTurn
 def locality_turns(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, said: Sequence[str], silent: Sequence[list[int]]
 ) -> list[TrainingTurn]:
-    """Rows on which the memory must answer as the base does, a slot for each item.
+    """Return turns on which the memory must answer as the base does, one for each item.
 
     Args:
         items: What is written.

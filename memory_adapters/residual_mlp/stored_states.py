@@ -1,4 +1,4 @@
-"""Hidden states below the lowest memory do not change while it is trained: computed once, resumed from ever after."""
+"""Cache hidden states below the lowest memory, which do not change while it is trained, and reuse them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ReusedStates", "row_states"]
 def row_states(
     model: PreTrainedModel, decoder: Decoder, layers: Sequence[int], rows: Sequence[Sequence[int]]
 ) -> list[list[Tensor]]:
-    """Outputs of some blocks for rows of tokens, on the CPU in the model's dtype.
+    """Return the outputs of some blocks for rows of tokens, on the CPU in the model's dtype.
 
     Returns:
         For each row, one tensor (tokens, hidden_size) a layer.
@@ -33,28 +33,28 @@ def row_states(
 
 
 class ReusedStates:
-    """Runs a model from the output of one block on, with everything up to it taken from stored states.
+    """Run a model from the output of one block on, with everything up to it taken from stored states.
 
     The model's own `forward` runs, so masks, positions and whatever else it computes are its own; only the blocks
     below pass their input through.
+
+    Args:
+        decoder: Parts of the model.
+        layer: Index of the lowest block with a memory; its output, before the memory, is what is stored.
     """
 
     def __init__(self, decoder: Decoder, layer: int) -> None:
-        """Args:
-        decoder: Parts of the model.
-        layer: Index of the lowest block with a memory; its output, before the memory, is what is stored.
-        """
         self.decoder = decoder
         self.layer = layer
         self.returns_tuple = False
 
     def compute(self, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """States (tokens, hidden_size) of each row at the output of the block."""
+        """Return the states (tokens, hidden_size) of each row at the output of the block."""
 
         found = row_states(model, self.decoder, [self.layer], rows)
         self.returns_tuple = block_returns_tuple(model, self.decoder, self.layer)
         return [states[0] for states in found]
 
     def resume(self, states: Tensor) -> AbstractContextManager[None]:
-        """Within this context the block at `layer` puts out `states` (batch, tokens, hidden_size)."""
+        """Let the block at `layer`, within this context, put out `states` (batch, tokens, hidden_size)."""
         return resumed(self.decoder, self.layer, states, as_tuple=self.returns_tuple)

@@ -178,7 +178,7 @@ def training_arguments(
 
 
 def _divergence(logits: Tensor, teacher_ids: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """KL(teacher ‖ model) at each label (labels,), over the teacher's likeliest tokens and all others taken as one."""
+    """Return KL(teacher ‖ model) (labels,), over the teacher's likeliest tokens and all others taken as one."""
     log_probs = logits.log_softmax(-1).gather(-1, teacher_ids)
     probs = teacher_log_probs.exp()
     rest, teacher_rest = ((1 - p.sum(-1)).clamp_min(1e-6) for p in (log_probs.exp(), probs))

@@ -73,7 +73,7 @@ class ResidualTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way to pass `adapter_names` to `forward` and `generate`."""
+        """Take `adapter_names` given to `forward` and `generate`, as PEFT passes them."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield

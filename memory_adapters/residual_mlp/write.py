@@ -38,7 +38,7 @@ CACHE_BYTES = 2 << 30
 
 
 class Writer:
-    """One write into one residual memory.
+    """Do one write into one residual memory.
 
     Args:
         memory: The memory; must have a tokenizer.
@@ -120,7 +120,7 @@ class Writer:
         return [layer.mlp(self.memory.adapter_name) for layer in residual_layers(self.memory)]
 
     def _last_words(self) -> list[tuple[int, list[int]]]:
-        """Item and tokens of a prefix that ends in the last word of each subject of several words."""
+        """Return, for each subject of several words, its item and the tokens of a prefix that ends in its last word."""
         found = []
         for index, item in enumerate(self.items):
             if isinstance(item, Fact) and len(item.subject.split()) > 1:
@@ -133,7 +133,7 @@ class Writer:
     def _choose_keys(
         self, statistics: StreamStatistics, found: Mapping[int, Tensor], last_words: Mapping[int, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Normalised keys (n, hidden_size) of all items, and what each must not open on (n, hidden_size).
+        """Return normalised keys (n, hidden_size) of all items, and what each must not open on (n, hidden_size).
 
         A fact's key is its subject's mean state, and each of its states that this key does not open; documents and
         questions get those of their tokens that are unlike unrelated text.
@@ -199,7 +199,7 @@ class Writer:
 
     @torch.no_grad()
     def _teacher(self, row: Row) -> Teacher:
-        """The base model's predictions at the labels of `row`, when it has read the row's context before."""
+        """Return the base model's predictions at the labels of `row`, after reading the row's context."""
         context = row.context[: max(self.max_length - len(row.input_ids), 0)]
         inputs = pad_rows([context + row.input_ids], execution_device(self.decoder.embeddings))
         wanted = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)

@@ -75,7 +75,7 @@ def check_same_data(checkpoint: str | os.PathLike[str], digest: str | None) -> N
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether the state, which Trainer writes last, can be read."""
+    """Return whether the state, which Trainer writes last, can be read."""
     try:
         return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):

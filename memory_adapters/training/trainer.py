@@ -43,7 +43,7 @@ CONFIG_FIELDS = {
 
 
 class SavedAdapter(Protocol):
-    """What a checkpoint holds, such as a `Memory`."""
+    """Describe what a checkpoint holds, such as a `Memory`."""
 
     def save_pretrained(self, save_directory: str) -> None: ...
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -139,7 +139,7 @@ class AdapterTrainer(Trainer):
 
 
 class _ProgressBar(ProgressCallback):
-    """Trainer's progress bar, with the latest loss in it instead of a line for every log."""
+    """Show the latest loss in Trainer's progress bar, instead of a line for every log."""
 
     def on_log(
         self,
@@ -154,7 +154,7 @@ class _ProgressBar(ProgressCallback):
 
 
 class _EpochLosses(TrainerCallback):
-    """Collects the mean loss of every epoch, and ends training when it is low enough."""
+    """Collect the mean loss of every epoch, and end training when it is low enough."""
 
     def __init__(self, trainer: AdapterTrainer, target_loss: float) -> None:
         self.trainer, self.target_loss = trainer, target_loss

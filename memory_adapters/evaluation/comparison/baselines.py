@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.seeding import seeded
@@ -62,7 +63,7 @@ class AppliedBaseline:
 class Baseline(ABC):
     """Give a model knowledge, in one of the ways that a comparison compares."""
 
-    def check(self, model: Any, tokenizer: Any) -> None:
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model that this cannot work on, before anything is measured. Raises as `inject_memory`."""
         find_decoder(model)
 
@@ -71,7 +72,9 @@ class Baseline(ABC):
         return {"kind": type(self).__name__, **vars(self)}
 
     @abstractmethod
-    def applied(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> AbstractContextManager[AppliedBaseline]:
+    def applied(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> AbstractContextManager[AppliedBaseline]:
         """Give the model the knowledge within this context; afterwards, also on failure, it is what it was before."""
 
 
@@ -80,7 +83,9 @@ class Unchanged(Baseline):
     """Leave the model as it is."""
 
     @contextmanager
-    def applied(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[AppliedBaseline]:
+    def applied(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> Iterator[AppliedBaseline]:
         yield AppliedBaseline(_report("nothing", items, 0, 0.0), lambda _folder: None)
 
 
@@ -97,7 +102,7 @@ class WrittenMemory(Baseline):
     source: MemoryConfig | str
     write_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self, model: Any, tokenizer: Any) -> None:
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._attach(model, tokenizer).remove()
 
     def settings(self) -> dict[str, Any]:
@@ -111,13 +116,15 @@ class WrittenMemory(Baseline):
         digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
         return {**super().settings(), "source": digests}
 
-    def _attach(self, model: Any, tokenizer: Any) -> Memory[Any]:
+    def _attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Memory[Any]:
         if isinstance(self.source, str):
             return load_memory(model, self.source, tokenizer=tokenizer, adapter_name=ADAPTER)
         return inject_memory(model, self.source, tokenizer=tokenizer, adapter_name=ADAPTER)
 
     @contextmanager
-    def applied(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[AppliedBaseline]:
+    def applied(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> Iterator[AppliedBaseline]:
         memory = self._attach(model, tokenizer)
         try:
             report = memory.write(list(items), **self.write_options)
@@ -139,7 +146,9 @@ class Lora(Baseline):
     recipe: Recipe = Recipe(learning_rate=1e-3)  # noqa: RUF009 (frozen)
 
     @contextmanager
-    def applied(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[AppliedBaseline]:
+    def applied(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> Iterator[AppliedBaseline]:
         start = time.perf_counter()
         with _lora(model, self.rank) as parameters:
             losses = train(model, tokenizer, items, self.recipe, parameters)
@@ -159,7 +168,9 @@ class FineTuned(Baseline):
     recipe: Recipe = Recipe(learning_rate=2e-5)  # noqa: RUF009 (frozen)
 
     @contextmanager
-    def applied(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[AppliedBaseline]:
+    def applied(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> Iterator[AppliedBaseline]:
         start = time.perf_counter()
         before = {parameter: parameter.data for parameter in model.parameters()}
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # not cast: rotary frequencies are float32
@@ -187,7 +198,7 @@ def _report(
 
 
 @contextmanager
-def _lora(model: Any, rank: int) -> Iterator[list[nn.Parameter]]:
+def _lora(model: PreTrainedModel, rank: int) -> Iterator[list[nn.Parameter]]:
     """Yield the parameters of a fresh LoRA adapter, and remove it again; other adapters stay as active as they were."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -208,7 +219,7 @@ def _lora(model: Any, rank: int) -> Iterator[list[nn.Parameter]]:
 
 
 @contextmanager
-def _without_lora(model: Any) -> Iterator[None]:
+def _without_lora(model: PreTrainedModel) -> Iterator[None]:
     layers = adapter_layers(model, ADAPTER)
     with saved_activation(layers):
         for layer in layers:
@@ -216,7 +227,7 @@ def _without_lora(model: Any) -> Iterator[None]:
         yield
 
 
-def _save_lora(model: Any, folder: Path) -> None:
+def _save_lora(model: PreTrainedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in adapter_tensors(model, ADAPTER).items()}
     write_tensors(folder / WEIGHTS_FILE, tensors)

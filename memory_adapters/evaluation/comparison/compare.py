@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.fingerprint import base_fingerprint
@@ -54,8 +54,8 @@ class _Part:
 
 
 def compare(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     records: Sequence[EditRecord],
     baselines: Mapping[str, Baseline | MemoryConfig],
     *,
@@ -165,8 +165,8 @@ def _assembled(
 class _Measurement:
     """Hold a model, and what is measured on it."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     text: str | Sequence[str] | None
     max_text_tokens: int | None
     greedy: bool
@@ -177,7 +177,7 @@ class _Measurement:
 
     def settings(self, part: _Part) -> dict[str, Any]:
         """Return what the result of a part depends on."""
-        base: Any = base_model(self.model)
+        base = base_model(self.model)
         settings: dict[str, Any] = {
             "model": {**base_fingerprint(base), "dtype": str(base.dtype), "device": base.device.type},
             "adapters": list(getattr(base, "peft_config", {})),

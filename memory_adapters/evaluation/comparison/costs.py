@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
@@ -84,7 +84,7 @@ class Speed(NamedTuple):
 
 @contextmanager
 def applied_at_cost(
-    model: Any, tokenizer: Any, baseline: Baseline, items: Sequence[Item]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, baseline: Baseline, items: Sequence[Item]
 ) -> Iterator[tuple[AppliedBaseline, Costs]]:
     """Apply a baseline as `baseline.applied`, and measure what that costs."""
     device = _device(model)
@@ -132,12 +132,14 @@ def memory_rise(device: torch.device) -> Iterator[Callable[[], int]]:
         sampler.join()
 
 
-def speed_prompt(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+def speed_prompt(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     """Return 128 tokens of `texts`, again from the start if they have fewer."""
     return list(islice(cycle(chain.from_iterable(tokenize(tokenizer, text) for text in texts)), PROMPT_TOKENS))
 
 
-def speeds(model: Any, ids: Sequence[int], states: Sequence[Callable[[], AbstractContextManager[Any]]]) -> list[Speed]:
+def speeds(
+    model: PreTrainedModel, ids: Sequence[int], states: Sequence[Callable[[], AbstractContextManager[Any]]]
+) -> list[Speed]:
     """Time a model in each of several states, in turns within this process.
 
     Args:
@@ -154,7 +156,10 @@ def speeds(model: Any, ids: Sequence[int], states: Sequence[Callable[[], Abstrac
         model(input_ids=prompt, use_cache=True)
 
     def decode() -> None:
-        model.generate(input_ids=start, attention_mask=torch.ones_like(start), pad_token_id=0, **decoding)
+        mask = torch.ones_like(start)
+        model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
+            input_ids=start, attention_mask=mask, pad_token_id=0, **decoding
+        )
 
     times: list[list[Speed]] = [[] for _ in states]
     with torch.no_grad(), evaluating(model):
@@ -167,7 +172,7 @@ def speeds(model: Any, ids: Sequence[int], states: Sequence[Callable[[], Abstrac
     return [Speed(*map(statistics.median, zip(*taken, strict=True))) for taken in times]
 
 
-def slowdown(model: Any, ids: Sequence[int], applied: AppliedBaseline, before: Speed) -> Speed:
+def slowdown(model: PreTrainedModel, ids: Sequence[int], applied: AppliedBaseline, before: Speed) -> Speed:
     """Return the times with a baseline ÷ without it.
 
     Both are taken in turns if it can be switched off. If not, as with all weights, the time without it is `before`,
@@ -212,5 +217,5 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _device(model: nn.Module) -> torch.device:
+def _device(model: PreTrainedModel) -> torch.device:
     return execution_device(find_decoder(model).embeddings)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.item_rows import IGNORED
@@ -62,7 +63,11 @@ class Recipe:
 
 
 def train(
-    model: Any, tokenizer: Any, items: Sequence[Item], recipe: Recipe, parameters: Sequence[nn.Parameter]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    recipe: Recipe,
+    parameters: Sequence[nn.Parameter],
 ) -> list[float]:
     """Train `parameters` of `model`, and no others, on the next-token loss of `items`; dropout is off.
 
@@ -100,9 +105,9 @@ def train(
 
 
 class _Trainer(AdapterTrainer):
-    """Trains on the next-token loss where there is a label, with logits computed only there."""
+    """Train on the next-token loss where there is a label, with logits computed only there."""
 
-    def __init__(self, base_model: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_model: PreTrainedModel, **kwargs: Any) -> None:
         self.decoder = find_decoder(base_model)
         super().__init__(base_model, **kwargs)
 

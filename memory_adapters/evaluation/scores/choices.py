@@ -6,9 +6,8 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.evaluation.records import read_rows
 from memory_adapters.evaluation.scores.edits import score_continuations
@@ -66,7 +65,7 @@ def load_choices(source: str | os.PathLike[str], limit: int | None = None) -> li
 
 
 def known_choices(source: str | os.PathLike[str], limit: int | None = None, *, seed: int = 0) -> list[Choice]:
-    """Questions made of CounterFact's known facts: a fact's attribute among three of other facts of its relation.
+    """Make questions of CounterFact's known facts: a fact's attribute among three of other facts of its relation.
 
     Facts of a relation that has fewer than four different attributes are left out.
 
@@ -94,7 +93,7 @@ def known_choices(source: str | os.PathLike[str], limit: int | None = None, *, s
     return found
 
 
-def choice_accuracy(model: nn.Module, tokenizer: Any, choices: Sequence[Choice]) -> float:
+def choice_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice]) -> float:
     """Return the share of questions whose right answer has the highest mean log-probability per token, in [0, 1].
 
     Args:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
@@ -92,7 +92,9 @@ def _harmonic_mean(parts: Sequence[float | None]) -> float | None:
     return len(known) / sum(1 / part for part in known) if all(known) else 0.0
 
 
-def score_edits(model: nn.Module, tokenizer: Any, records: Sequence[EditRecord]) -> EditScores:
+def score_edits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[EditRecord]
+) -> EditScores:
     """Score `records` on the model as it stands.
 
     Raises:
@@ -102,8 +104,8 @@ def score_edits(model: nn.Module, tokenizer: Any, records: Sequence[EditRecord])
 
 
 def score_records(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     records: Sequence[EditRecord],
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -172,7 +174,9 @@ def _record_scores(record: EditRecord, scored: dict[Query, _Score]) -> EditScore
     )
 
 
-def score_continuations(model: nn.Module, tokenizer: Any, queries: Sequence[Query]) -> list[tuple[float, bool]]:
+def score_continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: Sequence[Query]
+) -> list[tuple[float, bool]]:
     """Return each (prompt, continuation)'s mean log-probability per token, and whether greedy decoding gives it.
 
     The continuation is joined to its prompt with a space where one is needed. Both are tokenised together, and the
@@ -195,8 +199,8 @@ class _Score(NamedTuple):
 
 @torch.no_grad()
 def _score(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     queries: Iterable[Query],
     *,
     batch_tokens: int = BATCH_TOKENS,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
@@ -33,8 +33,8 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 
 
 def greedy_success(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     targets: Sequence[str],
     *,
@@ -73,7 +73,7 @@ def greedy_success(
     continued = _continued(
         model, tokenizer, rows, [num_tokens] * len(rows), batch_tokens=batch_tokens, progress=progress, do_sample=False
     )
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in continued]
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in continued]
     decoded = dict(zip(asked, texts, strict=True))
     return [_holds(decoded[prompt], target.strip()) for prompt, target in zip(prompts, targets, strict=True)]
 
@@ -90,8 +90,8 @@ def _is_spaced(character: str) -> bool:
 
 
 def generate_texts(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     num_tokens: int = 100,
@@ -129,14 +129,14 @@ def generate_texts(
         continued = _continued(
             model, tokenizer, rows, num_new, batch_tokens=batch_tokens, progress=progress, **sampling
         )
-    tails = [tokenizer.decode(ids, skip_special_tokens=True) for ids in continued]
+    tails = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in continued]
     return [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
 
 
 @torch.no_grad()
 def _continued(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     num_new: Sequence[int],
     *,

@@ -6,11 +6,10 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 
@@ -33,7 +32,12 @@ def load_wikitext(path: str | os.PathLike[str]) -> str:
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, tokenizer: Any, text: str | Sequence[str], *, window: int = 512, max_tokens: int | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    *,
+    window: int = 512,
+    max_tokens: int | None = None,
 ) -> float:
     """Return the exp of the mean next-token loss over windows of `window` tokens.
 
