@@ -59,7 +59,7 @@ def save_adapters(model: PreTrainedModel | PeftModel, folder: str | os.PathLike[
         raise ValueError("`model` has no adapter to save: inject a memory or add a LoRA first.")
     index = [{"name": n, "memory": n in known, "active": _is_active(base, n, known)} for n in configs]
     pefts = {}
-    for name in configs.keys() - known.keys():
+    for name in [name for name in configs if name not in known]:
         pefts[name] = {PEFT_KEY_PREFIX + key: tensor for key, tensor in adapter_tensors(base, name).items()}
         check_saveable(base, name, pefts[name])
     with atomic_directory(folder) as staging:
