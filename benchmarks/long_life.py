@@ -203,7 +203,7 @@ def loading(method: str, folder: Path) -> tuple[PreTrainedModel, Step, int]:
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), adapter_name="lora")
 
     def step(turn: int) -> Tensor:
-        warnings.filterwarnings("ignore", message="What was loaded as")  # the memory that stays is the same one
+        warnings.filterwarnings("ignore", message="'user_.* duplicates 'first'")  # the memory that stays
         memory = load_memory(model, folder / "saved", tokenizer=TOKENIZER, adapter_name=f"user_{turn}")
         first = logits(model)
         memory.save_pretrained(folder / "again")

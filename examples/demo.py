@@ -170,10 +170,10 @@ def forget_one(memory: MemitMemory, model: Any, tokenizer: Any) -> None:
     start = time.perf_counter()
     memory.forget(FACTS[0])
     milliseconds = 1000 * (time.perf_counter() - start)
-    said = answers(model, tokenizer)
-    print(f"forgot one fact in {milliseconds:.1f} ms: {FACTS[0].prompt} … {said[FACTS[0].prompt]}")
-    check("it is forgotten", not said[FACTS[0].prompt].startswith(FACTS[0].target))
-    check("the other four are not", all(said[f.prompt].startswith(f.target) for f in FACTS[1:]))
+    now = answers(model, tokenizer)
+    print(f"forgot one fact in {milliseconds:.1f} ms: {FACTS[0].prompt} … {now[FACTS[0].prompt]}")
+    check("it is forgotten", not now[FACTS[0].prompt].startswith(FACTS[0].target))
+    check("the other four are not", all(now[f.prompt].startswith(f.target) for f in FACTS[1:]))
 
 
 def continued(model: Any, tokenizer: Any) -> str:
