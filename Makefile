@@ -7,7 +7,7 @@ JOBS ?= 2
 DATA ?= $(MEMORY_ADAPTERS_DATA)
 RESULTS ?= experiments
 
-.PHONY: demo test test-lowest check audit benchmarks fever compare clean
+.PHONY: demo test test-fast test-all test-lowest check audit benchmarks fever compare clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,21 +19,24 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## teach a real model facts, switch it off, save, load in a new process
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/.installed ## everything CI runs, in JOBS processes of one thread each
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Tests run in JOBS processes of one thread each. Markers: pyproject.toml.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# The second leg: every test that is not slow and needs no real model, warnings fatal as ever, on the lowest versions of
-# all that an installation brings (not of bitsandbytes, torchao and trl, whose tests are skipped). About 12 minutes on
-# two cores, and 4 GB: of torch 2.6 there may be no build but the one for CUDA.
-# Left out is what the old versions cannot do by themselves: torch 2.6 traces no model of transformers in one graph; up to
-# 5.20 Trainer does not load the first of several adapters when it resumes; and the random weights of one model are others.
+test: check ## everything CI runs, in under 12 minutes: lint, types, layout, and all tests that are not slow
+	$(PYTEST) -m "not slow"
+
+test-fast: $(VENV)/.installed ## what to run while working, in under 3 minutes: no real model, processes or compiler
+	$(PYTEST) -m "not slow and not integration and not real"
+
+test-all: check ## every test: all architectures, the largest writes to the real model, thousands of cycles
+	$(PYTEST)
+
+# The second leg: the fast tests, warnings fatal as ever, on the lowest versions of all that an installation brings (not of
+# bitsandbytes, torchao and trl, whose tests are skipped). It takes 4 GB: of torch 2.6 there may be no build but the one
+# for CUDA. Left out is what the old versions cannot do by themselves: up to 5.20 Trainer does not load the first of several
+# adapters when it resumes, and the random weights of one model are others.
 LOWEST_CANNOT = tests/composition/test_training_together.py::test_checkpoint_and_resume_with_both \
-	"tests/evaluation/test_generation.py::test_decoding_in_batches_is_decoding_one_at_a_time[gpt2]" \
-	$(foreach name,Memit:memit Residual:residual Slot:slots,\
-	tests/test_$(word 2,$(subst :, ,$(name)))_contract.py::Test$(word 1,$(subst :, ,$(name)))Memory::test_torch_compile)
+	"tests/evaluation/test_generation.py::test_decoding_in_batches_is_decoding_one_at_a_time[gpt2]"
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
@@ -43,8 +46,8 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	touch $@
 
 test-lowest: $(LOWEST)/.installed ## the fast tests on the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --ignore tests/test_real_model.py -o cache_dir=$(LOWEST)/.pytest_cache \
-		$(LOWEST_CANNOT:%=--deselect %)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+		-m "not slow and not integration and not real" -o cache_dir=$(LOWEST)/.pytest_cache $(LOWEST_CANNOT:%=--deselect %)
 
 audit: $(VENV)/.installed ## known vulnerabilities of what is installed; fails if the database cannot be asked
 	$(BIN)/python -m pip install --quiet pip-audit

@@ -1,14 +1,17 @@
-"""Fixtures: data folder, one seed, no network."""
+"""Fixtures: the data folder, the real model, one seed, no network."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memory_adapters.embedded_model import embedded_model
 from tests.support import network
 
 network.refuse_the_network()
@@ -19,8 +22,12 @@ pytest_plugins = ["tests.support.hub.fixtures"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that processes that share the tests end together."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """Run the files of the longest tests first, so that processes that share the tests end together."""
+    ranks: dict[Path, int] = {}
+    for item in items:
+        own = 2 if item.get_closest_marker("real") else 1 if item.get_closest_marker("integration") else 0
+        ranks[item.path] = max(own, ranks.get(item.path, 0))
+    items.sort(key=lambda item: -ranks[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +37,13 @@ def data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("MEMORY_ADAPTERS_DATA names no folder with evaluation data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    name = embedded_model()
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
 
 @pytest.fixture(autouse=True)

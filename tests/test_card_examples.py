@@ -90,12 +90,12 @@ def test_asking_changes_nothing(method: str, tmp_path: Path) -> None:
     memory.write([TOWER], **arguments)
     model = memory.model
     examples = shown(pushed_card(memory, tmp_path))
-    spoken, before, state = logits(model), fingerprint(model), torch.get_rng_state()
+    with_memory, before, state = logits(model), fingerprint(model), torch.get_rng_state()
     memory.active = False
     assert shown(pushed_card(memory, tmp_path)) == examples, "the memory takes part in its own examples"
     assert not memory.active
     memory.active = True
-    assert torch.equal(logits(model), spoken)
+    assert torch.equal(logits(model), with_memory)
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     model.disable_adapters()

@@ -137,7 +137,7 @@ class TestToyMemory(MemoryContract):
     def make_config(self, **settings: Any) -> ToyConfig:
         return ToyConfig(**settings)
 
-    def speak(self, memory: Memory) -> None:
+    def fill(self, memory: Memory) -> None:
         assert isinstance(memory, ToyMemory)
         memory._vector().copy_(torch.randn(memory._vector().shape, generator=torch.Generator().manual_seed(1)))
 
@@ -164,7 +164,7 @@ def test_options_of_a_write_are_its_own() -> None:
 def test_a_write_that_fails_leaves_the_memory_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = inject_memory(tiny_model(), ToyConfig(), tokenizer=byte_tokenizer())
     memory.write(FACT, progress=False)
-    spoken, before = logits(memory.model), fingerprint(memory.model)
+    with_memory, before = logits(memory.model), fingerprint(memory.model)
 
     def interrupt(_self: Any, _written: Any) -> None:
         raise KeyboardInterrupt
@@ -172,7 +172,7 @@ def test_a_write_that_fails_leaves_the_memory_as_it_was(monkeypatch: pytest.Monk
     monkeypatch.setattr(ToyMemory, "_set_items", interrupt)
     with pytest.raises(KeyboardInterrupt):
         memory.write("Something else.", progress=False)
-    assert torch.equal(logits(memory.model), spoken)
+    assert torch.equal(logits(memory.model), with_memory)
     assert fingerprint(memory.model) == before
     assert len(memory.config.writes) == 1
 
@@ -196,11 +196,11 @@ def test_it_is_saved_loaded_listed_and_composed(tmp_path: Path) -> None:
     with use_adapters(model, ["lora"]):
         second = logits(model)
     torch.testing.assert_close(rows, torch.cat([first, second]), rtol=1e-4, atol=1e-5)
-    spoken = logits(model)
+    with_memory = logits(model)
     save_adapters(model, tmp_path)
     other = tiny_model()
     assert list(load_adapters(other, tmp_path)) == ["toy", "edit"]
-    assert torch.equal(logits(other), spoken)
+    assert torch.equal(logits(other), with_memory)
     third = tiny_model()
     loaded = load_memory(third, tmp_path / "toy")
     assert isinstance(loaded, ToyMemory)

@@ -138,7 +138,7 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _check_field(name: str, value: Any) -> None:
+def _check_field(name: str, value: Any) -> None:  # noqa: C901  # a list of kinds of fields
     """Raise a `ValueError` unless this field, different from its default, only describes tensors."""
     if name in LABELS or name == "peft_type":
         check_name(name, value)

@@ -73,9 +73,9 @@ def test_written_switched_off_saved_removed_and_loaded(base: str, kind: str, tmp
     assert torch.equal(logits(model), plain)
     report: Any = SUITES[kind].write(memory)
     assert report.perplexity is not None
-    spoken = logits(model)
-    assert not torch.equal(spoken, plain)
-    assert torch.isfinite(spoken).all()
+    with_memory = logits(model)
+    assert not torch.equal(with_memory, plain)
+    assert torch.isfinite(with_memory).all()
     with memory.disabled():
         assert torch.equal(logits(model), plain)
     settings: dict[str, Any] = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -86,6 +86,6 @@ def test_written_switched_off_saved_removed_and_loaded(base: str, kind: str, tmp
     after = dict(model.named_parameters())
     assert all(torch.equal(plain_values(after[name]), weight) for name, weight in weights.items())
     load_memory(model, tmp_path / "memory", tokenizer=byte_tokenizer())
-    assert torch.equal(logits(model), spoken)
+    assert torch.equal(logits(model), with_memory)
     with memories(model)["knowledge"].disabled():
         assert torch.equal(logits(model), plain)

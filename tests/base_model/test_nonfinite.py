@@ -209,7 +209,7 @@ def test_singular_covariances_are_refused_or_shrunk(solver: str, matrix: Tensor,
     given = Covariance(dict.fromkeys((1, 2), matrix.float()), 300, 3, "made", memory.config.base_fingerprint)
     exact = given.matrices[1].double()
     if solver == "alphaedit" and "finite" in match:  # directions that are hardly used are what it edits in
-        cost_of(1, given.shrunk(1, 0.0), memory.config)
+        cost_of("alphaedit", 1, given.shrunk(1, 0.0), regularization=memory.config.regularization, null_space=0.8)
     else:
         refused(memory, lambda: memory.write(FACT, covariance=given, progress=False), match)
     if torch.isfinite(exact).all() and exact.any():
@@ -224,8 +224,9 @@ def test_a_covariance_of_mostly_silent_components_is_shrunk_by_the_others() -> N
     covariance = Covariance({1: values.diag()}, 300, 3, "a ReLU model", {})
     shrunk = covariance.shrunk(1)
     assert torch.linalg.eigvalsh(shrunk).min() > 0
+    defaults = MemitConfig()
     for solver in SOLVERS:
-        cost_of(1, shrunk, MemitConfig(solver=solver))
+        cost_of(solver, 1, shrunk, regularization=defaults.regularization, null_space=defaults.null_space)
 
 
 @solvers

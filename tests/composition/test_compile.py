@@ -22,7 +22,7 @@ def test_compiled_generation_is_generation(kind: str, cache: str, architecture: 
     torch._dynamo.reset()
     model: Any = tiny_model(architecture)
     memory = inject_memory(model, SUITES[kind].make_config(), tokenizer=byte_tokenizer())
-    SUITES[kind].speak(memory)
+    SUITES[kind].fill(memory)
     settings: dict[str, Any] = dict(max_new_tokens=6, do_sample=False)
     expected = model.generate(**encode(PROMPT), **settings)
     with memory.disabled():
@@ -35,6 +35,6 @@ def test_compiled_generation_is_generation(kind: str, cache: str, architecture: 
 def test_slots_refuse_a_static_cache_and_say_so() -> None:
     model: Any = tiny_model()
     memory = inject_memory(model, SUITES["slots"].make_config(), tokenizer=byte_tokenizer())
-    SUITES["slots"].speak(memory)
+    SUITES["slots"].fill(memory)
     with pytest.raises(ValueError, match="is a static cache"):
         model.generate(**encode(PROMPT), max_new_tokens=4, do_sample=False, cache_implementation="static")

@@ -163,7 +163,7 @@ def test_pefts_own_merge_leaves_no_memory_behind_unseen(kind: str) -> None:
     """It merges every active LoRA, edits too, and drops the others; what it leaves in place can still be taken out."""
     wrapped = get_peft_model(tiny_model(), lora_config())
     memory = inject_memory(wrapped, SUITES[kind].make_config(), tokenizer=byte_tokenizer())
-    SUITES[kind].speak(memory)
+    SUITES[kind].fill(memory)
     together = logits(wrapped)  # type: ignore[arg-type]
     model = wrapped.merge_and_unload()
     torch.testing.assert_close(logits(model), together, rtol=1e-4, atol=1e-5)
@@ -326,8 +326,8 @@ def test_a_memory_saved_over_one_of_another_method_is_what_loads(first: str, sec
 def test_the_documented_table_is_what_is_tested() -> None:
     lines = (Path(__file__).parents[2] / "docs" / "compose.md").read_text(encoding="utf-8").splitlines()
     header, *rows = [[c.strip() for c in line[1:-1].split("|")] for line in lines if line.startswith("| ")][:6]
-    spoken = {"LoRA": "lora", "MEMIT": "memit"}
-    columns = [tuple(spoken.get(kind, kind) for kind in cell.split(" + ")) for cell in header[1:-1]]
+    short = {"LoRA": "lora", "MEMIT": "memit"}
+    columns = [tuple(short.get(kind, kind) for kind in cell.split(" + ")) for cell in header[1:-1]]
     assert {frozenset(pair) for pair in columns} == {frozenset((a, b)) for a in KINDS for b in KINDS}
     assert len(rows) == 5
     for _, *cells, name in rows:

@@ -24,7 +24,7 @@ def lora_and_memory(kind: str = "residual") -> tuple[Any, Memory]:
     wrapped = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     if kind != "residual":
         memory = inject_memory(wrapped, SUITES[kind].make_config(), tokenizer=byte_tokenizer(), adapter_name="facts")
-        SUITES[kind].speak(memory)
+        SUITES[kind].fill(memory)
         return wrapped, memory
     config = MemoryAdapterConfig(layers=[1, 2], memory_dim=16, token_gate="sigmoid")
     return wrapped, inject_memory(wrapped, config, tokenizer=byte_tokenizer(), adapter_name="facts")

@@ -126,10 +126,10 @@ def test_what_cannot_be_routed() -> None:
 
 def test_nothing_is_routed_until_the_context_is_entered() -> None:
     model = routed_model()
-    before, spoken = fingerprint(model), logits(model, OTHER)
+    before, with_memory = fingerprint(model), logits(model, OTHER)
     router = route_memories(model)
     assert fingerprint(model) == before
-    assert torch.equal(logits(model, OTHER), spoken)
+    assert torch.equal(logits(model, OTHER), with_memory)
     with pytest.raises(RuntimeError, match="does nothing until it is entered"):
         router.choose(OTHER, byte_tokenizer())
     with router:

@@ -30,7 +30,7 @@ class TestMemitMemory(MemoryContract):
         small: dict[str, Any] = dict(layers=[1, 2], steps=3, num_prefixes=1, prefix_length=2, covariance_tokens=300)
         return MemitConfig(**small | settings)
 
-    def speak(self, memory: Memory) -> None:
+    def fill(self, memory: Memory) -> None:
         assert isinstance(memory, MemitMemory)
         generator = torch.Generator().manual_seed(1)
         empty = memory.ledger

@@ -16,6 +16,7 @@ from memory_adapters import Covariance, CovarianceFitter
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.memit.corpus import portions, read_texts, sample_tokens
 from memory_adapters.memit.projection import mlp_projection
+from tests.support.contract import on_architectures
 from tests.support.models import byte_tokenizer, tiny_model
 
 TEXTS = [f"Text number {i} says that {i * i} is {i} times {i}. " * (1 + i % 4) for i in range(40)]
@@ -41,7 +42,7 @@ def rows_of(budget: int, length: int = 512) -> list[list[int]]:
     return [row for portion in found for row in portion.rows]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gptj", "bloom", "gemma2"])
+@on_architectures("llama", "gpt2", "opt", "gptj", "bloom", "gemma2")
 def test_it_is_the_mean_over_real_tokens(architecture: str) -> None:
     model = tiny_model(architecture)
     fitter = CovarianceFitter(model, byte_tokenizer(), [1, 3]).fit(TEXTS, 1500, progress=False)
@@ -131,7 +132,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         Covariance.load(tmp_path / "c.safetensors")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gptj", "bloom"])
+@on_architectures("llama", "gptj", "bloom")
 def test_sampled_keys_are_those_of_the_sampled_text(architecture: str) -> None:
     model, tokenizer = tiny_model(architecture), byte_tokenizer()
     state = torch.get_rng_state()

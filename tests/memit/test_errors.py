@@ -21,7 +21,7 @@ def test_an_interrupted_write_changes_nothing(stage: str) -> None:
     model = tiny_model()
     memory = memory_on(model)
     memory.write(FACTS[:1], progress=False)
-    spoken, before, facts = logits(model), fingerprint(model), memory.items
+    with_memory, before, facts = logits(model), fingerprint(model), memory.items
     calls = itertools.count()
 
     def interrupt(*_args: Any, **_kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ def test_an_interrupted_write_changes_nothing(stage: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             memory.write(FACTS[1:], progress=False)
     assert next(calls) == 1
-    assert torch.equal(logits(model), spoken)
+    assert torch.equal(logits(model), with_memory)
     assert fingerprint(model) == before
     assert memory.items == facts
     memory.write(FACTS[1:], progress=False)

@@ -86,7 +86,7 @@ def test_a_merged_model_is_a_plain_model(architecture: str, tmp_path: Path, monk
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path / "base")
     memory = edited(model)
-    spoken, before = logits(model), fingerprint(model)
+    with_memory, before = logits(model), fingerprint(model)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     addresses = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     settings = model.config.to_dict(), model.generation_config.to_dict()
@@ -106,7 +106,7 @@ def test_a_merged_model_is_a_plain_model(architecture: str, tmp_path: Path, monk
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {f"{name}.weight" for name in memory._names.values()}
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits(plain), spoken, **close)
+    torch.testing.assert_close(logits(plain), with_memory, **close)
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "merged")("Rome")["input_ids"] == byte_tokenizer()("Rome")["input_ids"]
     )

@@ -51,12 +51,12 @@ def test_llama_cpp_says_what_the_memory_says(architecture: str, tmp_path: Path) 
     lora = memory.export(tmp_path, format="gguf")
     ids = encode("The Eiffel Tower is in")["input_ids"]
     with torch.no_grad():
-        spoken = model(input_ids=ids).logits[0, -1]
+        with_memory = model(input_ids=ids).logits[0, -1]
         with memory.disabled():
-            silent = model(input_ids=ids).logits[0, -1]
-    for file, expected in ((None, silent), (str(lora), spoken)):
+            base = model(input_ids=ids).logits[0, -1]
+    for file, expected in ((None, base), (str(lora), with_memory)):
         torch.testing.assert_close(llama_logits(base, file, ids[0].tolist()), expected, rtol=1e-2, atol=1e-2)
-    assert (spoken - silent).abs().max() > 1
+    assert (with_memory - base).abs().max() > 1
 
 
 def llama_logits(base: Path, lora: str | None, ids: list[int]) -> Tensor:

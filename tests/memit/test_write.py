@@ -18,7 +18,7 @@ from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.memit import targets as targets_module
 from memory_adapters.memit.prompts import bare_rows
 from memory_adapters.memit.write import LedgerBuilder
-from tests.support.contract import fingerprint, logits
+from tests.support.contract import fingerprint, logits, on_architectures
 from tests.support.models import byte_tokenizer, tiny_model
 
 FACTS = [
@@ -42,7 +42,7 @@ def changes(memory: MemitMemory) -> dict[int, Tensor]:
     return {i: f.B.double() @ f.A.double() for i, f in memory.ledger.solve().items()}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral"])
+@on_architectures("llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral")
 @pytest.mark.parametrize("batch_tokens", [7, None])
 def test_batched_is_one_at_a_time(architecture: str, batch_tokens: int | None) -> None:
     model = tiny_model(architecture, torch.float64)
@@ -121,7 +121,7 @@ def test_forgetting_and_writing_go_on_in_a_later_process(tmp_path: Path) -> None
     model = tiny_model()
     memory = memory_on(model)
     memory.write(FACTS[:4], progress=False)
-    spoken = logits(model)
+    with_memory = logits(model)
     memory.save_pretrained(tmp_path)
     covariance = memory.covariance
     memory.forget(FACTS[0])
@@ -130,7 +130,7 @@ def test_forgetting_and_writing_go_on_in_a_later_process(tmp_path: Path) -> None
     loaded = load_memory(other, tmp_path, tokenizer=byte_tokenizer())
     assert isinstance(loaded, MemitMemory)
     assert loaded.items == FACTS[:4]
-    assert torch.equal(logits(other), spoken)
+    assert torch.equal(logits(other), with_memory)
     loaded.forget(FACTS[0])
     torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
     memory.write(FACTS[4:], progress=False)
@@ -155,7 +155,7 @@ def test_replacing_and_contradicting() -> None:
         memory.forget(FACTS[4])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@on_architectures("llama", "gpt2")
 def test_an_edit_loads_in_plain_peft(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path / "base")
@@ -240,7 +240,7 @@ def test_chat_contexts() -> None:
         memory_on(tiny_model(), chat=True).write(FACTS[:2], progress=False)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj", "falcon", "phi", "opt", "gemma2", "gemma3_text"])
+@on_architectures("llama", "gpt2", "gptj", "falcon", "phi", "opt", "gemma2", "gemma3_text")
 def test_the_stream_becomes_the_target(architecture: str) -> None:
     """Also where the MLP's output is normalised before it joins the stream (Gemma)."""
     model = tiny_model(architecture)

@@ -19,7 +19,7 @@ class TestSlotMemory(MemoryContract):
         small: dict[str, Any] = dict(num_slots=4, span_length=16, lora_rank=2, refine_steps=2)
         return MemorySlotsConfig(**small | settings)
 
-    def speak(self, memory: Memory) -> None:
+    def fill(self, memory: Memory) -> None:
         assert isinstance(memory, SlotMemory)
         width = memory.encoder.decoder.embedding_size
         vectors = 0.3 * torch.randn(5, width, generator=torch.Generator().manual_seed(1))

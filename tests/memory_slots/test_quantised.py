@@ -31,8 +31,8 @@ def test_slots_of_a_quantised_model(bits: int, tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in memory.state_dict().values())
     report = memory.write(TEXT[:16], refine_steps=20, progress=False)
     assert report.losses[-1] < report.losses[0]
-    spoken = logits(model)
-    assert not torch.equal(spoken, base)
+    with_memory = logits(model)
+    assert not torch.equal(with_memory, base)
     with memory.disabled():
         assert torch.equal(logits(model), base)
     memory.save_pretrained(tmp_path / "slots")
@@ -40,4 +40,4 @@ def test_slots_of_a_quantised_model(bits: int, tmp_path: Path) -> None:
     assert torch.equal(logits(model), base)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.named_parameters())
     load_memory(model, tmp_path / "slots", tokenizer=byte_tokenizer())
-    assert torch.equal(logits(model), spoken)
+    assert torch.equal(logits(model), with_memory)

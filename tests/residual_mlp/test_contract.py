@@ -22,7 +22,7 @@ class TestResidualMemory(MemoryContract):
             **{"layers": [1, 2], "memory_dim": 8, "num_train_epochs": 2, "num_prefixes": 0, "min_steps": 0} | settings
         )
 
-    def speak(self, memory: Memory) -> None:
+    def fill(self, memory: Memory) -> None:
         for layer in memory.tuner_layers():
             mlp = layer.memory_adapter_mlp[memory.adapter_name]  # type: ignore[attr-defined]
             mlp.add_keys(torch.zeros(1, mlp.up.shape[1]), torch.ones(1))

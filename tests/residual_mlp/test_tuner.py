@@ -156,11 +156,11 @@ def test_merging_is_refused_and_unloading_works() -> None:
     model = tiny_model()
     before = fingerprint(model)
     wrapped = get_peft_model(model, config())  # type: ignore[arg-type]
-    spoken = logits(wrapped)  # type: ignore[arg-type]
+    with_memory = logits(wrapped)  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         wrapped.merge_and_unload()
     wrapped.merge_adapter()
-    assert torch.equal(logits(wrapped), spoken)  # type: ignore[arg-type]
+    assert torch.equal(logits(wrapped), with_memory)  # type: ignore[arg-type]
     wrapped.unmerge_adapter()
     bare = wrapped.unload()
     assert torch.equal(logits(bare), logits(tiny_model()))

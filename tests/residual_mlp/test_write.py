@@ -149,10 +149,10 @@ def test_an_interrupted_write_changes_nothing(gate: str) -> None:
     write(memory, FACT)
     before, settings = memory.state_dict(), copy.deepcopy(memory.config)
     before = {name: tensor.clone() for name, tensor in before.items()}
-    spoken = logits(memory.model)
+    with_memory = logits(memory.model)
     with pytest.raises(KeyboardInterrupt):
         write(memory, OTHER, callbacks=[StopAt(3)])
-    assert torch.equal(logits(memory.model), spoken)
+    assert torch.equal(logits(memory.model), with_memory)
     assert memory.config == settings
     assert all(torch.equal(tensor, before[name]) for name, tensor in memory.state_dict().items())
 

@@ -37,7 +37,7 @@ def put(model: PreTrainedModel, kind: str, name: str, seed: int) -> Memory | Non
             layer._active_adapter = [*(n for n in layer.active_adapters if n != name), name]
         return None
     memory = inject_memory(model, SUITES[kind].make_config(), tokenizer=byte_tokenizer(), adapter_name=name)
-    SUITES[kind].speak(memory)
+    SUITES[kind].fill(memory)
     vary(memory, seed)
     return memory
 

@@ -1,4 +1,4 @@
-"""What every memory method must do, whatever it is; a method's test class inherits this and fills in three things."""
+"""The contract of every memory method: a method's test class inherits `MemoryContract` and defines three methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from tests.support.models import ARCHITECTURES, byte_tokenizer, tiny_model
 PROMPT = "The Eiffel Tower is in"
 DTYPES = (torch.float32, torch.bfloat16)
 
-architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Different where decoders differ: norms, positions, parallel or serial blocks, tied or scaled heads.
+DEFAULT_ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "gemma2")
+
+
+def on_architectures(*names: str) -> pytest.MarkDecorator:
+    """Parametrise a test by `architecture`; all but six structurally different ones are marked slow."""
+    params = [pytest.param(name, marks=() if name in DEFAULT_ARCHITECTURES else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("architecture", params)
+
+
+architectures = on_architectures(*ARCHITECTURES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -35,7 +45,7 @@ def logits(model: PreTrainedModel, *rows: str, side: str = "right", **kwargs: An
 
 
 def fingerprint(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Everything that `remove` must leave as it was."""
+    """Return everything that `remove` must leave as it was."""
     return (
         list(model.state_dict()),
         [name for name, parameter in model.named_parameters() if parameter.requires_grad],
@@ -47,7 +57,7 @@ def fingerprint(model: torch.nn.Module) -> tuple[Any, ...]:
 
 
 class MemoryContract:
-    """Inherit, and define `make_config`, `speak` and `write`; say so where a method differs.
+    """Test a memory method: inherit this, and define `make_config`, `fill` and `write`.
 
     Attributes:
         architectures_refused: Architectures that `inject_memory` refuses, with the reason's words.
@@ -75,34 +85,35 @@ class MemoryContract:
     def make_config(self, **settings: Any) -> MemoryConfig:
         raise NotImplementedError
 
-    def speak(self, memory: Memory) -> None:
-        """Make the memory change the model's output, without training."""
+    def fill(self, memory: Memory) -> None:
+        """Give the memory contents that change the model's output, without a write."""
         raise NotImplementedError
 
     def write(self, memory: Memory) -> Any:
-        """A real write, as short as can be."""
+        """Write something to the memory, as quickly as possible."""
         raise NotImplementedError
 
-    def speaking(self, model: PreTrainedModel, **kwargs: Any) -> Memory:
+    def filled(self, model: PreTrainedModel, **kwargs: Any) -> Memory:
+        """Inject a memory that has contents."""
         memory = inject_memory(model, self.make_config(), tokenizer=byte_tokenizer(), **kwargs)
-        self.speak(memory)
+        self.fill(memory)
         return memory
 
     @architectures
     @dtypes
-    def test_identity_until_written_exact_when_off_gone_when_removed(
+    def test_the_base_is_unchanged_until_written_when_disabled_and_after_removal(
         self, architecture: str, dtype: torch.dtype
     ) -> None:
         model = tiny_model(architecture, dtype)
         base, before = logits(model), fingerprint(model)
         memory = inject_memory(model, self.make_config(), tokenizer=byte_tokenizer())
         assert torch.equal(logits(model), base)
-        self.speak(memory)
-        spoken = logits(model)
-        assert not torch.equal(spoken, base)
+        self.fill(memory)
+        with_memory = logits(model)
+        assert not torch.equal(with_memory, base)
         with memory.disabled():
             assert torch.equal(logits(model), base)
-        assert torch.equal(logits(model), spoken)
+        assert torch.equal(logits(model), with_memory)
         memory.active = False
         assert torch.equal(logits(model), base)
         memory.remove()
@@ -126,33 +137,33 @@ class MemoryContract:
 
     @architectures
     @dtypes
-    def test_saved_and_loaded_is_the_same(self, architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    def test_a_loaded_memory_gives_the_same_logits(self, architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
         model = tiny_model(architecture, dtype)
-        memory = self.speaking(model)
-        spoken = logits(model)
+        memory = self.filled(model)
+        with_memory = logits(model)
         memory.save_pretrained(tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == self.files
         memory.remove()
         loaded = load_memory(model, tmp_path, tokenizer=byte_tokenizer())
-        assert torch.equal(logits(model), spoken)
+        assert torch.equal(logits(model), with_memory)
         assert type(loaded) is type(memory)
         assert loaded.num_parameters() == memory_size(tmp_path)
 
     @architectures
-    def test_padding_changes_nothing(self, architecture: str) -> None:
+    def test_padding_does_not_change_logits(self, architecture: str) -> None:
         model = tiny_model(architecture)
-        self.speaking(model)
+        self.filled(model)
         short, long = "Rome is old", "The Eiffel Tower is in the city of Rome"
-        alone = logits(model, short)[0]
+        unpadded = logits(model, short)[0]
         for side in ("right", "left"):
             rows = logits(model, short, long) if side == "right" else left_padded(model, short, long)
-            padded = rows[0, : len(alone)] if side == "right" else rows[0, -len(alone) :]
-            torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
+            padded = rows[0, : len(unpadded)] if side == "right" else rows[0, -len(unpadded) :]
+            torch.testing.assert_close(padded, unpadded, rtol=1e-4, atol=1e-4)
 
     @architectures
-    def test_cached_generation_is_uncached_generation(self, architecture: str) -> None:
+    def test_generation_with_and_without_a_cache_is_the_same(self, architecture: str) -> None:
         model = tiny_model(architecture)
-        self.speaking(model)
+        self.filled(model)
         inputs = encode(PROMPT, "Rome", side="left")
         settings = dict(max_new_tokens=8, do_sample=False)
         cached = model.generate(**inputs, **settings)
@@ -164,7 +175,7 @@ class MemoryContract:
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_gradient_checkpointing_gives_the_same_gradients(self, architecture: str, reentrant: bool) -> None:
         model = tiny_model(architecture)
-        memory = self.speaking(model)
+        memory = self.filled(model)
         base = {id(p) for p in memory_free(model, memory)}
         parameters = [p for p in model.parameters() if (id(p) not in base) == self.learns_in_place]
         assert [p.requires_grad_(True) for p in parameters]
@@ -189,15 +200,15 @@ class MemoryContract:
     @architectures
     def test_copies_are_independent(self, architecture: str) -> None:
         model = tiny_model(architecture)
-        memory = self.speaking(model)
-        spoken = logits(model)
+        memory = self.filled(model)
+        with_memory = logits(model)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(logits(other), spoken)
+            assert torch.equal(logits(other), with_memory)
             memories(other)[memory.adapter_name].remove()
-            assert not torch.equal(logits(other), spoken)
-            assert torch.equal(logits(model), spoken)
+            assert not torch.equal(logits(other), with_memory)
+            assert torch.equal(logits(model), with_memory)
 
-    def test_names(self) -> None:
+    def test_adapter_names(self) -> None:
         model = tiny_model()
         first = inject_memory(model, self.make_config())
         second = inject_memory(model, self.make_config())
@@ -208,12 +219,12 @@ class MemoryContract:
                 inject_memory(model, self.make_config(), adapter_name=name)
         assert list(memories(model)) == ["knowledge", "knowledge_2"]
 
-    def test_two_memories_add_up_and_leave_apart(self) -> None:
+    def test_two_memories_add_up_and_are_removed_separately(self) -> None:
         model = tiny_model()
         base = logits(model)
-        first = self.speaking(model)
+        first = self.filled(model)
         one = logits(model)
-        second = self.speaking(model)
+        second = self.filled(model)
         assert first.active
         assert second.active
         both = logits(model)
@@ -226,13 +237,13 @@ class MemoryContract:
         assert torch.equal(logits(model), base)
 
     @pytest.mark.slow
-    def test_a_hundred_cycles_leave_nothing(self) -> None:
+    def test_a_hundred_memories_leave_no_tensors_behind(self) -> None:
         model = tiny_model()
         base, before = logits(model), fingerprint(model)
         counts = []
         for cycle in range(100):
             memory = inject_memory(model, self.make_config(), tokenizer=byte_tokenizer())
-            self.write(memory) if cycle % 10 == 0 else self.speak(memory)
+            self.write(memory) if cycle % 10 == 0 else self.fill(memory)
             memory.remove()
             if cycle in (19, 99):
                 del memory
@@ -242,7 +253,7 @@ class MemoryContract:
         assert torch.equal(logits(model), base)
         assert fingerprint(model) == before
 
-    def test_a_removed_memory_says_so(self, tmp_path: Path) -> None:
+    def test_using_a_removed_memory_is_an_error(self, tmp_path: Path) -> None:
         model = tiny_model()
         memory = inject_memory(model, self.make_config(), tokenizer=byte_tokenizer())
         memory.remove()
@@ -252,7 +263,7 @@ class MemoryContract:
                 use()
         assert not list(tmp_path.iterdir())
 
-    def test_what_cannot_be_written_changes_nothing(self) -> None:
+    def test_a_refused_write_changes_nothing(self) -> None:
         model = tiny_model()
         base = logits(model)
         memory = inject_memory(model, self.make_config(), tokenizer=byte_tokenizer())
@@ -262,9 +273,10 @@ class MemoryContract:
             memory.write([])
         assert torch.equal(logits(model), base)
 
+    @pytest.mark.integration
     def test_torch_compile(self) -> None:
         model = tiny_model()
-        self.speaking(model)
+        self.filled(model)
         expected = logits(model)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
@@ -272,12 +284,12 @@ class MemoryContract:
 
 
 def memory_free(model: torch.nn.Module, memory: Memory) -> list[torch.nn.Parameter]:
-    """Parameters of the base alone."""
+    """Return the parameters of the base model."""
     return [p for name, p in model.named_parameters() if memory.adapter_name not in name.split(".")]
 
 
 def left_padded(model: PreTrainedModel, *rows: str) -> torch.Tensor:
-    """Logits of left-padded rows with the positions that `generate` would give them."""
+    """Return the logits of left-padded rows, with the positions that `generate` would give them."""
     inputs = encode(*rows, side="left")
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     takes = "position_ids" in inspect.signature(model.forward).parameters
@@ -286,7 +298,7 @@ def left_padded(model: PreTrainedModel, *rows: str) -> torch.Tensor:
 
 
 def zero_dropout(model: torch.nn.Module) -> None:
-    """Training mode without dropout anywhere, so that two passes can be compared."""
+    """Turn dropout off without leaving training mode, so that two passes can be compared."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -44,7 +44,7 @@ def main() -> None:
     for kind, suite in SUITES.items():
         model: Any = tiny_model()
         memory = inject_memory(model, suite.make_config(), tokenizer=byte_tokenizer())
-        suite.speak(memory)
+        suite.fill(memory)
         expected = logits(model)
         gradients = {}
         if kind == "residual":
