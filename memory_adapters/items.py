@@ -120,9 +120,9 @@ def item_from_dict(value: Any) -> Item:
     for kind in _KINDS:
         if isinstance(value, dict) and set(value) == {field.name for field in fields(kind)}:
             return kind(**value)
-    kinds = " or ".join(str({field.name for field in fields(kind)}) for kind in _KINDS)
-    found = f"the fields {cut(', '.join(map(str, value))) or 'of nothing'}" if isinstance(value, dict) else shown(value)
-    raise ValueError(f"has {found}; an item has {kinds}, and no other fields.")
+    kinds = " or ".join(f"({', '.join(field.name for field in fields(kind))})" for kind in _KINDS)
+    found = f"the fields ({cut(', '.join(map(str, value)))})" if isinstance(value, dict) else shown(value)
+    raise ValueError(f"has {found}; an item has the fields {kinds}, and no others.")
 
 
 _KINDS: tuple[type[Item], ...] = (Fact, QuestionAnswer, Document)
