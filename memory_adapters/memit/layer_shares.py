@@ -56,10 +56,10 @@ class LayerShares:
     shares: dict[int, Tensor]
 
 
-def _bare(visit: SubjectStates) -> Tensor:
-    """Return a mask (rows,) of the rows of the bare prompt."""
-    rows = [i for i, row in enumerate(visit.batch.rows) if row.context == 0]
-    return torch.tensor(rows, dtype=torch.long, device=visit.state.device)
+def _bare(states: SubjectStates) -> Tensor:
+    """Return the indices (bare rows,) of the rows of the bare prompt."""
+    rows = [i for i, row in enumerate(states.batch.rows) if row.context == 0]
+    return torch.tensor(rows, dtype=torch.long, device=states.state.device)
 
 
 def _append(captured: list[Tensor], _index: int, value: Tensor) -> None:
@@ -71,7 +71,7 @@ def share_over_layers(
     model: PreTrainedModel,
     decoder: Decoder,
     layers: Sequence[int],
-    visits: Sequence[SubjectStates],
+    subjects: Sequence[SubjectStates],
     groups: Sequence[int],
     keys_per_fact: int,
     h0: Tensor,
@@ -84,55 +84,60 @@ def share_over_layers(
         model: The causal LM, without the edit.
         decoder: Its parts.
         layers: The blocks to edit, in rising order.
-        visits: Rows of all contexts of the facts.
+        subjects: Rows of all contexts of the facts.
         groups: For each context, which of a fact's keys it belongs to: contexts of one group share their mean.
         keys_per_fact: As many as groups, or 1: the mean over groups.
         h0: The stream at the last edited block in the bare prompt (facts, hidden_size), float32.
         z: What it should be.
         as_tuple: Whether the model's blocks put out tuples.
     """
+    # A fact's key is a weighted sum over its contexts: `weights` is each row's weight, `places` the key it belongs to.
     each, count = keys_per_fact, max(groups) + 1
-    factor = [1 / (groups.count(group) * (count / each) * each**0.5) for group in groups]
-    factors, places = [], []
-    for visit in visits:
-        rows = visit.batch.rows
-        factors.append(torch.tensor([factor[row.context] for row in rows], device=h0.device)[:, None])
+    weight_of = [1 / (groups.count(group) * (count / each) * each**0.5) for group in groups]
+    weights, places = [], []
+    for own in subjects:
+        rows = own.batch.rows
+        weights.append(torch.tensor([weight_of[row.context] for row in rows], device=h0.device)[:, None])  # (rows, 1)
         places.append(torch.tensor([row.fact * each + groups[row.context] % each for row in rows], device=h0.device))
     keys: dict[int, Tensor] = {}
     shares: dict[int, Tensor] = {}
-    now, found, states = h0, [visit.key for visit in visits], [visit.state for visit in visits]
-    below = [visit.below for visit in visits]
+    # What changes from block to block: the stream at the last block, and each row's key and states at this one.
+    now = h0  # (facts, hidden_size)
+    found = [own.key for own in subjects]  # each (rows, d_in)
+    states, below = [own.state for own in subjects], [own.below for own in subjects]  # each (rows, hidden_size)
     for i, layer in enumerate(layers):
         total = torch.zeros(len(h0) * each, found[0].shape[-1], device=h0.device)
-        for key, place, factor_of in zip(found, places, factors, strict=True):
-            total.index_add_(0, place, key.float() * factor_of)
-        keys[layer] = total
-        wanted = (z - now) / (len(layers) - i)
+        for key, place, weight in zip(found, places, weights, strict=True):
+            total.index_add_(0, place, key.float() * weight)
+        keys[layer] = total  # (facts · keys_per_fact, d_in)
+        # What is still missing is shared out evenly among this block and those above it.
+        wanted = (z - now) / (len(layers) - i)  # (facts, hidden_size)
         shares[layer] = wanted.clone()
         if layer and not adds_unchanged(model, decoder, layer):
-            for visit, lower in zip(visits, below, strict=True):
-                bare = _bare(visit)
+            # The block normalises its MLP's output (Gemma): find the change before the norm that gives `wanted` after.
+            for own, lower in zip(subjects, below, strict=True):
+                bare = _bare(own)
                 if len(bare) and lower is not None:
-                    facts = visit.batch.facts[bare]
-                    part = visit.batch.select(bare)
+                    facts = own.batch.facts[bare]
                     shares[layer][facts] = projection_change(
-                        model, decoder, layer, part, lower[bare], wanted[facts], as_tuple
+                        model, decoder, layer, own.batch.select(bare), lower[bare], wanted[facts], as_tuple
                     )
         if i + 1 == len(layers):
             break
+        # With this block's share in place, run on to the next edited block for its keys, and to the last for `now`.
         ahead = layers[i + 1]
         projection = mlp_projection(decoder, ahead).module
         now = now.clone()
-        for j, visit in enumerate(visits):
-            state = states[j].float() + wanted[visit.batch.facts]
+        for j, own in enumerate(subjects):
+            state = states[j].float() + wanted[own.batch.facts]
             captured: list[Tensor] = []
             with (
                 inputs_of([projection], partial(_append, captured)),
                 resumed(decoder, layer, state[:, None].to(states[j].dtype), as_tuple=as_tuple),
             ):
                 read = sorted({ahead - 1, ahead, layers[-1]})
-                outputs = dict(zip(read, capture(model, decoder, read, **visit.batch.model_inputs(1)), strict=True))
+                outputs = dict(zip(read, capture(model, decoder, read, **own.batch.model_inputs(1)), strict=True))
             found[j], states[j], below[j] = captured[0].flatten(0, -2), outputs[ahead][:, 0], outputs[ahead - 1][:, 0]
-            bare = _bare(visit)
-            now[visit.batch.facts[bare]] = outputs[layers[-1]][bare, 0].float()
+            bare = _bare(own)
+            now[own.batch.facts[bare]] = outputs[layers[-1]][bare, 0].float()
     return LayerShares(keys, shares)

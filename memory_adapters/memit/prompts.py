@@ -252,11 +252,14 @@ def keep_before(model: PreTrainedModel, rows: Sequence[FactRow], prefixes: Prefi
     ids, mask = _left_padded(
         [row.ids[start : row.subject + read] for row, start in zip(rows, starts, strict=True)], device
     )
+    # A row is: its context's prefix (`cached` tokens, in the cache), the rest of the prompt before the subject's last
+    # token (`before`, read here), and the `read` tokens from there on, which stay in the batch.
     cached = prefixes.mask.shape[1]
     before = ids.shape[1] - read
     inputs = _masked(model, torch.cat([prefixes.mask[contexts], mask], 1))
     cache = _chosen(prefixes.cache, contexts)
     if before:
+        # Appends to the rows' own copies of the prefixes' keys and values.
         part = {name: value[:, : cached + before] for name, value in inputs.items()}
         if "position_ids" in part:
             part["position_ids"] = part["position_ids"][:, cached:]
