@@ -1,4 +1,4 @@
-"""The residual memory inside PEFT: every way in gives the same, and what PEFT offers works."""
+"""The residual memory inside PEFT: every way to inject it gives the same, and what PEFT offers works."""
 
 from __future__ import annotations
 
