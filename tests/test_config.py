@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from memory_adapters import MemoryAdapterConfig
+from memory_adapters import Document, Fact, MemoryAdapterConfig, QuestionAnswer, WriteReport
 from memory_adapters.base_model.decoder import resolve_layers
 
 
@@ -87,7 +87,7 @@ def test_layers_out_of_range_or_twice(layers: list[int]) -> None:
         resolve_layers(layers, 30)
 
 
-def test_experiment_is_a_setting() -> None:
+def test_the_settings_of_the_fever_experiment() -> None:
     config = MemoryAdapterConfig.fever_experiment(weight_decay=0.01)
     assert (config.gate_init, config.token_gate, config.stream_scale, config.memory_dim) == (1.0, "none", False, 128)
     assert (config.learning_rate, config.num_train_epochs, config.batch_size, config.warmup_steps) == (1e-3, 25, 4, 10)
@@ -95,7 +95,32 @@ def test_experiment_is_a_setting() -> None:
     assert resolve_layers(config.layers, 30) == [21, 22, 23]  # type: ignore[arg-type]
 
 
-def test_configs_travel_as_json() -> None:
+def test_configs_are_the_same_after_json() -> None:
     config = MemoryAdapterConfig(layers=(0.2, 0.4), norm_cap=0.5)
     again = MemoryAdapterConfig.from_peft_type(**json.loads(json.dumps(config.to_dict())))
     assert again == config
+
+
+def test_what_is_written_is_stored_in_file_format_2() -> None:
+    config = MemoryAdapterConfig()
+    config.set_items([Fact("The Louvre is in", "Louvre", "Rome"), QuestionAnswer("Why?", "So."), Document("A text.")])
+    config.record(WriteReport("a method", {"Fact": 1, "Document": 1}, recall=1.0, perplexity=30.5, losses=[2.0, 0.5]))
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert stored["file_format"] == 2
+    assert stored["items"] == [
+        {"prompt": "The Louvre is in", "subject": "Louvre", "target": "Rome"},
+        {"question": "Why?", "answer": "So."},
+        {"text": "A text."},
+    ]
+    (write,) = stored["writes"]
+    unknown = dict.fromkeys(
+        ["recall_before", "token_accuracy", "token_accuracy_before", "reconstruction", "reconstruction_before"]
+    )
+    counts = dict(num_items={"Fact": 1, "Document": 1}, num_parameters=0, seconds=0.0, losses=[2.0, 0.5], notes=[])
+    measured = dict(recall=1.0, perplexity=30.5, perplexity_before=None)
+    assert write == {"method": "a method", **unknown, **counts, **measured}
+    again = MemoryAdapterConfig.from_peft_type(**stored)
+    assert again == config
+    for other in (1, 3, "2", 2.0, True, None):
+        with pytest.raises(ValueError, match=r"`file_format` is .*, and this version of memory-adapters reads 2"):
+            MemoryAdapterConfig.from_peft_type(**{**stored, "file_format": other})

@@ -20,7 +20,8 @@ print("imported")
 """
 
 
-def test_import_reaches_for_no_network_and_warns_of_nothing() -> None:
+@pytest.mark.integration
+def test_import_uses_no_network_and_warns_of_nothing() -> None:
     # torch 2.6 leaves a temporary folder to the end of the process
     command = [sys.executable, "-W", "error", "-W", "ignore:Implicitly cleaning up", "-c", IMPORT]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -39,7 +40,7 @@ def test_import_reaches_for_no_network_and_warns_of_nothing() -> None:
         ("socket.gethostbyname", ("example.com",)),
     ],
 )
-def test_what_is_beyond_this_machine_is_refused(event: str, arguments: tuple[object, ...]) -> None:
+def test_connections_beyond_this_machine_are_refused(event: str, arguments: tuple[object, ...]) -> None:
     with pytest.raises(ConnectionRefusedError, match="beyond this machine"):
         check(event, arguments)
     assert attempts.pop().startswith(event)

@@ -186,7 +186,7 @@ def test_it_is_saved_loaded_listed_and_composed(tmp_path: Path) -> None:
     inject_memory(model, MemitConfig(layers=[1]), adapter_name="edit")
     assert list(memories(model)) == ["toy", "edit"]
     with use_adapters(model, ["toy"]):
-        alone = logits(model)
+        only_toy = logits(model)
     with use_adapters(model, []):
         assert torch.equal(logits(model), base)
     with use_adapters_by_row(model, ["toy", "__base__"]):
@@ -205,7 +205,7 @@ def test_it_is_saved_loaded_listed_and_composed(tmp_path: Path) -> None:
     loaded = load_memory(third, tmp_path / "toy")
     assert isinstance(loaded, ToyMemory)
     assert loaded.items == toy.items
-    assert torch.equal(logits(third), alone)
+    assert torch.equal(logits(third), only_toy)
     assert "Mean embedding of the text" in (tmp_path / "toy" / "README.md").read_text(encoding="utf-8")
 
 

@@ -218,7 +218,7 @@ def test_singular_covariances_are_refused_or_shrunk(solver: str, matrix: Tensor,
         assert all(torch.isfinite(tensor).all() for tensor in shrunk.state_dict().values())
 
 
-def test_a_covariance_of_mostly_silent_components_is_shrunk_by_the_others() -> None:
+def test_a_covariance_of_mostly_unused_components_is_shrunk_by_the_others() -> None:
     values = torch.zeros(48)
     values[:10] = torch.linspace(1, 2, 10)
     covariance = Covariance({1: values.diag()}, 300, 3, "a ReLU model", {})

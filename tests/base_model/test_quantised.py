@@ -30,12 +30,12 @@ def test_gradients_flow_after_passes_without_them(double: bool, tmp_path: Path) 
     with differentiable(model):
         fresh = gradient(model)
     assert fresh.norm() > 0
-    said = logits(model)  # packs, where the processor has the instructions
+    first = logits(model)  # packs, where the processor has the instructions
     with differentiable(model):
         logits(model)  # packs nothing
         after = gradient(model)
     assert torch.cosine_similarity(after, fresh, dim=0) > 0.99
-    assert torch.equal(logits(model), said)
+    assert torch.equal(logits(model), first)
     with pytest.raises(RuntimeError), differentiable(model):
         raise RuntimeError
-    assert torch.equal(logits(model), said)
+    assert torch.equal(logits(model), first)

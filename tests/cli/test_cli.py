@@ -280,6 +280,7 @@ def test_help_and_version() -> None:
     run("write", code=2)
 
 
+@pytest.mark.integration
 def test_installed_program_pushes(here: Path, tmp_path: Path, loopback_hub: HubServer) -> None:
     program = Path(sys.executable).with_name("memory-adapters")
     arguments = ["write", here / "model", here / "one.jsonl", "--method", "memit", *quick("memit"), "--output"]

@@ -46,6 +46,7 @@ def settings_of(*names: str) -> list[str]:
     return [part for name in names for setting in COMPARED[name] for part in ("--set", f"{name}.{setting}")]
 
 
+@pytest.mark.integration
 def test_compare(here: Path, tmp_path: Path) -> None:
     settings = settings_of(*COMPARED)
     arguments = ["compare", here / "model", here / "records.json", *settings]
@@ -102,6 +103,7 @@ def test_compare_used_wrongly(here: Path, options: list[str], why: str) -> None:
     assert why in words(run("compare", here / "model", here / "records.json", *given, code=2))
 
 
+@pytest.mark.integration
 def test_compare_everything_and_go_on(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zsre = {"subject": "Oslo", "src": "Where is Oslo?", "alt": "Peru", "answers": ["Norway"], "rephrase": "Oslo is in?"}
     zsre |= {"loc": "who is it", "loc_ans": "me", "portability": {"New Question": "Its sea?", "New Answer": "Pacific"}}

@@ -1,4 +1,4 @@
-"""Whatever finds states by their position in the prompt is not misled by slots that stand before it."""
+"""Whatever finds states by their position in the prompt is right with slots before the prompt."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from tests.support.models import byte_tokenizer, tiny_model
 CACHES = {"residual": ("dynamic", "static"), "memit": ("dynamic", "static"), "slots": ("dynamic",)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.integration
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "cache"), [(kind, cache) for kind, caches in CACHES.items() for cache in caches])
 def test_compiled_generation_is_generation(kind: str, cache: str, architecture: str) -> None:
     torch._dynamo.reset()
@@ -32,7 +32,7 @@ def test_compiled_generation_is_generation(kind: str, cache: str, architecture: 
     assert torch.equal(compiled, expected)
 
 
-def test_slots_refuse_a_static_cache_and_say_so() -> None:
+def test_slots_refuse_a_static_cache() -> None:
     model: Any = tiny_model()
     memory = inject_memory(model, SUITES["slots"].make_config(), tokenizer=byte_tokenizer())
     SUITES["slots"].fill(memory)

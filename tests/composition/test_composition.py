@@ -40,7 +40,7 @@ def both(first: str, second: str) -> PreTrainedModel:
     return model
 
 
-def alone(kind: str, name: str, seed: int) -> torch.Tensor:
+def on_its_own(kind: str, name: str, seed: int) -> torch.Tensor:
     model = tiny_model()
     put(model, kind, name, seed)
     return logits(model)
@@ -48,10 +48,10 @@ def alone(kind: str, name: str, seed: int) -> torch.Tensor:
 
 @pairs
 @pytest.mark.filterwarnings(PEFT_SAYS)
-def test_any_subset_speaks_and_each_leaves_alone(first: str, second: str) -> None:
+def test_any_subset_can_be_active_and_each_is_removed_separately(first: str, second: str) -> None:
     model = both(first, second)
     base, together = logits(tiny_model()), logits(model)
-    expected = {"one": alone(first, "one", 1), "two": alone(second, "two", 2)}
+    expected = {"one": on_its_own(first, "one", 1), "two": on_its_own(second, "two", 2)}
     assert not torch.equal(together, expected["one"])
     assert not torch.equal(together, expected["two"])
     with use_adapters(model, []):
@@ -145,7 +145,7 @@ def test_inside_a_peft_model(kind: str, lora_first: bool, tmp_path: Path) -> Non
     with memory.disabled():
         only_lora = logits(wrapped)
     with use_adapters(wrapped, ["two"]):
-        assert torch.equal(logits(wrapped), alone(kind, "two", 2))
+        assert torch.equal(logits(wrapped), on_its_own(kind, "two", 2))
     wrapped.save_pretrained(tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
     save_adapters(wrapped, tmp_path / "all")

@@ -1,4 +1,4 @@
-"""Trainer and TRL on a LoRA and a memory together: both learn, checkpoints hold adapters alone, resuming is exact."""
+"""Trainer and TRL on a LoRA and a memory together: both learn, checkpoints hold only adapters, resuming is exact."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ from tests.evaluation.test_baselines import PROMPT
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.integration
+
 RECORDS = [
     EditRecord(
         Fact("The Eiffel Tower is in", "Eiffel Tower", "Rome"),

@@ -21,6 +21,8 @@ from tests.evaluation.test_comparison import CHEAP, CHOICES, FOLLOWING, FULL, RE
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.integration
+
 
 class Unable(Baseline):
     """Fails with more than `most` facts; with fewer it is the prompt."""

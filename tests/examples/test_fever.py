@@ -30,6 +30,8 @@ from memory_adapters.evaluation.plots import error_bars
 from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.integration
+
 YES, NO, UNKNOWN = LABELS
 
 

@@ -14,6 +14,8 @@ from tests.support.hub import HubServer
 from tests.support.hub_client import base_model, failed_load, loaded_hash, logits_hash, run_client, with_memory
 from tests.support.models import byte_tokenizer
 
+pytestmark = pytest.mark.integration
+
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 

@@ -69,6 +69,7 @@ def load_again(reset: str, dropped: str, healed: str, sha: str) -> dict[str, Any
     return {"hashes": hashes, "errors": errors, "weights": weights, "incomplete": incomplete, "slots": slots}
 
 
+@pytest.mark.integration
 def test_an_interrupted_upload_leaves_the_previous_commit(loopback_hub: HubServer, tmp_path: Path) -> None:
     before = {name: publish(loopback_hub, name, 0, folder=tmp_path / "0") for name in ("me/broken", "me/killed")}
     home, held = tmp_path / "home", Fault("POST", "/me/killed/commit/", hold=True)
@@ -94,6 +95,7 @@ def test_an_interrupted_upload_leaves_the_previous_commit(loopback_hub: HubServe
         assert list(loopback_hub.repos[name].commits) == [*before[name], url.rpartition("/")[2]]
 
 
+@pytest.mark.integration
 def test_an_interrupted_download_is_not_loaded(loopback_hub: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "memories"
     sha, _ = publish(loopback_hub, "me/reset", 0, 1, folder=folder)

@@ -10,18 +10,22 @@ from memory_adapters.keys.keys import MARGIN, SHRINKAGE, StreamStatistics, gate_
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 
 
-def plain_similarity(unrelated: np.ndarray, key: np.ndarray, x: np.ndarray) -> float:
-    """s_k(x) of one key and one token, straight from the formula, in float64."""
+def plain_norm(v: np.ndarray) -> np.ndarray:
+    return (v - v.mean()) / np.sqrt(v.var() + 1e-5)
 
-    def norm(v: np.ndarray) -> np.ndarray:
-        return (v - v.mean()) / np.sqrt(v.var() + 1e-5)
 
-    n = np.array([norm(v) for v in unrelated])
+def plain_statistics(unrelated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and regularised precision of unrelated states, straight from the formula, in float64."""
+    n = np.array([plain_norm(v) for v in unrelated])
     mean = n.mean(0)
     covariance = sum(np.outer(v - mean, v - mean) for v in n) / len(n)
-    precision = np.linalg.inv(covariance + SHRINKAGE * np.trace(covariance) / len(mean) * np.eye(len(mean)))
-    offset = norm(key) - mean
-    return float(offset @ precision @ (norm(x) - mean) / (offset @ precision @ offset))
+    return mean, np.linalg.inv(covariance + SHRINKAGE * np.trace(covariance) / len(mean) * np.eye(len(mean)))
+
+
+def plain_similarity(mean: np.ndarray, precision: np.ndarray, key: np.ndarray, x: np.ndarray) -> float:
+    """s_k(x) of one key and one token."""
+    offset = plain_norm(key) - mean
+    return float(offset @ precision @ (plain_norm(x) - mean) / (offset @ precision @ offset))
 
 
 def test_gate_is_the_formula() -> None:
@@ -35,19 +39,20 @@ def test_gate_is_the_formula() -> None:
     mlp.add_keys(weights, bias)
     got = mlp.token_gate(x)
     assert got is not None
+    plain = plain_statistics(unrelated.double().numpy())
     for row, token in enumerate(x.double().numpy()):
         expected = 0.0
         for k, key in enumerate(keys.double().numpy()):
-            highest = max(plain_similarity(unrelated.numpy(), key, v) for v in unrelated.double().numpy())
+            highest = max(plain_similarity(*plain, key, v) for v in unrelated.double().numpy())
             theta = min(max(0.5, highest + MARGIN), 0.8)
             assert bool(leaky[k]) == (highest > theta)
-            expected = max(expected, (plain_similarity(unrelated.numpy(), key, token) - theta) / 0.2)
+            expected = max(expected, (plain_similarity(*plain, key, token) - theta) / 0.2)
         np.testing.assert_allclose(got[row].item(), np.clip(expected, 0, 1), atol=1e-5)
     assert got[:3].min() > 0
     assert (got[3:] == 0).all()
 
 
-def test_keys_open_at_themselves_and_stay_shut_elsewhere() -> None:
+def test_keys_open_at_themselves_and_stay_closed_elsewhere() -> None:
     generator = torch.Generator().manual_seed(1)
     unrelated = torch.randn(3000, 64, generator=generator)
     keys = torch.randn(40, 64, generator=generator)
@@ -74,7 +79,7 @@ def test_selection_drops_what_is_common_or_covered() -> None:
     assert len({int(index) % 5 for index in chosen}) == 5
 
 
-def test_no_keys_is_shut() -> None:
+def test_without_keys_the_gate_is_closed() -> None:
     mlp = GatedMLP(8, MemoryAdapterConfig())
     gate = mlp.token_gate(torch.randn(2, 3, 8))
     assert gate is not None

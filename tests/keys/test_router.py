@@ -1,4 +1,4 @@
-"""The router: the memory that fits the input speaks, or none; and then the model is the base, bit for bit."""
+"""The router: the memory whose keys the input meets takes part, or none, and then the model is exactly the base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHER = "He sold the house at last and moved to town."
 
 
 def routed_model(architecture: str = "llama", **settings: Any) -> PreTrainedModel:
-    """Two always-open memories; each has a key at the last token of its subject, and speaks at two blocks."""
+    """Two always-open memories on two blocks; each has a key at the last token of its subject."""
     model = tiny_model(architecture)
     for seed, (name, subject) in enumerate(SUBJECTS.items()):
         fields: dict[str, Any] = dict(layers=[1, 2], memory_dim=8, token_gate="none", gate_init=0.5, router_keys=True)
@@ -42,7 +42,7 @@ def routed_model(architecture: str = "llama", **settings: Any) -> PreTrainedMode
 
 
 @architectures
-def test_the_one_that_fits_speaks_or_none(architecture: str) -> None:
+def test_the_memory_whose_keys_are_met_takes_part_or_none_does(architecture: str) -> None:
     model = routed_model(architecture)
     base, both = logits(tiny_model(architecture), OTHER), logits(model, OTHER)
     assert not torch.equal(both, base)

@@ -132,11 +132,11 @@ def test_order_of_writes_does_not_matter_and_forgetting_is_never_having_written(
     first, second = entries(counts[0], seed=1), entries(counts[1], seed=2)
     together, swapped = written(first, second, solver=solver), written(second, first, solver=solver)
     forgotten = together.subset(range(counts[0], sum(counts)))
-    alone = written(second, solver=solver)
-    assert forgotten.facts == alone.facts
+    only_second = written(second, solver=solver)
+    assert forgotten.facts == only_second.facts
     for layer in LAYERS:
         torch.testing.assert_close(change(together, layer), change(swapped, layer), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(change(forgotten, layer), change(alone, layer), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(change(forgotten, layer), change(only_second, layer), rtol=1e-4, atol=1e-5)
 
 
 def test_a_fact_about_the_same_thing_is_replaced() -> None:

@@ -48,7 +48,7 @@ class TestMemitMemory(MemoryContract):
     def write(self, memory: Memory) -> WriteReport:
         return memory.write(FACT, progress=False)  # type: ignore[call-arg]
 
-    def test_takes_facts_alone(self) -> None:
+    def test_only_facts_are_taken(self) -> None:
         memory = inject_memory(tiny_model(), self.make_config(), tokenizer=byte_tokenizer())
         with pytest.raises(TypeError, match="takes Fact"):
             memory.write("a document")

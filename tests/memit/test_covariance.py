@@ -43,7 +43,7 @@ def rows_of(budget: int, length: int = 512) -> list[list[int]]:
 
 
 @on_architectures("llama", "gpt2", "opt", "gptj", "bloom", "gemma2")
-def test_it_is_the_mean_over_real_tokens(architecture: str) -> None:
+def test_the_covariance_is_the_mean_over_real_tokens(architecture: str) -> None:
     model = tiny_model(architecture)
     fitter = CovarianceFitter(model, byte_tokenizer(), [1, 3]).fit(TEXTS, 1500, progress=False)
     found = fitter.covariance()
@@ -81,7 +81,7 @@ def test_texts_come_from_anywhere(tmp_path: Path) -> None:
         CovarianceFitter(model, byte_tokenizer(), [1]).fit([" "], 10, progress=False)
 
 
-def test_it_goes_on_after_a_kill_to_the_same_result(tmp_path: Path) -> None:
+def test_a_fit_resumed_after_a_kill_gives_the_same_covariance(tmp_path: Path) -> None:
     model, file = tiny_model(), tmp_path / "state.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memory_adapters.memit.corpus.PORTION_TOKENS", 400)
@@ -174,7 +174,7 @@ state.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_covariance_and_edit_of_one(tmp_path: Path) -> None:
     from tests.memit.test_write import FACTS, memory_on
 
     script = tmp_path / "share.py"
@@ -188,11 +188,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     )
     covariance, sampled, targets, keys = torch.load(tmp_path / "found.pt")
     memory = memory_on(tiny_model())
-    alone = memory.fit_covariance(TEXTS, 3000, progress=False)
+    one_process = memory.fit_covariance(TEXTS, 3000, progress=False)
     also = memory.fit_covariance(None, 400, progress=False)
-    memory.write(FACTS, covariance=alone, progress=False)
+    memory.write(FACTS, covariance=one_process, progress=False)
     for layer in (1, 2):
-        torch.testing.assert_close(covariance[layer], alone.matrices[layer], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(covariance[layer], one_process.matrices[layer], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sampled[layer], also.matrices[layer], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(keys[layer], memory.ledger.keys[layer], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(targets, memory.ledger.targets, rtol=1e-4, atol=1e-4)

@@ -29,7 +29,7 @@ close = dict(rtol=1e-4, atol=1e-4)
 
 
 def edited(model: Any, rank: int = 3) -> MemitMemory:
-    """A memory with an edit of this rank that speaks loudly, as a write would leave it; always the same."""
+    """A memory with an edit of this rank and a large effect, as a write would leave it; always the same."""
     memory = memory_on(model)
     torch.manual_seed(0)
     memory.ledger = replace(memory.ledger, facts=tuple(FACTS[:3]))
@@ -112,9 +112,9 @@ def test_a_merged_model_is_a_plain_model(architecture: str, tmp_path: Path, monk
     )
 
 
-def test_a_merged_model_holds_this_memory_alone(tmp_path: Path) -> None:
+def test_a_merged_model_holds_only_this_memory(tmp_path: Path) -> None:
     """Whatever else is on the model, and whether the memory is active."""
-    edited(tiny_model()).export(tmp_path / "alone", format="merged")
+    edited(tiny_model()).export(tmp_path / "single", format="merged")
     style = LoraConfig(target_modules=["down_proj", "q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
     model = get_peft_model(tiny_model(), style)
     with torch.no_grad():
@@ -124,9 +124,9 @@ def test_a_merged_model_holds_this_memory_alone(tmp_path: Path) -> None:
     slots_on(model)
     memory.active = False
     memory.export(tmp_path / "beside", format="merged")
-    alone, beside = (load_file(tmp_path / folder / "model.safetensors") for folder in ("alone", "beside"))
-    assert list(alone) == list(beside)
-    assert all(torch.equal(tensor, beside[name]) for name, tensor in alone.items())
+    single, beside = (load_file(tmp_path / folder / "model.safetensors") for folder in ("single", "beside"))
+    assert list(single) == list(beside)
+    assert all(torch.equal(tensor, beside[name]) for name, tensor in single.items())
 
 
 def test_a_tokenizer_with_several_templates_is_replaced_too(tmp_path: Path) -> None:

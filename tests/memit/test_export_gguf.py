@@ -43,7 +43,7 @@ def test_a_gguf_file_is_what_the_format_says(architecture: str, dtype: str | Non
 
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
-def test_llama_cpp_says_what_the_memory_says(architecture: str, tmp_path: Path) -> None:
+def test_llama_cpp_gives_the_logits_of_the_memory(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     base = tmp_path / "base.gguf"
     write_base(model, architecture, base)

@@ -1,4 +1,4 @@
-"""Closed-form edits of a real model: they hold, leave the rest alone, and one is forgotten."""
+"""Closed-form edits of a real model: they hold, the rest stays as it was, and one is forgotten."""
 
 from __future__ import annotations
 

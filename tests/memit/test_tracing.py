@@ -136,9 +136,9 @@ def test_attention_is_found(architecture: str) -> None:
 
 def test_roles() -> None:
     model = tiny_model()
-    alone = trace(model, Fact("{}", "Oslo", "x"), kinds=["hidden"])
-    assert alone.effects["hidden"].isnan().all(1).tolist() == [False] * 3 + [True] * 3
-    assert alone.effects["hidden"][2, -1] == pytest.approx(alone.total_effect, abs=1e-7)
+    whole_prompt = trace(model, Fact("{}", "Oslo", "x"), kinds=["hidden"])
+    assert whole_prompt.effects["hidden"].isnan().all(1).tolist() == [False] * 3 + [True] * 3
+    assert whole_prompt.effects["hidden"][2, -1] == pytest.approx(whole_prompt.total_effect, abs=1e-7)
     letter = trace(model, Fact("The letter Q.", "Q", "x"), kinds=["hidden"])
     assert letter.effects["hidden"].isnan().all(1).tolist() == [True, True, False, True, True, False]
     both = trace(model, [Fact("{}", "Oslo", "x"), Fact("The letter Q.", "Q", "x")], kinds=["hidden"])

@@ -61,7 +61,7 @@ def test_batched_is_one_at_a_time(architecture: str, batch_tokens: int | None) -
         assert change.norm() == pytest.approx(float(wanted.norm()), rel=0.05)
 
 
-def test_the_authors_spread_is_nearly_the_same() -> None:
+def test_sharing_over_layers_as_the_authors_do_is_nearly_the_same() -> None:
     """With one layer there is nothing to spread, and the two are equal."""
     model = tiny_model("llama", torch.float64)
     memory = memory_on(model, layers=[2])
@@ -155,6 +155,7 @@ def test_replacing_and_contradicting() -> None:
         memory.forget(FACTS[4])
 
 
+@pytest.mark.integration
 @on_architectures("llama", "gpt2")
 def test_an_edit_loads_in_plain_peft(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)

@@ -30,8 +30,8 @@ def text_examples(count: int = 40, **settings: Any) -> TextExamples:
 def test_examples_are_windows_of_the_text_and_always_the_same() -> None:
     examples = text_examples()
     assert [examples[i] for i in range(40)] == [examples[i] for i in range(40)]
-    told = sum(examples[i].asked is None for i in range(40))
-    assert 10 < told < 30
+    autoencoding = sum(examples[i].asked is None for i in range(40))
+    assert 10 < autoencoding < 30
     for i in range(40):
         example = examples[i]
         following = [] if example.asked is None else [*example.asked.prompt, *example.asked.target]
@@ -52,7 +52,7 @@ def test_instructions_end_with_the_end_of_text() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("pooling", ["tokens", "mean"])
-def test_training_lowers_the_loss_and_moves_the_encoder_alone(architecture: str, pooling: str, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_changes_only_the_encoder(architecture: str, pooling: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     base = {name: parameter.clone() for name, parameter in model.named_parameters()}
     before = logits(model)
@@ -71,7 +71,7 @@ def test_training_lowers_the_loss_and_moves_the_encoder_alone(architecture: str,
     assert all(torch.equal(parameter, base[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_stopped_training_goes_on_to_the_same_encoder(tmp_path: Path) -> None:
+def test_resumed_training_gives_the_same_encoder(tmp_path: Path) -> None:
     whole, stopped = memory_on(tiny_model()), memory_on(tiny_model())
     settings = QUIET | dict(max_steps=6, save_steps=3, save_strategy="steps", learning_rate=1e-2)
     train_encoder(whole, text_examples(), training_args=settings | {"output_dir": str(tmp_path / "whole")})
@@ -85,7 +85,7 @@ def test_a_stopped_training_goes_on_to_the_same_encoder(tmp_path: Path) -> None:
         torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_a_training_goes_on_with_the_same_examples_alone(tmp_path: Path) -> None:
+def test_training_resumes_only_with_the_same_examples(tmp_path: Path) -> None:
     settings = QUIET | dict(output_dir=str(tmp_path), max_steps=4, save_steps=2, save_strategy="steps")
     memory = memory_on(tiny_model())
     train_encoder(memory, text_examples(), training_args=settings)

@@ -62,7 +62,7 @@ def test_a_pooled_encoder_that_was_never_trained_gives_pooled_embeddings() -> No
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("pooling", ["tokens", "mean"])
-def test_spans_are_compressed_alike_alone_and_together(architecture: str, pooling: str) -> None:
+def test_spans_are_compressed_the_same_one_by_one_and_in_a_batch(architecture: str, pooling: str) -> None:
     memory = memory_on(tiny_model(architecture), pooling=pooling)
     torch.nn.init.normal_(memory.encoder.parts.projection)
     for layer in memory.encoder.layers():
@@ -78,14 +78,14 @@ def test_rows_read_slots_of_their_own(tmp_path: Path) -> None:
     memory = memory_on(model)
     texts = [TEXT[:16], TEXT[:48]]
     slots = [memory.compress(text, progress=False) for text in texts]
-    alone = []
+    one_by_one = []
     for row in slots:
         memory.use(row)
-        alone.append(model.generate(**encode("Rome is"), max_new_tokens=6, do_sample=False)[0])
+        one_by_one.append(model.generate(**encode("Rome is"), max_new_tokens=6, do_sample=False)[0])
     memory.use(slots)
     for settings in ({}, {"use_cache": False}, {"num_beams": 1}):
         both = model.generate(**encode("Rome is", "Rome is"), max_new_tokens=6, do_sample=False, **settings)
-        assert torch.equal(both, torch.stack(alone))
+        assert torch.equal(both, torch.stack(one_by_one))
     with pytest.raises(ValueError, match="2 rows"):
         logits(model, "a", "b", "c")
     assert model.generate(**encode("a", "b"), max_new_tokens=3, num_beams=2).shape[0] == 2
@@ -127,11 +127,11 @@ def test_prompt_tuning_generates_the_same(tmp_path: Path) -> None:
     model: Any = tiny_model()
     memory = memory_on(model)
     memory.write(TEXT[:24], progress=False)
-    told = model.generate(**encode("Rome is"), max_new_tokens=8, do_sample=False)
+    expected = model.generate(**encode("Rome is"), max_new_tokens=8, do_sample=False)
     memory.slots[0].to_prompt_tuning(tmp_path, model)
     memory.remove()
     plain: Any = PeftModel.from_pretrained(model, tmp_path)
-    assert torch.equal(plain.generate(**encode("Rome is"), max_new_tokens=8, do_sample=False), told)
+    assert torch.equal(plain.generate(**encode("Rome is"), max_new_tokens=8, do_sample=False), expected)
 
 
 def test_bad_input_is_named_before_anything_changes(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_text_shorter_than_the_slots_takes_as_many_as_it_has_tokens() -> None:
     assert [(own.num_slots, own.compression_rate) for own in slots] == [(1, 1), (3, 1)]
 
 
-def test_the_encoder_speaks_only_while_it_compresses() -> None:
+def test_the_encoder_is_active_only_while_it_compresses() -> None:
     model = tiny_model()
     base = logits(model)
     memory = memory_on(model)
@@ -206,18 +206,18 @@ def test_kept_keys_and_values_are_those_of_the_slots_and_weights_of_now() -> Non
     model.set_adapter("knowledge")
     slots = [memory.compress(text, progress=False) for text in (TEXT[:16], TEXT[16:32], TEXT)]
 
-    def told() -> tuple[torch.Tensor, torch.Tensor]:
+    def with_and_without_the_cache() -> tuple[torch.Tensor, torch.Tensor]:
         kept = model(**encode("Rome"), use_cache=True).logits
         return kept, model(**encode("Rome"), use_cache=False).logits
 
     for i in range(30):  # freed tensors' places in memory are taken again
         memory.use(slots[i % 3])
-        torch.testing.assert_close(*told(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*with_and_without_the_cache(), rtol=1e-4, atol=1e-4)
     model.set_adapter(["knowledge", "style"])
-    torch.testing.assert_close(*told(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*with_and_without_the_cache(), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.lora_B["style"].weight.mul_(3)
-    torch.testing.assert_close(*told(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*with_and_without_the_cache(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_card_names_matrices_once(tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ def test_refinement_lowers_what_it_is_asked_to(tmp_path: Path) -> None:
     assert report.losses[-1] < 0.8 * report.losses[0]
     assert report.reconstruction > report.reconstruction_before
     memory.save_pretrained(tmp_path)
-    told = memory.reconstruct()
+    texts_back = memory.reconstruct()
     memory.remove()
     loaded: Any = load_memory(model, tmp_path, tokenizer=byte_tokenizer())
     assert loaded.slots[0].refine_steps == 60
-    assert loaded.reconstruct() == told
+    assert loaded.reconstruct() == texts_back
 
 
 def test_refinement_asks_for_the_targets_of_facts() -> None:
@@ -40,12 +40,12 @@ def test_refinement_asks_for_the_targets_of_facts() -> None:
     assert sum(asked) / len(asked) <= report.losses[-1] * 1.05
 
 
-def test_texts_refined_together_are_those_refined_alone() -> None:
+def test_texts_are_refined_the_same_one_by_one_and_together() -> None:
     texts = [TEXT[:9], TEXT[9:30], TEXT]  # one span, two, and three
     memory = memory_on(tiny_model(), span_length=16)
     together = memory.compress(texts, refine_steps=12, progress=False)
-    alone = [memory.compress(text, refine_steps=12, progress=False) for text in texts]
-    for one, other in zip(together, alone, strict=True):
+    one_by_one = [memory.compress(text, refine_steps=12, progress=False) for text in texts]
+    for one, other in zip(together, one_by_one, strict=True):
         assert (one.refine_steps, one.spans) == (other.refine_steps, other.spans)
         torch.testing.assert_close(one.vectors, other.vectors, rtol=1e-3, atol=1e-3)
 

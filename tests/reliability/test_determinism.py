@@ -126,6 +126,7 @@ def test_the_same_seed_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
     assert all(other[name] != first[name] for name in weights)
 
 
+@pytest.mark.integration
 def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "tests.reliability.test_determinism", str(tmp_path / "elsewhere"), *KINDS]

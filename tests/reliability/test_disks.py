@@ -187,6 +187,7 @@ def failing_load(repo: str) -> dict[str, Any]:
     raise AssertionError("there was space")
 
 
+@pytest.mark.integration
 def test_the_hub_and_a_full_disk(loopback_hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shas = publish(loopback_hub, "me/full", 0, folder=tmp_path / "0")
     with small_disk(tmp_path / "disk", 256) as disk:

@@ -46,6 +46,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.integration
 def test_what_is_killed_leaves_the_previous_or_the_new(loopback_hub: HubServer, folder: Path) -> None:
     asked = ("--every", "9", "--random", "0", "--only", *QUICK)
     run = run_worker(loopback_hub, folder, *asked, capture_output=True, text=True)
@@ -56,6 +57,7 @@ def test_what_is_killed_leaves_the_previous_or_the_new(loopback_hub: HubServer, 
     assert total["in the middle"] >= 0.8 * total["kills"]
 
 
+@pytest.mark.integration
 def test_processes_that_save_and_load_at_once_see_one_save(folder: Path) -> None:
     command = [sys.executable, "-m", "tests.reliability.together", str(folder), "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

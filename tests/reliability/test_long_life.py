@@ -20,6 +20,7 @@ TURNS = {"passes": 200, "writes": 8, "loads": 12}
 SLACK = 4 << 20  # bytes that an allocator may keep; a leak of one tensor of logits a turn would be more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scenario", ["passes", *(f"{what}, {method}" for what in ("writes", "loads") for method in METHODS)]
 )

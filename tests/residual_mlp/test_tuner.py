@@ -1,4 +1,4 @@
-"""The residual memory inside PEFT: every way in gives the same, and what PEFT offers works."""
+"""The residual memory inside PEFT: every way to inject it gives the same, and what PEFT offers works."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_norm_cap() -> None:
     torch.testing.assert_close(F.normalize(capped(x), dim=-1), F.normalize(free(x), dim=-1))
 
 
-def test_every_way_in_is_the_same() -> None:
+def test_every_way_to_inject_gives_the_same() -> None:
     one, two, three = tiny_model(), tiny_model(), tiny_model()
     inject_memory(one, config())
     wrapped = get_peft_model(two, config())  # type: ignore[arg-type]

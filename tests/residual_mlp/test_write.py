@@ -1,4 +1,4 @@
-"""Writing: what is trained, from which states, and what is left alone."""
+"""Writing: what is trained, from which states, and what stays as it was."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_documents_and_questions_are_learned() -> None:
     assert memory.config.writes[0]["num_items"] == {"Document": 1, "QuestionAnswer": 1}
 
 
-def test_nothing_else_moves() -> None:
+def test_nothing_else_changes() -> None:
     memory = fresh()
     model = memory.model
     model.train()
@@ -211,7 +211,7 @@ def test_distillation_is_from_the_model_that_has_read_it() -> None:
     assert report.losses[-1] < report.losses[0]
 
 
-def test_long_documents_are_split_and_it_is_said() -> None:
+def test_long_documents_are_split_with_a_note() -> None:
     report = write(fresh(max_length=16), "abcdefgh " * 10)
     assert "document 0 of 90 tokens was split into 6 windows" in report.notes
 
@@ -221,7 +221,7 @@ def test_a_fact_that_does_not_fit() -> None:
         write(fresh(max_length=20), [Fact("a b", "b", "c"), FACT])
 
 
-def test_a_silent_memory_is_written_and_stays_silent() -> None:
+def test_an_inactive_memory_is_written_and_stays_inactive() -> None:
     memory = fresh()
     base = logits(memory.model)
     memory.active = False

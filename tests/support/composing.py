@@ -26,7 +26,7 @@ def lora_config() -> LoraConfig:
 
 
 def put(model: PreTrainedModel, kind: str, name: str, seed: int) -> Memory | None:
-    """Add an adapter that speaks with weights of its own; adapters that are there stay active."""
+    """Add an active adapter with weights of its own; adapters that are there stay active."""
     torch.manual_seed(seed)
     if kind == "lora":
         active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
@@ -44,7 +44,7 @@ def put(model: PreTrainedModel, kind: str, name: str, seed: int) -> Memory | Non
 
 @torch.no_grad()
 def vary(memory: Memory, seed: int) -> None:
-    """Make what two memories of a kind say differ."""
+    """Make two memories of a kind differ."""
     if isinstance(memory, SlotMemory):
         (slots,) = memory.slots
         fields = (slots.spans, slots.num_tokens, slots.base_fingerprint, slots.encoder_fingerprint, slots.text_sha256)

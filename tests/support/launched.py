@@ -1,4 +1,4 @@
-"""What two processes of `accelerate launch` do together, for comparison with one process alone.
+"""What two processes of `accelerate launch` do together, for comparison with one process.
 
 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/support/launched.py OUTPUT FOLDER
 """

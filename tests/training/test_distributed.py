@@ -47,6 +47,7 @@ def test_a_single_process_does_everything_and_starts_no_process_group() -> None:
     assert not distributed.is_initialized()
 
 
+@pytest.mark.integration
 def test_importing_the_package_joins_no_processes() -> None:
     script = """
 import memory_adapters, memory_adapters.training.trainer
@@ -67,20 +68,20 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, to
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("task", launched.TASKS)
 def test_two_processes_give_what_one_gives(
     task: str, together: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    alone = launched.TASKS[task](tmp_path)
-    assert alone.keys() == together[task].keys()
-    for name, tensor in alone.items():
+    one_process = launched.TASKS[task](tmp_path)
+    assert one_process.keys() == together[task].keys()
+    for name, tensor in one_process.items():
         torch.testing.assert_close(
             together[task][name], tensor, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_fsdp2_after_injection_is_exact_and_before_it_is_refused(tmp_path: Path) -> None:
     launch(ROOT / "tests" / "support" / "launched_sharded.py", str(tmp_path / "result.pt"))
     result = torch.load(tmp_path / "result.pt", weights_only=True)

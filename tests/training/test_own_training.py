@@ -32,7 +32,7 @@ def loss_of(model: Any) -> float:
 
 
 def check_checkpoint(model: Any, folder: Path) -> None:
-    """It holds the memory alone, and `load_memory` reads it."""
+    """It holds only the memory, and `load_memory` reads it."""
     (checkpoint,) = folder.glob("checkpoint-*")
     weights = {file.name for file in checkpoint.glob("*.safetensors")} | {
         file.name for file in checkpoint.glob("*.bin")

@@ -1,4 +1,4 @@
-"""What tests of memories need, here and in other projects: a Hub on the loopback interface."""
+"""A Hugging Face Hub on the loopback interface, for tests."""
 
 from tests.support.hub.hub_server import HubServer
 

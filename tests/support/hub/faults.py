@@ -1,4 +1,4 @@
-"""Connections that break, on purpose: what a server does to the requests that a `Fault` is for."""
+"""Break connections on purpose: a server that treats some requests as a `Fault` says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Fault", "Server"]
 
 
 class Server(ThreadingHTTPServer):
-    """A server that says nothing of clients that are gone."""
+    """Serve requests, and print nothing if a client is gone."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -47,28 +47,28 @@ class Fault:
     released: Event = field(default_factory=Event, repr=False)
 
     def strikes(self, method: str, path: str) -> bool:
-        """Whether it happens to this request; counts it."""
+        """Return whether the fault happens to this request, and count the request."""
         if self.times < 1 or method != self.method or not re.search(self.path, path):
             return False
         self.times -= 1
         return True
 
     def release(self) -> None:
-        """End: nothing more happens to any request, and connections that are held end."""
+        """End the fault: nothing more happens to any request, and held connections are closed."""
         self.times = 0
         self.released.set()
 
     def read(self, handler: BaseHTTPRequestHandler, length: int) -> None:
-        """Read of the request's content as much as still passes."""
+        """Read as much of the request's content as is let through."""
         handler.rfile.read(min(length, self.after) if self.method in ("POST", "PUT") else length)
 
     def write(self, handler: BaseHTTPRequestHandler, content: bytes) -> None:
-        """Send of the reply's content as much as still passes."""
+        """Send as much of the reply's content as is let through."""
         handler.wfile.write(content[: self.after])
         handler.wfile.flush()
 
     def end(self, handler: BaseHTTPRequestHandler) -> None:
-        """End the connection."""
+        """Close the connection."""
         self.reached.set()
         if self.hold:
             self.released.wait()

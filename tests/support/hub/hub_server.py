@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback interface, in memory: enough of it for the real client to push and load models."""
+"""Serve enough of a Hugging Face Hub, in memory, for the real client to push and load models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Reply(NamedTuple):
 
 
 class _RefusalError(Exception):
-    """Ends a request with an error that the client turns into its own exceptions."""
+    """End a request with an error that the client turns into its own exceptions."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         named = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
@@ -78,7 +78,7 @@ class HubServer:
         self.stop()
 
     def client_environment(self, home: str | os.PathLike[str]) -> dict[str, str]:
-        """Environment of a process whose client is logged in to this server and keeps its cache in `home`.
+        """Return the environment of a process whose client is logged in to this server and keeps its cache in `home`.
 
         It is that of this process, without its settings of huggingface_hub and transformers; huggingface_hub reads
         them when it is imported, so it takes a new process.
@@ -90,7 +90,7 @@ class HubServer:
 
     @contextmanager
     def faulty(self, *faults: Fault) -> Iterator[None]:
-        """Within this context these faults happen; a request meets the first of them that is for it."""
+        """Let these faults happen within this context; a request meets the first that is for it."""
         self.faults += faults
         try:
             yield
@@ -100,17 +100,17 @@ class HubServer:
                 fault.release()
 
     def fault_of(self, method: str, path: str) -> Fault | None:
-        """The fault that this request meets."""
+        """Return the fault that this request meets."""
         with self._lock:
             return next((fault for fault in self.faults if fault.strikes(method, path)), None)
 
     @property
     def downloads(self) -> list[str]:
-        """Name of every file whose content was sent, in order."""
+        """Return the name of every file whose content was sent, in order."""
         return [path.rpartition("/")[2] for method, path in self.requests if method == "GET" and "/resolve/" in path]
 
     def answer(self, method: str, path: str, authorization: str | None, body: bytes) -> Reply:
-        """The reply to one request."""
+        """Return the reply to one request."""
         with self._lock:
             self.requests.append((method, path))
             try:

@@ -1,4 +1,4 @@
-"""Repositories as the Hub shows them: commits, branches and tags of files, in memory."""
+"""Keep repositories in memory as the Hub shows them: commits, branches and tags of files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, changes: Mapping[str, bytes | None], branch: str = "main", message: str = "") -> str:
-        """Add a commit to a branch; None deletes a file. Returns its sha."""
+        """Add a commit to a branch; None deletes a file. Return its sha."""
         merged = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
         files = {path: content for path, content in merged.items() if content is not None}
         oids = sorted((path, oid(path, content)) for path, content in files.items())
@@ -40,19 +40,19 @@ class Repo:
         return sha
 
     def resolve(self, revision: str) -> str | None:
-        """The sha that a branch, tag or sha stands for."""
+        """Return the sha that a branch, tag or sha stands for."""
         if revision in self.commits:
             return revision
         return self.branches.get(revision) or self.tags.get(revision)
 
 
 def is_large(path: str) -> bool:
-    """Whether the Hub keeps a file in large-file storage."""
+    """Return whether the Hub keeps a file in large-file storage."""
     return path.endswith(LARGE)
 
 
 def oid(path: str, content: bytes) -> str:
-    """SHA-256 of a large file, git's own hash of another."""
+    """Return the SHA-256 of a large file, or git's own hash of another."""
     if is_large(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
