@@ -55,7 +55,7 @@ ConfigT = TypeVar("ConfigT", bound=MemoryConfig)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Say what a method's `_write` did; see the fields of `WriteReport`."""
+    """Report what a method's `_write` did; see the fields of `WriteReport`."""
 
     losses: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

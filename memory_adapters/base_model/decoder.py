@@ -32,7 +32,7 @@ NO_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Decoder:
-    """Hold the parts of a causal LM that the memory methods touch.
+    """Store the parts of a causal LM that the memory methods touch.
 
     Attributes:
         blocks: The decoder blocks, lowest first.

@@ -29,7 +29,7 @@ class ScoredRow(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one sequence of tokens, and what is to be predicted in it.
+    """Store one sequence of tokens, and what is to be predicted in it.
 
     Attributes:
         input_ids: Its tokens.

@@ -28,9 +28,9 @@ def origin(
     model: PreTrainedModel,
     decoder: Decoder,
     inputs: Mapping[str, Tensor],
-    otherwise: str = "where, is not known, for in another pass every number is finite",
+    otherwise: str = "origin unknown: a second pass was finite",
 ) -> str:
-    """Say where a pass over `inputs` first gives NaN or infinity, and which parameter holds it, or that none does.
+    """Describe where a pass over `inputs` first gives NaN or infinity, and which parameter holds it, or that none does.
 
     Args:
         model: The causal LM.

@@ -1,8 +1,8 @@
 """Gradients through bitsandbytes' 4-bit layers on a CPU.
 
 In evaluation mode such a layer packs its weight for a fast kernel on its first pass without gradients. That kernel has
-no backward pass: from then on, gradients through the layer are silently missing. Unpacked, a layer dequantises its
-weight in every pass, which takes far longer than the product itself.
+no backward pass: from then on, gradients through the layer are missing, without an error. Unpacked, a layer dequantises
+its weight in every pass, which takes far longer than the product itself.
 """
 
 from __future__ import annotations

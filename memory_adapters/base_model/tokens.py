@@ -65,7 +65,7 @@ def last_token_of(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: 
 
 @dataclass(frozen=True)
 class RowScores:
-    """Say how well a model predicts the scored tokens of each row.
+    """Report how well a model predicts the scored tokens of each row.
 
     Attributes:
         log_prob: Sum of their log-probabilities (rows,).

@@ -38,7 +38,7 @@ def info(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what the memory ADAPTER is and holds.
+    """Describe the saved memory ADAPTER.
 
     Read from its files; no model is loaded unless --model names one.
     """
@@ -69,7 +69,7 @@ def _description(saved: SavedMemory) -> dict[str, Any]:
 
 
 def _unfit(run: Run, saved: SavedMemory, model: str, dtype: str) -> str | None:
-    """Say why the memory does not load into the model; None if it does."""
+    """Return why the memory does not load into the model; None if it does."""
     base, tokenizer = run.load_model(model, dtype)
     try:
         load_memory(base, saved.folder, tokenizer=tokenizer)

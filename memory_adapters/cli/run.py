@@ -25,7 +25,7 @@ from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["Run", "running", "wrong"]
 
-_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)  # whose messages speak for themselves
+_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)  # whose messages need no traceback
 
 
 class Run:
@@ -80,7 +80,7 @@ def say(message: str) -> None:
 def running(*, as_json: bool, quiet: bool, debug: bool, device: str = "cpu") -> Iterator[Run]:
     """Print to stderr within this context, and end the program with an exit code after a failure.
 
-    Under `accelerate launch` or `torchrun` the processes are joined, and all but the first are silent.
+    Under `accelerate launch` or `torchrun` the processes work together, and only the first prints.
     """
     with ExitStack() as stack:
         try:

@@ -28,7 +28,7 @@ SHOWN_SCORES = ("S", "ES", "PS", "NS", "exact", "perplexity")  # of `score_table
 
 @dataclass(frozen=True)
 class RelationScores:
-    """Hold the scores of one relation: shares in [0, 1] as in `EditScores`; `number` is how many records it has."""
+    """Store the scores of one relation: shares in [0, 1] as in `EditScores`; `number` is how many records it has."""
 
     relation: str
     number: int
@@ -40,7 +40,7 @@ class RelationScores:
 
 @dataclass(frozen=True, repr=False)
 class EditReport:
-    """Hold what `evaluate_edits` measured; None is what was not asked for or has nothing to be judged by.
+    """Store what `evaluate_edits` measured; None is what was not asked for or has nothing to be judged by.
 
     Attributes:
         num_records: Edits judged.

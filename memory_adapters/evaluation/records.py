@@ -23,7 +23,7 @@ __all__ = ["EditRecord", "load_counterfact", "load_facts", "load_zsre"]
 
 @dataclass(frozen=True)
 class EditRecord:
-    """Hold an edit with prompts to judge it by.
+    """Store an edit with prompts to judge it by.
 
     Attributes:
         fact: What is written.
@@ -153,7 +153,7 @@ def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, spli
 
 @dataclass(frozen=True)
 class _Row:
-    """Hold one row as it was read. A dot in a field's name leads into a nested mapping; None counts as missing."""
+    """Store one row as it was read. A dot in a field's name leads into a nested mapping; None counts as missing."""
 
     source: str
     number: int

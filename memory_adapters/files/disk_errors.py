@@ -21,7 +21,7 @@ REMEDIES = {
 
 @contextmanager
 def explain_disk_errors(folder: Path) -> Iterator[None]:
-    """Say in errors of the disk or its permissions that nothing was saved in `folder`, and what to do."""
+    """Explain in errors of the disk or its permissions that nothing was saved in `folder`, and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:

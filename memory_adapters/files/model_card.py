@@ -76,7 +76,7 @@ _FILE_TEMPLATE = """---
 
 
 class CardExample(NamedTuple):
-    """Hold a prompt, and the model's greedy answers without the memory and with it."""
+    """Store a prompt, and the model's greedy answers without the memory and with it."""
 
     prompt: str
     before: str

@@ -28,7 +28,7 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """Hold mean and shrunk precision of the normalised stream on unrelated text, at one block.
+    """Store mean and shrunk precision of the normalised stream on unrelated text, at one block.
 
     Attributes:
         mean: μ (hidden_size,), float64.

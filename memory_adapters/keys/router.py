@@ -46,7 +46,7 @@ class KeyedLayer(MemoryLayer):
 
 @dataclass
 class _Pass:
-    """Hold whether a pass in progress trains, its attention mask (batch, tokens), and its route once known."""
+    """Store whether a pass in progress trains, its attention mask (batch, tokens), and its route once known."""
 
     training: bool
     mask: Tensor | None

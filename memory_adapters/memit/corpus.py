@@ -26,7 +26,7 @@ PORTION_TOKENS = 32768
 
 @dataclass(frozen=True)
 class Portion:
-    """Hold the next rows of a source.
+    """Store the next rows of a source.
 
     Attributes:
         rows: Token ids.

@@ -33,7 +33,7 @@ memory.write(facts, covariance=covariance)  # a `MemitMemory`'s"""
 
 @dataclass(frozen=True, repr=False)
 class Covariance(OneFile):
-    """Hold C₀ of some layers, and what it was computed from.
+    """Store C₀ of some layers, and what it was computed from.
 
     Attributes:
         matrices: Layer to the mean of k kᵀ, (d_in, d_in), float32, symmetric.

@@ -28,7 +28,7 @@ __all__ = ["LayerShares", "SubjectStates", "share_over_layers"]
 
 @dataclass(frozen=True)
 class SubjectStates:
-    """Hold rows at their subjects' last tokens, as the model without the edit has them.
+    """Store rows at their subjects' last tokens, as the model without the edit has them.
 
     Attributes:
         batch: The rows.
@@ -45,7 +45,7 @@ class SubjectStates:
 
 @dataclass(frozen=True)
 class LayerShares:
-    """Hold what each fact asks of each edited block.
+    """Store what each fact asks of each edited block.
 
     Attributes:
         keys: Layer to keys (facts · groups, d_in), float32, as in the ledger.

@@ -16,7 +16,7 @@ __all__ = ["Factors", "Ledger", "relation_of"]
 
 @dataclass(frozen=True)
 class Factors:
-    """Hold ΔW = B A of one layer.
+    """Store ΔW = B A of one layer.
 
     Attributes:
         A: (rank, d_in), float32.
@@ -29,7 +29,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Hold what was written, fact by fact. A value: changes make a new one.
+    """Store what was written, fact by fact. A value: changes make a new one.
 
     Attributes:
         facts: The n facts.

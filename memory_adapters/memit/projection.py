@@ -14,7 +14,7 @@ __all__ = ["Projection", "mlp_projection"]
 
 @dataclass(frozen=True)
 class Projection:
-    """Hold the last matrix of a block's MLP, whose input is the key and whose output joins the residual stream.
+    """Store the last matrix of a block's MLP, whose input is the key and whose output joins the residual stream.
 
     Attributes:
         module: The linear module (or the adapter layer around it).

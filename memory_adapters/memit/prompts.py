@@ -26,7 +26,7 @@ __all__ = ["Context", "FactRow", "PrefixCache", "RowBatch", "bare_rows", "chat_c
 
 @dataclass(frozen=True)
 class Context:
-    """Hold what stands around a prompt.
+    """Store what stands around a prompt.
 
     Attributes:
         before: Text before it.
@@ -39,7 +39,7 @@ class Context:
 
 @dataclass(frozen=True)
 class FactRow:
-    """Hold one fact in one context.
+    """Store one fact in one context.
 
     Attributes:
         fact: Index of the fact.
@@ -151,7 +151,7 @@ def _row(
 
 @dataclass
 class RowBatch:
-    """Hold rows that read equally many tokens from their subject on, and what came before them.
+    """Store rows that read equally many tokens from their subject on, and what came before them.
 
     Attributes:
         rows: The rows.
@@ -205,7 +205,7 @@ def row_batches(rows: Sequence[FactRow], tokens: int) -> Iterator[list[FactRow]]
 
 @dataclass
 class PrefixCache:
-    """Hold the keys and values of each context's prefix, which all facts share: computed once, used for every fact.
+    """Store the keys and values of each context's prefix, which all facts share: computed once, used for every fact.
 
     The prefixes of all contexts are one left-padded batch, with an empty row for rows of no context (the subject
     alone). A row of context c starts with the cached tokens of row c; only the tokens behind them are read again.

@@ -21,7 +21,7 @@ __all__ = ["SOLVERS", "Cost", "Solver", "cost_of", "readout"]
 
 
 class Cost(ABC):
-    """Hold M of one layer."""
+    """Store M of one layer."""
 
     @abstractmethod
     def whiten(self, keys: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class Cost(ABC):
 
 
 class DenseCost(Cost):
-    """Hold M as a positive definite matrix (d_in, d_in), by its Cholesky factor L.
+    """Store M as a positive definite matrix (d_in, d_in), by its Cholesky factor L.
 
     L_ii² / M_ii is the share of component i that those before it do not determine, however components are scaled.
     Below d_in · ε, rounding hides it.
@@ -52,7 +52,7 @@ class DenseCost(Cost):
 
 
 class NullSpaceCost(Cost):
-    """Hold an M that is λ on some directions and infinite on all others: M⁻¹ = P / λ.
+    """Store an M that is λ on some directions and infinite on all others: M⁻¹ = P / λ.
 
     Args:
         basis: Orthonormal columns (d_in, m) that span what may be changed.

@@ -41,7 +41,7 @@ COMPACT_BELOW = 0.8
 
 @dataclass
 class TargetBatch:
-    """Hold a batch of rows, and what the loss reads in it.
+    """Store a batch of rows, and what the loss reads in it.
 
     Attributes:
         batch: The rows.

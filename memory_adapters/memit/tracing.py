@@ -51,7 +51,7 @@ Hooks = Mapping[nn.Module, Callable[..., Any]]
 
 @dataclass(frozen=True, eq=False)
 class TraceTable:
-    """Hold average indirect effects of states on the answer's probability, by token role and layer.
+    """Store average indirect effects of states on the answer's probability, by token role and layer.
 
     A subject's only token is its last one. The prompt's last token is `"last token"`, even right after the subject,
     but `"last subject token"` where the prompt ends with the subject.
@@ -201,7 +201,7 @@ def trace_facts(
 
 
 class _Query(NamedTuple):
-    """Hold a fact in tokens: the prompt's ids, the answer's id, indices of the subject's first and last token."""
+    """Store a fact in tokens: the prompt's ids, the answer's id, indices of the subject's first and last token."""
 
     ids: list[int]
     answer: int

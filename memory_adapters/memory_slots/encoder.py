@@ -27,7 +27,7 @@ BATCH_TOKENS = 4096
 
 
 class EncoderParts(nn.Module):
-    """Hold what the encoder trains beside its LoRA.
+    """Store what the encoder trains beside its LoRA.
 
     Attributes:
         memory_tokens: Embeddings appended to a span (num_slots, embedding_size); read with `pooling="tokens"`.

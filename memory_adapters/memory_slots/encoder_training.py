@@ -41,7 +41,7 @@ class MemoryWithEncoder(SavedAdapter, Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """Hold one thing to learn.
+    """Store one thing to learn.
 
     Attributes:
         context: Token ids to compress; several spans if it is long.

@@ -115,7 +115,7 @@ def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, An
 
 
 class Entry(nn.Module):
-    """Hold the slots that one memory lets the model read.
+    """Store the slots that one memory lets the model read.
 
     Attributes:
         vectors: (rows, slots, embedding_size); one row serves every row of a batch.

@@ -23,7 +23,7 @@ HEAD_BLOCK = 256  # positions whose logits are held at once
 
 @dataclass(frozen=True)
 class Query:
-    """Hold what stands behind slots, and what should follow it.
+    """Store what stands behind slots, and what should follow it.
 
     Attributes:
         prompt: Token ids; None for [AE], which asks for the text itself.
@@ -40,7 +40,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Row:
-    """Hold something asked, and the spans whose slots stand before it."""
+    """Store something asked, and the spans whose slots stand before it."""
 
     asked: Query
     spans: Sequence[int]

@@ -35,7 +35,7 @@ Reading = Sequence[MemorySlots | None]
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    """Say how well texts are given back from their slots.
+    """Report how well texts are given back from their slots.
 
     Attributes:
         texts: How many.

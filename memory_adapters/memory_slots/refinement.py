@@ -19,7 +19,7 @@ BETAS = (0.6, 0.7)  # of Adam: what is asked changes with every token that comes
 
 @dataclass(frozen=True)
 class Goal:
-    """Hold rows that refinement asks of the slots of a text's spans; `weight` is that of their tokens' mean loss."""
+    """Store rows that refinement asks of the slots of a text's spans; `weight` is that of their tokens' mean loss."""
 
     rows: Sequence[Row]
     weight: float

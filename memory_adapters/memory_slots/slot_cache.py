@@ -108,7 +108,7 @@ def _collect(module: nn.Module, tensors: list[Tensor], settings: list[object]) -
 
 
 class _Held:
-    """Hold a tensor as it is now: equal to itself as long as nothing writes into it."""
+    """Store a tensor as it is now: equal to itself as long as nothing writes into it."""
 
     def __init__(self, tensor: Tensor, version: int) -> None:
         self.tensor, self.version, self.place = tensor, version, (tensor.device, tensor.dtype)

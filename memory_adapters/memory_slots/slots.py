@@ -33,7 +33,7 @@ memory.use(slots)  # a `SlotMemory`'s; the model reads them before every prompt"
 
 @dataclass(frozen=True)
 class MemorySlots(OneFile):
-    """Hold vectors that a frozen model reads before a prompt, as input embeddings.
+    """Store vectors that a frozen model reads before a prompt, as input embeddings.
 
     Attributes:
         vectors: (slots, embedding_size), float32, in the space of the model's input embeddings.

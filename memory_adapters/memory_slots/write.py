@@ -25,7 +25,7 @@ __all__ = ["Compressed", "compress_texts", "embedded_text"]
 
 @dataclass(frozen=True)
 class Compressed:
-    """Hold one compressed text.
+    """Store one compressed text.
 
     Attributes:
         slots: What it was compressed into.

@@ -36,11 +36,11 @@ class MemoryAdapterConfig(MemoryConfig):
             starts as the identity) and 0.0 otherwise (the identity, though open). The experiment's is 1.0.
         token_gate: `"keys"` (open near written keys, found in closed form by `write`), `"sigmoid"` (a linear router,
             trained), or `"none"` (open at every token).
-        key_threshold: Similarity to a key (1 at the key, about 0 on unrelated text) below which the memory is silent.
+        key_threshold: Similarity to a key (1 at the key, about 0 on unrelated text) below which nothing is added.
         key_ramp: How far above the threshold the token gate reaches 1.
         router_keys: Keep keys also where the token gate uses none, so that `route_memories` can tell what was written.
         num_keys: Keys stored a block. Grows with `write`; leave it at 0.
-        stream_scale: Read the stream normalised and speak in units of its RMS, instead of absolute values.
+        stream_scale: Read the normalised stream and add in units of its RMS, instead of absolute values.
         norm_cap: Largest norm of what is added, relative to the norm of x; None for no cap.
         dropout: Dropout after the activation, in training.
         weight: Factor on what the memory adds, for blending several memories.
@@ -55,7 +55,7 @@ class MemoryAdapterConfig(MemoryConfig):
         max_grad_norm: Gradient clipping.
         num_prefixes: Varied prefixes behind which each fact is trained beside its bare prompt; 0 for none.
         max_length: Longest row in tokens; longer documents are split into windows. None for the model's context.
-        locality_weight: Weight of KL(base ‖ memory) on text that must not change: what the base says of each subject
+        locality_weight: Weight of KL(base ‖ memory) on text that must not change: how the base continues each subject
             in other contexts, the prompts with other subjects, and unrelated text. 0 for none.
         distillation_weight: Share of the loss that is KL from the base model reading the item in its context, against
             next-token loss. In [0, 1].

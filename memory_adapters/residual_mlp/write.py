@@ -38,7 +38,7 @@ CACHE_BYTES = 2 << 30
 
 
 class Writer:
-    """Do one write into one residual memory.
+    """Run one write into one residual memory.
 
     Args:
         memory: The memory; must have a tokenizer.
@@ -183,12 +183,12 @@ class Writer:
         subjects = [item.subject for item in self.items if isinstance(item, Fact)]
         prompts = subjects + [prefix + subject for prefix in self.prefixes[:1] for subject in subjects]
         with self.memory.disabled():
-            said = (
+            continuations = (
                 sample_text(self.model, self.tokenizer, prompts, num_tokens=12, seed=self.config.seed)
                 if prompts
                 else []
             )
-        return locality_turns(self.items, self.tokenizer, said, self.unrelated)
+        return locality_turns(self.items, self.tokenizer, continuations, self.unrelated)
 
     def _stored_states(self, rows: Sequence[list[int]]) -> tuple[ReusedStates | None, list[Tensor] | None]:
         size = sum(map(len, rows)) * self.decoder.hidden_size * self.model.dtype.itemsize

@@ -20,7 +20,7 @@ __all__ = ["FilledSampler", "Teacher", "TurnDataset", "collate"]
 
 @dataclass(frozen=True)
 class Teacher:
-    """Hold the base model's likeliest tokens at a row's labels, with the item in its context or without.
+    """Store the base model's likeliest tokens at a row's labels, with the item in its context or without.
 
     Attributes:
         ids: (labels, k).

@@ -16,7 +16,7 @@ __all__ = ["TrainingTurn", "build_turns", "make_prefixes"]
 
 @dataclass(frozen=True)
 class TrainingTurn:
-    """Hold one example of every epoch. Its rows take turns, an epoch each.
+    """Store one example of every epoch. Its rows take turns, an epoch each.
 
     Attributes:
         kind: `"fact"`, `"question"`, `"document"`, or `"locality"` for text on which the base must be kept.

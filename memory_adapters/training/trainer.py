@@ -170,8 +170,10 @@ class _EpochLosses(TrainerCallback):
 
 
 def default_arguments(model: PreTrainedModel, settings: Mapping[str, Any]) -> TrainingArguments:
-    """Return `settings` as `TrainingArguments` for the model's device; where they are silent, nothing is logged, saved
-    or reported, and the learning rate falls as a cosine."""
+    """Return `settings` as `TrainingArguments` for the model's device.
+
+    Unless they say otherwise, nothing is logged, saved or reported, and the learning rate falls as a cosine.
+    """
     on_cpu = model.device.type == "cpu"
     defaults: dict[str, Any] = dict(
         lr_scheduler_type="cosine",

@@ -44,7 +44,7 @@ ADAPTER = "baseline"
 
 @dataclass(frozen=True)
 class AppliedBaseline:
-    """Hold what can be done with a baseline while it is on a model.
+    """Store what can be done with a baseline while it is on a model.
 
     Attributes:
         report: What its writing reported: `seconds` is wall time, `num_parameters` how many numbers it stores.

@@ -163,7 +163,7 @@ def _assembled(
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Hold a model, and what is measured on it."""
+    """Store a model, and what is measured on it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

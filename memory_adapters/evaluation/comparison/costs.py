@@ -53,7 +53,7 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "po
 
 @dataclass(frozen=True)
 class Costs:
-    """Hold what a baseline costs; None is what was not measured.
+    """Store what a baseline costs; None is what was not measured.
 
     Attributes:
         seconds: Wall time to put it on the model, with whatever that needs (covariances, prefixes, copies of weights).
@@ -76,7 +76,7 @@ class Costs:
 
 
 class Speed(NamedTuple):
-    """Hold median seconds of a forward pass over a prompt and of decoding: CPU time, or wall time on an accelerator."""
+    """Store median seconds of a forward pass over a prompt and of decoding: CPU time, or wall time on an accelerator."""
 
     prefill: float
     decode: float

@@ -21,7 +21,7 @@ COSTS = ("write, s", "CPU, s", "forget, s", "on disk", "prefill", "decode", "pea
 
 @dataclass(frozen=True)
 class MethodResult:
-    """Hold what was measured of one baseline; None is what was not measured.
+    """Store what was measured of one baseline; None is what was not measured.
 
     Attributes:
         write: What its writing reported.
@@ -83,7 +83,7 @@ class MethodResult:
 
 
 class Table(NamedTuple):
-    """Hold rows of cells under a title; the first row is the header, the first column names."""
+    """Store rows of cells under a title; the first row is the header, the first column names."""
 
     title: str
     rows: list[list[str]]
@@ -91,7 +91,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Hold what `compare` measured.
+    """Store what `compare` measured.
 
     Attributes:
         num_facts: How many facts `methods` is about.

@@ -29,7 +29,7 @@ Query = tuple[str, str]
 
 @dataclass(frozen=True)
 class EditScores:
-    """Hold the scores of edits: shares in [0, 1]; None where the records have nothing to judge by.
+    """Store the scores of edits: shares in [0, 1]; None where the records have nothing to judge by.
 
     Attributes:
         efficacy: P(new) > P(true) on the prompt (ES).
@@ -187,7 +187,7 @@ def score_continuations(
 
 
 class _Score(NamedTuple):
-    """Hold a continuation's mean log-probability per token in nats, and the share of tokens that are first choices."""
+    """Store a continuation's mean log-probability per token in nats, and the share of tokens that are first choices."""
 
     log_prob: float
     token_accuracy: float
