@@ -142,7 +142,7 @@ class Memories(FeverBaseline):
             before = [memory for memory, folder in zip(found, folders, strict=True) if folder in saved]
             yield Reading(
                 sum(memory.num_parameters() for memory in found),
-                saved_seconds=sum(float(memory.config.writes[-1]["seconds"]) for memory in before),
+                saved_seconds=sum(memory.config.reports()[-1].seconds for memory in before),
             )
 
     def _folder(self, setup: Setup, config: MemoryAdapterConfig, kinds: Sequence[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks.plain_memit import PlainMemit
-from memory_adapters import Fact, MemitConfig, MemitMemory, inject_memory, load_memory
+from memory_adapters import CovarianceFitter, Fact, MemitConfig, MemitMemory, inject_memory, load_memory
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.memit import targets as targets_module
 from memory_adapters.memit.prompts import bare_rows
@@ -256,3 +257,31 @@ def test_the_stream_becomes_the_target(architecture: str) -> None:
             before = capture(model, maker.decoder, [2], input_ids=ids)[0][0, row.subject]
         limit = 0.4 if "gemma" in architecture else 0.01
         assert (after - z).norm() < limit * (before - z).norm()
+
+
+def test_a_covariance_is_given_as_a_value_or_by_its_path(tmp_path: Path) -> None:
+    memory = memory_on(tiny_model())
+    covariance = memory.fit_covariance(progress=False)
+    covariance.save(tmp_path / "c0.safetensors")
+    written = []
+    for given in (covariance, tmp_path / "c0.safetensors", str(tmp_path / "c0.safetensors")):
+        other = memory_on(tiny_model())
+        other.write(FACTS[:2], covariance=given, progress=False)
+        written.append(other.state_dict())
+    for tensors in written[1:]:
+        assert all(torch.equal(tensor, written[0][name]) for name, tensor in tensors.items())
+
+
+def test_the_context_limit_of_a_composite_config_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multimodal models keep the limit in a text config inside their config."""
+    model = tiny_model()
+    text_config = copy.copy(model.config)
+    text_config.max_position_embeddings = 24
+    monkeypatch.delattr(type(model.config), "max_position_embeddings", raising=False)
+    del model.config.__dict__["max_position_embeddings"]
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda self, **_: text_config)
+    with pytest.raises(ValueError, match=r"more than the 24 that the model reads"):
+        memory_on(model).write(FACTS[0], progress=False)
+    fitter = CovarianceFitter(model, byte_tokenizer(), [1])
+    fitter.fit(["A text of more than twenty-four bytes, so that it is cut into rows."], 48, progress=False)
+    assert fitter.num_tokens == 48

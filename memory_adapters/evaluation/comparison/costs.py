@@ -76,7 +76,7 @@ class Costs:
 
 
 class Speed(NamedTuple):
-    """Store median seconds of a forward pass over a prompt and of decoding: CPU time, or wall time on an accelerator."""
+    """Store median seconds of a pass over a prompt and of decoding: CPU time, or wall time on an accelerator."""
 
     prefill: float
     decode: float
