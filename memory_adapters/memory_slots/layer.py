@@ -21,7 +21,7 @@ from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
 __all__ = ["Entry", "SlotReader"]
 
 
-def read_slots(  # noqa: C901  # the cases of one call, in the order in which they are told apart
+def read_slots(  # noqa: C901  # the cases of one call, one after another
     stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Let a pass read the slots: the forward pre-hook of the decoder stack."""
