@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memory_adapters.embedded_model import embedded_model
 from tests.support import network
 
+# Before anything imports huggingface_hub, which reads its settings once.
 network.refuse_the_network()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,6 +41,10 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def real_model() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from memory_adapters.embedded_model import embedded_model
+
     name = embedded_model()
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
