@@ -146,7 +146,7 @@ def test_reports_are_compared(report: EditReport) -> None:
     assert cells["GE"] == "619.9"
     assert cells["perplexity"].endswith("(+10.00%)")
     assert f"{report.perplexity:.2f} |" in first
-    assert "| – |" in first
+    assert "– |" in first
     assert "RS" not in columns
     assert "greedy" not in columns
     with pytest.raises(ValueError, match="`reports` is empty"):
