@@ -59,8 +59,15 @@ def register_method(
         config_class: Subclass of `MemoryConfig`, with a `kind` of its own.
         memory_class: Subclass of `Memory`.
         variants: See `Method`.
+
+    Raises:
+        ValueError: If another method has a variant of the same name.
     """
-    _METHODS[name] = Method(name, config_class, memory_class, dict(variants or {name: Variant()}))
+    own = dict(variants or {name: Variant()})
+    for other in _METHODS.values():
+        if other.name != name and (taken := sorted({name, *own} & {other.name, *other.variants})):
+            raise ValueError(f"`variants` has {taken}, which the method {other.name!r} has too: name them otherwise.")
+    _METHODS[name] = Method(name, config_class, memory_class, own)
 
 
 def methods() -> dict[str, Method]:

@@ -33,7 +33,7 @@ from memory_adapters.config import TRAINING, MemoryConfig, MemoryPeftType
 from memory_adapters.memory import Outcome
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
 from memory_adapters.peft_layers.rollback import Restore, saved_tensors
-from memory_adapters.registry import _METHODS, register_method
+from memory_adapters.registry import _METHODS, Variant, register_method
 from tests.support.contract import MemoryContract, fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -143,6 +143,11 @@ class TestToyMemory(MemoryContract):
 
     def write(self, memory: Memory) -> Any:
         return memory.write(FACT, progress=False)
+
+
+def test_names_of_another_method_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`variants` has \['emmet'\], which the method 'memit' has too"):
+        register_method("other", ToyConfig, ToyMemory, variants={"emmet": Variant()})
 
 
 def test_options_of_a_write_are_its_own() -> None:
