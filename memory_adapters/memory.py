@@ -160,7 +160,7 @@ class Memory(OnHub, Generic[ConfigT]):
                 with evaluating(self.model):
                     after = self._scores(rows)
                 self._set_items(written)
-                lost, kept = outcome.reconstruction or (None, None)
+                rebuilt_before, rebuilt = outcome.reconstruction or (None, None)
                 report = WriteReport(
                     method=self._config.method_name,
                     num_items=dict(Counter(type(item).__name__ for item in written)),
@@ -168,8 +168,8 @@ class Memory(OnHub, Generic[ConfigT]):
                     recall_before=before.recall,
                     token_accuracy=after.token_accuracy,
                     token_accuracy_before=before.token_accuracy,
-                    reconstruction=kept,
-                    reconstruction_before=lost,
+                    reconstruction=rebuilt,
+                    reconstruction_before=rebuilt_before,
                     perplexity=after.perplexity,
                     perplexity_before=before.perplexity,
                     losses=outcome.losses,
