@@ -65,9 +65,11 @@ class MemoryConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         if self.file_format != FILE_FORMAT or type(self.file_format) is not int:
+            newer = type(self.file_format) is int and self.file_format > FILE_FORMAT
+            remedy = "update memory-adapters" if newer else "load it with the version that saved it, or write it again"
             raise ValueError(
                 f"`file_format` is {shown(self.file_format)}, and this version of memory-adapters reads {FILE_FORMAT}: "
-                "use the version that saved the memory, or write it again."
+                f"{remedy}."
             )
         if self.task_type is not None:
             check_choice("task_type", self.task_type, [kind.value for kind in TaskType])

@@ -93,7 +93,7 @@ def reweighted(folder: Path) -> None:
 
 def retold(folder: Path) -> None:
     settings = json.loads((folder / SETTINGS).read_text())
-    settings["facts"][0]["target"] = "Oslo"
+    settings["items"][0]["target"] = "Oslo"
     (folder / SETTINGS).write_text(json.dumps(settings))
 
 

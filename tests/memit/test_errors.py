@@ -125,7 +125,7 @@ def test_damaged_ledgers_are_refused(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "ledger.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "ledger.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="altered"):
+    with pytest.raises(ValueError, match="was changed after it was saved"):
         load_memory(model, tmp_path, tokenizer=byte_tokenizer())
     (tmp_path / "ledger.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"ledger\.safetensors"):
