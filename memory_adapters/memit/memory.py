@@ -13,9 +13,8 @@ from typing import Any, ClassVar, cast
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
+from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint, warn_if_unmarked
 from memory_adapters.base_model.item_rows import ScoredRow
@@ -64,21 +63,14 @@ class MemitMemory(Memory[MemitConfig]):
     accepts = (Fact,)
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, LEDGER_FILE, CARD_FILE)
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        adapter_name: str,
-        config: MemitConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        super().__init__(model, adapter_name, config, tokenizer)
-        decoder = find_decoder(model, config.layers_path)
-        self._names = config.projection_names(decoder)
-        self._widths = config.widths(decoder)
-        self.ledger = Ledger.empty(self._widths, decoder.hidden_size)
-        self.covariance: Covariance | None = None
+    _names: dict[int, str]  # of the edited projections, by block
+    _widths: dict[int, int]  # their d_in
+    ledger: Ledger
+    covariance: Covariance | None = None
 
     def _attach(self, decoder: Decoder) -> None:
+        self._names, self._widths = self._config.projection_names(decoder), self._config.widths(decoder)
+        self.ledger = Ledger.empty(self._widths, decoder.hidden_size)
         self._set_factors(self.ledger)  # a LoRA of rank 1 has random factors until then
 
     @property

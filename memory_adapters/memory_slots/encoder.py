@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.modes import computes_in_bfloat16, plain_attention
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.peft_layers.layers import adapter_layers, lora_linears
@@ -67,13 +67,19 @@ class Encoder:
         adapter_name: Name of the LoRA.
         config: Settings.
         parts: What it has beside the LoRA.
+        decoder: Parts of the model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, adapter_name: str, config: MemorySlotsConfig, parts: EncoderParts
+        self,
+        model: PreTrainedModel,
+        adapter_name: str,
+        config: MemorySlotsConfig,
+        parts: EncoderParts,
+        decoder: Decoder,
     ) -> None:
         self.model, self.adapter_name, self.config, self.parts = model, adapter_name, config, parts
-        self.decoder = find_decoder(model, config.layers_path)
+        self.decoder = decoder
         self.device = execution_device(self.decoder.embeddings)
         self.stack = cast(PreTrainedModel, model.get_submodule(self.decoder.stack_path))  # the model without its head
         self.mode: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
+from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
@@ -68,18 +68,17 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model, adapter_name, config, tokenizer)
-        stack = model.get_submodule(find_decoder(model, config.layers_path).stack_path)
-        self._stack = cast(PreTrainedModel, stack)  # the model without its head
         self.slots: list[MemorySlots] = []
         self._written: tuple[list[MemorySlots], list[dict[str, str]]] = ([], [])  # slots, and the items they are of
 
     def _attach(self, decoder: Decoder) -> None:
+        self._stack = cast(PreTrainedModel, self.model.get_submodule(decoder.stack_path))  # the model without its head
         reader = SlotReader.attach(self._stack)
         entry = Entry(decoder.embedding_size)
         parts = EncoderParts(self._config, decoder)
         entry.add_module("parts", parts)
         reader.slot_entries[self.adapter_name] = entry.to(parts.reconstruct.device)
-        self.encoder = Encoder(self.model, self.adapter_name, self._config, parts)
+        self.encoder = Encoder(self.model, self.adapter_name, self._config, parts, decoder)
         self.encoder.disable()
 
     def tuner_layers(self) -> list[SlotReader]:
