@@ -30,6 +30,7 @@ from memory_adapters import (
 from memory_adapters.base_model.decoder import Decoder
 from memory_adapters.cli.app import app
 from memory_adapters.config import TRAINING, MemoryConfig, MemoryPeftType
+from memory_adapters.files.names import PEFT_KEY_PREFIX
 from memory_adapters.memory import Outcome
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
 from memory_adapters.peft_layers.rollback import Restore, saved_tensors
@@ -88,7 +89,7 @@ class ToyConfig(MemoryConfig):
         """PEFT injects nothing."""
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
-        return {"model.embed_tokens.toy_layer.toy_vectors": torch.Size([decoder.embedding_size])}
+        return {"vector": torch.Size([decoder.embedding_size])}
 
 
 class ToyMemory(Memory[ToyConfig]):
@@ -110,7 +111,15 @@ class ToyMemory(Memory[ToyConfig]):
         return Outcome(notes=["a toy"])
 
     def _vector(self) -> Tensor:
-        return next(iter(self.state_dict().values()))
+        return ToyLayer.of(self.model.get_input_embeddings()).toy_vectors[self.adapter_name].data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the vector, under a name that is the same on all architectures."""
+        self._check_attached()
+        return {"vector": self._vector()}
+
+    def _restore(self, contents: dict[str, Tensor]) -> None:
+        self._vector().copy_(contents[PEFT_KEY_PREFIX + "vector"])
 
     def _saved_state(self) -> list[Restore]:
         return [*super()._saved_state(), saved_tensors([self._vector()])]
@@ -124,15 +133,7 @@ def _registered() -> Iterator[None]:
 
 
 class TestToyMemory(MemoryContract):
-    """The contract of all memories, on one architecture."""
-
-    @pytest.fixture(autouse=True)
-    def _one_architecture(self, request: pytest.FixtureRequest) -> None:
-        if (
-            getattr(request.node, "callspec", None)
-            and request.node.callspec.params.get("architecture", "llama") != "llama"
-        ):
-            pytest.skip("the toy names the embeddings as llama does")
+    """The contract of all memories."""
 
     def make_config(self, **settings: Any) -> ToyConfig:
         return ToyConfig(**settings)
