@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
+import pytest
 
 from tests.support.real_model import needs_the_real_model
+
+# The lowest versions are tested without notebooks.
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 
 pytestmark = needs_the_real_model
 
 
 def test_the_quickstart_notebook() -> None:
     notebook = nbformat.read(Path(__file__).parents[2] / "examples" / "quickstart.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     asked, report, taught, off, last = [output["data"]["text/plain"] for output in outputs if "data" in output]
     assert "Paris" in asked
