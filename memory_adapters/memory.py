@@ -192,7 +192,8 @@ class Memory(OnHub, Generic[ConfigT]):
 
     def _set_items(self, written: Sequence[Item]) -> None:
         """Add what was written to the config's items."""
-        self._config.set_items([*(item for item in self.items if item not in written), *written])
+        new = set(written)
+        self._config.set_items([*(item for item in self.items if item not in new), *written])
 
     def forget(self, items: Items) -> None:
         """Take items out again: the memory is what it would be had they never been written.

@@ -161,10 +161,12 @@ class MemitMemory(Memory[MemitConfig]):
             TypeError: If an item is not a `Fact`.
             ValueError: If a fact is not in the memory; nothing is forgotten then.
         """
-        gone = set(as_items(items, self.accepts))
+        named = as_items(items, self.accepts)
+        gone = set(named)
         with exclusive_use(self.model):
             self._register_again()
-            if missing := [fact for fact in gone if fact not in self.ledger.facts]:
+            written = set(self.ledger.facts)
+            if missing := [fact for fact in named if fact not in written]:
                 raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `items`.")
             with rollback_on_error(*self._saved_state()):
                 ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
