@@ -65,7 +65,7 @@ def main() -> None:
 
 @dataclass
 class Study:
-    """A model, the records, and the rows measured so far."""
+    """Hold a model, the records, and the rows measured so far."""
 
     arguments: argparse.Namespace
     model: Any

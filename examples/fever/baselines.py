@@ -62,7 +62,7 @@ class Setup:
         return plain
 
     def items(self, kinds: Sequence[str]) -> list[Item]:
-        """What is written: page texts (Doc), solved claims (Temp), or both."""
+        """Choose what is written: page texts (Doc), solved claims (Temp), or both."""
         found: list[Item] = []
         for kind in kinds:
             found += documents(self.data) if kind == DOC else solved_claims(self.data, self.training_shots, self.seed)

@@ -23,7 +23,7 @@ _ESCAPES = {"-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]", "-COLON-": "
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence that evidence supports, refutes, or says nothing of.
+    """Store a sentence that evidence supports, refutes, or says nothing of.
 
     Attributes:
         text: The claim.
@@ -38,7 +38,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Page:
-    """A page with the claims about it.
+    """Store a page with the claims about it.
 
     Attributes:
         title: Its title.
@@ -55,7 +55,7 @@ class Page:
 
 @dataclass(frozen=True)
 class FeverData:
-    """What an experiment runs on.
+    """Store what an experiment runs on.
 
     Attributes:
         pages: In falling order of their number of claims.
@@ -79,7 +79,7 @@ class FeverData:
 
 
 def page_title(name: str) -> str:
-    """A page's title from FEVER's name for it; a title stays as it is."""
+    """Return a page's title from FEVER's name for it; a title stays as it is."""
     for escaped, character in _ESCAPES.items():
         name = name.replace(escaped, character)
     return unicodedata.normalize("NFC", name.replace("_", " ")).strip()

@@ -19,7 +19,7 @@ INSTRUCTION = (
 
 
 def few_shot_prompt(claim: Claim, shots: Sequence[Claim], context: str = "") -> str:
-    """The instruction, the solved claims, the claim to judge, and `A:`.
+    """Return the instruction, the solved claims, the claim to judge, and `A:`.
 
     Args:
         claim: The claim to judge.
@@ -69,13 +69,13 @@ def solved_claims(data: FeverData, num_shots: int, seed: int) -> list[QuestionAn
 
 
 def facts(data: FeverData) -> list[Fact]:
-    """The supported training claims that are facts about their page; of claims with one prompt, the first."""
+    """Return the supported training claims that are facts about their page; of claims with one prompt, the first."""
     found = [claim_as_fact(page, claim) for page in data.pages for claim in page.training if claim.label == LABELS[0]]
     return list({fact.prompt: fact for fact in reversed(found) if fact is not None}.values())[::-1]
 
 
 def claim_as_fact(page: Page, claim: Claim) -> Fact | None:
-    """A claim as subject, relation and target: it names its page and ends in a name or a number; None if it does not.
+    """Return a claim as subject, relation and target: None unless it names its page and ends in a name or number.
 
     "Soul Food was released by Fox 2000 Pictures." → "Soul Food was released by" | "Fox 2000 Pictures".
     """

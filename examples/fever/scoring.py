@@ -109,7 +109,7 @@ def judge(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
 ) -> list[Judgement]:
-    """The model's answers to prompts that end in `A:`.
+    """Return the model's answers to prompts that end in `A:`.
 
     Args:
         model: A causal LM, with what is to be judged active.
@@ -143,7 +143,7 @@ def judge(
 
 @dataclass(frozen=True)
 class _Query:
-    """A prompt's tokens, those that all answers begin with behind it, and the token of each answer that comes next."""
+    """Store a prompt's tokens, those that all answers begin with behind it, and each answer's next token."""
 
     prompt: list[int]
     shared: list[int]

@@ -20,7 +20,7 @@ __all__ = ["Scores", "scored"]
 
 @dataclass(frozen=True)
 class Scores:
-    """How a model does on what is written and on held-out text; see the fields of `WriteReport`."""
+    """Store how a model does on what is written and on held-out text; see the fields of `WriteReport`."""
 
     recall: float | None
     token_accuracy: float | None

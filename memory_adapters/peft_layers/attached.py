@@ -16,7 +16,7 @@ ATTACHED = "_memory_adapters"
 
 @dataclass(frozen=True)
 class Attached:
-    """The memories of a model by adapter name, and which base parameters were trainable before them."""
+    """Store the memories of a model by adapter name, and which base parameters were trainable before them."""
 
     memories: dict[str, Any] = field(default_factory=dict)
     trainable: list[str] = field(default_factory=list)
