@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memory_adapters.base_model.answering import greedy_answers
 from memory_adapters.base_model.decoder import context_length
-from memory_adapters.base_model.modes import evaluating
-from memory_adapters.base_model.tokens import pad_rows, tokenize
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.files.model_card import CardExample
 from memory_adapters.items import Document, Item
 
@@ -49,25 +48,8 @@ def card_examples(
     rows = {prompt: row for prompt, row in rows.items() if 0 < len(row) <= longest}
     if not rows:
         return []
-    with evaluating(model):
-        with enabled():
-            after = _greedy(model, tokenizer, list(rows.values()))
-        with disabled():
-            before = _greedy(model, tokenizer, list(rows.values()))
+    with enabled():
+        after = greedy_answers(model, tokenizer, list(rows.values()), ANSWER_TOKENS)
+    with disabled():
+        before = greedy_answers(model, tokenizer, list(rows.values()), ANSWER_TOKENS)
     return [CardExample(*one) for one in zip(rows, before, after, strict=True)]
-
-
-@torch.no_grad()
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
-    """Return greedy continuations of rows of token ids, in one batch with padding on the left."""
-    backwards = pad_rows([row[::-1] for row in rows], model.device)
-    inputs = {name: tensor.flip(1) for name, tensor in backwards.items()}
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    ids = model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
-        **inputs,
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=next(pad for pad in pads if pad is not None),
-    )
-    return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

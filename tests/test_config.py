@@ -114,9 +114,18 @@ def test_what_is_written_is_stored_in_file_format_2() -> None:
     ]
     (write,) = stored["writes"]
     unknown = dict.fromkeys(
-        ["recall_before", "token_accuracy", "token_accuracy_before", "reconstruction", "reconstruction_before"]
+        [
+            "recall_before",
+            "earlier_recall",
+            "earlier_recall_before",
+            "token_accuracy",
+            "token_accuracy_before",
+            "reconstruction",
+            "reconstruction_before",
+        ]
     )
-    counts = dict(num_items={"Fact": 1, "Document": 1}, num_parameters=0, seconds=0.0, losses=[2.0, 0.5], notes=[])
+    counts = dict(num_items={"Fact": 1, "Document": 1}, num_parameters=0, seconds=0.0, losses=[2.0, 0.5])
+    counts |= dict(notes=[], results=[])
     measured = dict(recall=1.0, perplexity=30.5, perplexity_before=None)
     assert write == {"method": "a method", **unknown, **counts, **measured}
     again = MemoryAdapterConfig.from_peft_type(**stored)

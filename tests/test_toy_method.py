@@ -157,7 +157,7 @@ def test_options_of_a_write_are_its_own() -> None:
     with pytest.raises(TypeError, match=r"`covariance` is no option of `ToyMemory.write`; its options are `factor`"):
         memory.write(FACT, covariance=None)
     report = memory.write([FACT, "A document of a few words."], progress=False, factor=2.0)
-    assert report.notes[-1] == "a toy"
+    assert "a toy" in report.notes
     assert report.num_items == {"Fact": 1, "Document": 1}
     assert memory.items == [FACT, Document("A document of a few words.")]
     assert report.perplexity != report.perplexity_before
@@ -197,9 +197,9 @@ def test_it_is_saved_loaded_listed_and_composed(tmp_path: Path) -> None:
         assert torch.equal(logits(model), base)
     with use_adapters_by_row(model, ["toy", "__base__"]):
         rows = logits(model, *["The Eiffel Tower is in"] * 2)
-    with use_adapters(model, ["lora", "toy"]):  # LoRA stays active for every row
+    with use_adapters(model, ["lora", "toy"]):  # LoRA stays active for rows that name an adapter
         first = logits(model)
-    with use_adapters(model, ["lora"]):
+    with use_adapters(model, []):
         second = logits(model)
     torch.testing.assert_close(rows, torch.cat([first, second]), rtol=1e-4, atol=1e-5)
     with_memory = logits(model)
@@ -232,7 +232,7 @@ def test_the_command_line_and_the_comparison_use_it(tmp_path: Path) -> None:
 
     written = run(
         "write", tmp_path / "model", tmp_path / "facts.json", "--method", "toy", "--set", "strength=0.5",
-        "--option", "factor=2.0", "--output", tmp_path / "toy",
+        "--option", "factor=2.0", "--min-recall", "0", "--output", tmp_path / "toy",
     )  # fmt: skip
     assert written["method"] == "Mean embedding of the text"
     told = run("info", tmp_path / "toy", "--model", tmp_path / "model")

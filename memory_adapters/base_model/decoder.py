@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -32,23 +32,34 @@ NO_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Decoder:
-    """Store the parts of a causal LM that the memory methods touch.
+    """Find the parts of a causal LM that the memory methods touch, anew at each use: heads and embeddings are replaced.
 
     Attributes:
-        blocks: The decoder blocks, lowest first.
-        path: Dotted name of `blocks` in the model, such as `"model.layers"`.
+        model: The causal LM.
+        path: Dotted name of the list of decoder blocks in the model, such as `"model.layers"`.
         hidden_size: Width d of the residual stream.
-        embeddings: The input embedding module.
-        head: The output projection (`hidden_size` to vocabulary).
         model_type: The architecture's name, for PEFT's own tables.
     """
 
-    blocks: nn.ModuleList
+    model: PreTrainedModel = field(repr=False)
     path: str
     hidden_size: int
-    embeddings: nn.Module
-    head: nn.Module
     model_type: str | None = None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, lowest first."""
+        return cast(nn.ModuleList, self.model.get_submodule(self.path))
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The input embedding module."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def head(self) -> nn.Module:
+        """The output projection (`hidden_size` to vocabulary)."""
+        return cast(nn.Module, self.model.get_output_embeddings())
 
     @property
     def num_layers(self) -> int:
@@ -77,19 +88,23 @@ class Decoder:
 def find_decoder(model: PreTrainedModel, layers_path: str | None = None) -> Decoder:
     """Locate the decoder blocks, embeddings and head of `model`.
 
-    The blocks are the outermost `ModuleList` of one module class that has as many entries as the model's
-    configuration has hidden layers. Nothing depends on the model's name.
+    The blocks are the outermost `ModuleList` that has as many entries as the model's configuration has hidden layers;
+    where several have, the one of one class, and in the module that holds the input embeddings. Nothing depends on the
+    model's name.
 
     Args:
         model: A Hugging Face causal LM.
         layers_path: Dotted name of the `ModuleList` of blocks, for a model whose structure is not recognised.
 
     Raises:
-        ValueError: If the blocks, embeddings, head or width cannot be found, or `layers_path` names no `ModuleList`.
+        ValueError: If the blocks, embeddings, head or width cannot be found, `layers_path` names no `ModuleList`, or
+            the model is an encoder–decoder.
     """
-    model_config = getattr(model, "config", None)
-    text_config = getattr(model_config, "get_text_config", lambda: model_config)()
     name = type(model).__name__
+    model_config = getattr(model, "config", None)
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder–decoder; memories are for causal LMs, which have a decoder alone.")
+    text_config = getattr(model_config, "get_text_config", lambda **_: model_config)(decoder=True)
     if layers_path is not None:
         try:
             blocks = model.get_submodule(layers_path)
@@ -97,30 +112,39 @@ def find_decoder(model: PreTrainedModel, layers_path: str | None = None) -> Deco
             raise ValueError(f"`layers_path={layers_path!r}` names no module of {name}.") from None
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             raise ValueError(f"`layers_path={layers_path!r}` must name a non-empty ModuleList of {name}.")
-        path = layers_path
-    else:
-        depth = getattr(text_config, "num_hidden_layers", None)
-        found = [(n, m) for n, m in model.named_modules() if _is_block_list(m, depth)]
-        found = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
-        if len(found) != 1:
-            lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-            raise ValueError(
-                f"Cannot tell which modules of {name} are its decoder blocks ({len(found)} candidates for "
-                f"num_hidden_layers={depth}). Set `layers_path` in the config to their ModuleList, one of {lists}."
-            )
-        (path, blocks) = found[0]
-        assert isinstance(blocks, nn.ModuleList)
+    path = layers_path or _find_blocks(model, getattr(text_config, "num_hidden_layers", None))
     hidden_size = getattr(text_config, "hidden_size", None)
     if not isinstance(hidden_size, int):
         raise ValueError(f"{name} has no integer `config.hidden_size`; a memory needs the width of its stream.")
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embeddings is None or head is None:
+    if _embeddings(model) is None or model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no input or output embeddings; load it with a causal LM head.")
-    return Decoder(blocks, path, hidden_size, embeddings, head, getattr(text_config, "model_type", None))
+    return Decoder(model, path, hidden_size, getattr(text_config, "model_type", None))
 
 
-def _is_block_list(module: nn.Module, depth: int | None) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) == depth and len({type(m) for m in module}) == 1
+def _find_blocks(model: PreTrainedModel, depth: int | None) -> str:
+    """Return the dotted name of the list of decoder blocks, of which there are `depth`."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    found = [n for n, m in lists.items() if len(m) == depth]
+    found = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    alike = [n for n in found if len({type(block) for block in lists[n]}) == 1]
+    found = alike if alike else found
+    if len(found) > 1:  # a multimodal model may have as many blocks for pictures
+        embeddings = _embeddings(model)
+        around = {n: model.get_submodule(n.rpartition(".")[0]).modules() for n in found}
+        found = [n for n, modules in around.items() if any(module is embeddings for module in modules)] or found
+    if len(found) != 1:
+        raise ValueError(
+            f"Cannot tell which modules of {type(model).__name__} are its decoder blocks ({len(found)} candidates for "
+            f"num_hidden_layers={depth}). Set `layers_path` in the config to their ModuleList, one of {list(lists)}."
+        )
+    return found[0]
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return cast("nn.Module | None", model.get_input_embeddings())
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
@@ -153,13 +177,22 @@ def resolve_layers(layers: Sequence[int | float], num_layers: int) -> list[int]:
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the Hugging Face model itself, also of a PeftModel."""
+    """Return the Hugging Face model itself, also of a PeftModel.
+
+    Raises:
+        TypeError: If it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        load = f"AutoModelForCausalLM.from_pretrained({model!r})" if isinstance(model, str) else "a causal LM"
+        raise TypeError(f"`model` is a {type(model).__name__}; give the model itself: {load}.")
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def context_length(model: PreTrainedModel) -> int:
     """Return how many tokens the model's positions allow; a very large number where its config names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    return limit if limit > 0 else NO_LIMIT
 
 
 def execution_device(module: nn.Module) -> torch.device:

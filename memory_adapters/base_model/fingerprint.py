@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -106,6 +107,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _plain(module: nn.Module) -> Any:
+    """Return the base model's own module, whatever adapters have around it or in its place."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _plain(module.original_module)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from memory_adapters.base_model.tokens import last_token_of, shared_length, tokenize
+from memory_adapters.base_model.chat import rendered_question
+from memory_adapters.base_model.tokens import continued_prompt, last_token_of, shared_length, tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 
-__all__ = ["IGNORED", "Row", "ScoredRow", "document_rows", "fact_row", "plain_rows", "question_row"]
+__all__ = ["IGNORED", "Row", "ScoredRow", "chat_row", "document_rows", "fact_row", "plain_rows", "question_row"]
 
 IGNORED = -100
 
@@ -25,6 +26,8 @@ class ScoredRow(Protocol):
     def first_label(self) -> int: ...
     @property
     def is_document(self) -> bool: ...
+    @property
+    def item(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Row:
         context: Tokens of a text that says the same, for the teacher of context distillation to read first; empty
             where the base model alone is the teacher.
         is_document: Whether it is running text, rather than a prompt and what should follow it.
+        item: Index of the item that it comes from.
+        by_other_name: Whether a fact's subject has another name in it.
     """
 
     input_ids: list[int]
@@ -45,6 +50,8 @@ class Row:
     key_positions: list[int]
     context: list[int]
     is_document: bool = False
+    item: int = 0
+    by_other_name: bool = False
 
     @property
     def labels(self) -> list[int]:
@@ -56,12 +63,18 @@ def plain_rows(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, max_le
     """Return the rows of items as they are given: a fact's bare prompt, a question as text, a document's windows.
 
     Raises:
-        ValueError: If a fact or question does not fit in `max_length` tokens.
+        ValueError: If a fact or question does not fit in `max_length` tokens, or a document has a single token.
     """
     rows: list[Row] = []
     for index, item in enumerate(items):
         if isinstance(item, Document):
-            rows += document_rows(item, tokenizer, max_length)
+            windows = document_rows(item, tokenizer, max_length)
+            if not windows:
+                raise ValueError(
+                    f"`items[{index}]` is a Document of a single token ({item.text[:40]!r}), in which there is nothing "
+                    "to predict: give a text, a Fact or a QuestionAnswer."
+                )
+            rows += [replace(window, item=index) for window in windows]
             continue
         row = fact_row(item, tokenizer) if isinstance(item, Fact) else question_row(item, tokenizer)
         if len(row.input_ids) > max_length:
@@ -70,36 +83,45 @@ def plain_rows(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, max_le
                 "that fit: shorten it, raise `max_length` up to the model's context, or give it as a Document, which "
                 "is split."
             )
-        rows.append(row)
+        rows.append(replace(row, item=index))
     return rows
 
 
-def fact_row(fact: Fact, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> Row:
-    """Return a fact's row, behind a prefix."""
-    prompt = prefix + fact.prompt
-    text = prompt + fact.continuation
-    ids = tokenize(tokenizer, text)
-    end = len(prefix) + fact.prompt.rindex(fact.subject) + len(fact.subject)
-    subject = last_token_of(tokenizer, text, end, ids)
+def fact_row(fact: Fact, tokenizer: PreTrainedTokenizerBase, prefix: str = "", alias: str | None = None) -> Row:
+    """Return a fact's row, behind a prefix, and with another name in its subject's place if one is given."""
+    subject = fact.subject if alias is None else alias
+    prompt = prefix + fact.about(subject)
+    ids, first = continued_prompt(tokenizer, prompt, fact.continuation)
+    end = len(prefix) + fact.subject_start + len(subject)
+    last = last_token_of(tokenizer, prompt + fact.continuation, end, ids)
     context = tokenize(tokenizer, fact.prompt + fact.continuation + ".\n\n")
-    return Row(ids, _first_label(tokenizer, prompt, ids), [subject], context)
+    return Row(ids, first, [min(last, first - 1)], context, by_other_name=alias is not None)
 
 
-def question_row(item: QuestionAnswer, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> Row:
-    """Return a question's row, as plain text or in the tokenizer's chat template."""
+def question_row(item: QuestionAnswer, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Return a question's row as plain text."""
     context = tokenize(tokenizer, item.question + item.continuation + "\n\n")
-    if not chat:
-        ids = tokenize(tokenizer, item.question + item.continuation)
-        first = _first_label(tokenizer, item.question, ids)
-        return Row(ids, first, list(range(first)), context)
-    turn = [{"role": "user", "content": item.question}]
-    prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # the model's turn ends here
-    ids = _bare_ids(tokenizer, prompt + item.answer) + end
-    first = shared_length(_bare_ids(tokenizer, prompt), ids)
-    begin = prompt.find(item.question)
-    head = _bare_ids(tokenizer, prompt[: max(begin, 0)])
-    tail = _bare_ids(tokenizer, prompt[: begin + len(item.question)]) if begin >= 0 else head
+    ids, first = continued_prompt(tokenizer, item.question, item.continuation)
+    return Row(ids, first, list(range(first)), context)
+
+
+def chat_row(item: Fact | QuestionAnswer, tokenizer: PreTrainedTokenizerBase) -> Row | None:
+    """Return the row of a question, or of a fact's prompt, in the tokenizer's chat template, to the end of the answer.
+
+    Returns:
+        None if the tokenizer has no template, or one that does not render the prompt as it is written.
+    """
+    rendered = rendered_question(tokenizer, item.prompt)
+    if rendered is None:
+        return None
+    prompt, begin = rendered
+    context = tokenize(tokenizer, item.prompt + item.continuation + "\n\n")
+    ids, first = continued_prompt(tokenizer, prompt, item.target, rendered=True)
+    ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # the model's turn ends here
+    if isinstance(item, Fact):
+        end = begin + item.subject_end
+        return Row(ids, first, [last_token_of(tokenizer, prompt, end, ids, rendered=True)], context)
+    head, tail = (tokenize(tokenizer, prompt[:end], rendered=True) for end in (begin, begin + len(item.prompt)))
     return Row(ids, first, list(range(shared_length(head, ids), shared_length(tail, ids))), context)
 
 
@@ -108,11 +130,3 @@ def document_rows(item: Document, tokenizer: PreTrainedTokenizerBase, max_length
     ids = tokenize(tokenizer, item.text)
     windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
     return [Row(window, 1, list(range(len(window))), window, True) for window in windows if len(window) > 1]
-
-
-def _bare_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _first_label(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[int]) -> int:
-    return max(shared_length(tokenize(tokenizer, prompt), ids), 1)

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["bfloat16_weights", "computes_in_bfloat16", "evaluating", "left_as_it_was", "plain_attention"]
+__all__ = [
+    "bfloat16_weights",
+    "computes_in_bfloat16",
+    "evaluating",
+    "left_as_it_was",
+    "own_settings",
+    "plain_attention",
+]
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Compute, within this context, with gradients, in float32 by default and without autocast.
+
+    Notebooks switch gradients off in an earlier cell, and servers run in inference mode or under autocast.
+    """
+    default = torch.get_default_dtype()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = {"cpu", "cpu" if accelerator is None else accelerator.type}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_default_dtype, default)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 @contextmanager

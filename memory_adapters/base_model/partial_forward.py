@@ -16,12 +16,14 @@ from memory_adapters.base_model.decoder import Decoder, execution_device
 __all__ = [
     "CACHE",
     "BlockOutput",
-    "block_returns_tuple",
+    "block_tuple_length",
     "capture",
     "capture_inputs",
     "hidden_state",
     "inputs_of",
+    "keeps_keys_alone",
     "logits_at",
+    "positioned",
     "resumed",
 ]
 
@@ -99,19 +101,44 @@ def logits_at(decoder: Decoder, mask: torch.Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def block_returns_tuple(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool:
-    """Return whether block `layer` puts out a tuple that starts with the hidden state, rather than the hidden state."""
-    kinds: list[bool] = []
-    handle = decoder.blocks[layer].register_forward_hook(lambda _m, _a, output: kinds.append(isinstance(output, tuple)))
+def block_tuple_length(model: PreTrainedModel, decoder: Decoder, layer: int) -> int:
+    """Return how many entries block `layer` puts out, the hidden state first; 0 if it is the hidden state alone."""
+    lengths: list[int] = []
+
+    def count(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
+        lengths.append(len(output) if isinstance(output, tuple) else 0)
+
+    handle = decoder.blocks[layer].register_forward_hook(count)
     try:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=execution_device(decoder.embeddings)))
     finally:
         handle.remove()
-    return kinds[0]
+    return lengths[0]
+
+
+def keeps_keys_alone(cache: Any) -> bool:
+    """Return whether a cache holds keys and values, and no states of linear attention or convolutions."""
+    layers = getattr(cache, "layers", None) or []
+    keys_alone = [hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in layers]
+    return bool(keys_alone) and all(keys_alone)
+
+
+def positioned(model: PreTrainedModel, mask: torch.Tensor, past: int = 0) -> dict[str, torch.Tensor]:
+    """Return `attention_mask` and, where the model takes them, `position_ids` counted in it (rows, tokens).
+
+    Args:
+        model: The causal LM.
+        mask: (rows, past + tokens), with padding on the left.
+        past: Tokens whose keys and values are in a cache.
+    """
+    inputs = {"attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return inputs
 
 
 @contextmanager
-def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: bool) -> Iterator[None]:
+def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, tuple_length: int) -> Iterator[None]:
     """Let block `layer`, within this context, put out `states`, and the blocks below only pass their input through.
 
     The model's own `forward` runs, so masks, positions and whatever else it computes are its own.
@@ -120,15 +147,17 @@ def resumed(decoder: Decoder, layer: int, states: torch.Tensor, *, as_tuple: boo
         decoder: Parts of the model.
         layer: Block index.
         states: (batch, tokens, hidden_size), as the inputs that the model is then given.
-        as_tuple: Whether the model's blocks put out tuples; see `block_returns_tuple`.
+        tuple_length: How many entries the model's blocks put out; see `block_tuple_length`.
     """
+
+    rest = [None] * (tuple_length - 1)
 
     def passed_on(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if as_tuple else hidden
+        return (hidden, *rest) if tuple_length else hidden
 
     def stored(*_args: Any, **_kwargs: Any) -> Any:
-        return (states,) if as_tuple else states
+        return (states, *rest) if tuple_length else states
 
     blocks = [decoder.blocks[i] for i in range(layer + 1)]
     before = [block.__dict__.get("forward") for block in blocks]

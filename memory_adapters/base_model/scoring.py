@@ -20,11 +20,22 @@ __all__ = ["Scores", "scored"]
 
 @dataclass(frozen=True)
 class Scores:
-    """Store how a model does on what is written and on held-out text; see the fields of `WriteReport`."""
+    """Store how a model does on what is written and on held-out text; see the fields of `WriteReport`.
 
-    recall: float | None
+    Attributes:
+        recalled: For each fact and question, by the index of the item, whether all of its rows are recalled.
+        token_accuracy: Share of the documents' tokens.
+        perplexity: On held-out sentences.
+    """
+
+    recalled: dict[int, bool]
     token_accuracy: float | None
     perplexity: float
+
+    def recall(self, items: range) -> float | None:
+        """Return the share of these items that is recalled; None if none is a fact or a question."""
+        own = [right for item, right in self.recalled.items() if item in items]
+        return sum(own) / len(own) if own else None
 
 
 def scored(
@@ -45,10 +56,13 @@ def scored(
     check_scores(found, model, decoder, ids)
     documents = torch.tensor([row.is_document for row in rows], dtype=torch.bool)
     right, count = found.right[: len(rows)], found.count[: len(rows)]
-    recalled = (right == count)[~documents].float()
+    recalled: dict[int, bool] = {}
+    for row, hit in zip(rows, (right == count).tolist(), strict=True):
+        if not row.is_document:
+            recalled[row.item] = recalled.get(row.item, True) and hit
     loss = -found.log_prob[len(rows) :].sum() / found.count[len(rows) :].sum()
     return Scores(
-        recall=recalled.mean().item() if len(recalled) else None,
+        recalled=recalled,
         token_accuracy=(right[documents].sum() / count[documents].sum()).item() if documents.any() else None,
         perplexity=math.exp(min(float(loss), 700.0)),  # exp(710) is more than a float holds
     )

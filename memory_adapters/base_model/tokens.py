@@ -14,7 +14,16 @@ from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.partial_forward import logits_at
 
-__all__ = ["RowScores", "batches_of", "last_token_of", "pad_rows", "score_rows", "shared_length", "tokenize"]
+__all__ = [
+    "RowScores",
+    "batches_of",
+    "continued_prompt",
+    "last_token_of",
+    "pad_rows",
+    "score_rows",
+    "shared_length",
+    "tokenize",
+]
 
 TOKENS_A_BATCH = 4096
 
@@ -42,10 +51,41 @@ def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> I
         yield batch
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return token ids as the model reads a prompt: with the special tokens at the start, without one at the end."""
-    ids = list(tokenizer(text)["input_ids"])
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool = False) -> list[int]:
+    """Return token ids as the model reads a prompt: with the special tokens at the start, without one at the end.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: Any text.
+        rendered: Whether it is a rendered chat, which has its special tokens already.
+    """
+    ids = list(tokenizer(text, add_special_tokens=not rendered)["input_ids"])
+    return ids[:-1] if not rendered and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def continued_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, *, rendered: bool = False
+) -> tuple[list[int], int]:
+    """Return the tokens of a prompt with its continuation, and the index of the continuation's first token.
+
+    The row begins with the very tokens that a model reads when it is asked the prompt. Where a token of the joined text
+    would hold the end of the one and the beginning of the other, the continuation is tokenised apart: generation from
+    the prompt cannot give such a token.
+    """
+    head = tokenize(tokenizer, prompt, rendered=rendered)
+    joined = tokenize(tokenizer, prompt + continuation, rendered=rendered)
+    if joined[: len(head)] != head:
+        joined = head + _tokens_within(tokenizer, continuation)
+    return joined, len(head)
+
+
+def _tokens_within(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the tokens of text that stands behind other text, without the space that some tokenizers put first."""
+    for lead in ("\n", ".", "a"):
+        before, ids = (tokenize(tokenizer, part, rendered=True) for part in (lead, lead + text))
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return tokenize(tokenizer, text, rendered=True)
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -56,9 +96,11 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def last_token_of(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: Sequence[int]) -> int:
+def last_token_of(
+    tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: Sequence[int], *, rendered: bool = False
+) -> int:
     """Return the index in `ids`, the tokens of `text`, of the token that holds character `end - 1`."""
-    head = tokenize(tokenizer, text[:end])
+    head = tokenize(tokenizer, text[:end], rendered=rendered)
     shared = shared_length(head, ids)
     return shared - 1 if shared == len(head) else min(shared, len(ids) - 1)
 
@@ -91,7 +133,7 @@ def score_rows(
         first: For each row, the index of the first token to score.
         tokens: Most tokens a batch, with padding.
     """
-    scores = RowScores(*(torch.zeros(len(rows)) for _ in range(3)))
+    scores = RowScores(*(torch.zeros(len(rows), dtype=torch.float32) for _ in range(3)))
     device = execution_device(decoder.embeddings)
     for batch in batches_of(rows, tokens):
         inputs = pad_rows([rows[i] for i in batch], device)
@@ -105,5 +147,5 @@ def score_rows(
         owner = torch.tensor(batch)[wanted.nonzero()[:, 0].cpu()]
         scores.log_prob.index_add_(0, owner, -F.cross_entropy(logits, targets, reduction="none").cpu())
         scores.right.index_add_(0, owner, (logits.argmax(-1) == targets).float().cpu())
-        scores.count.index_add_(0, owner, torch.ones(len(owner)))
+        scores.count.index_add_(0, owner, torch.ones(len(owner), dtype=torch.float32))
     return scores

@@ -7,13 +7,7 @@ from typing import Annotated
 import typer
 
 import memory_adapters
-from memory_adapters.cli.compare import compare
-from memory_adapters.cli.covariance import covariance
-from memory_adapters.cli.evaluate import evaluate
-from memory_adapters.cli.export import export
-from memory_adapters.cli.info import info
-from memory_adapters.cli.trace import trace
-from memory_adapters.cli.write import write
+from memory_adapters.cli.commands import compare, covariance, evaluate, export, info, trace, write
 
 __all__ = ["app"]
 

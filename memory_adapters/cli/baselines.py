@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
 
-from memory_adapters.cli.run import wrong
+from memory_adapters.cli.messages import wrong
 from memory_adapters.cli.saved_memory import SavedMemory, with_settings
 from memory_adapters.cli.settings import check_config, check_names, method_named, parse_pairs
 from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, Unchanged, WrittenMemory

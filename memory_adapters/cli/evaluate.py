@@ -1,68 +1,54 @@
-"""`memory-adapters evaluate`, and the records and texts that `compare` reads too."""
+"""`memory-adapters evaluate`, and the records that `compare` reads too."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from memory_adapters.cli.options import (
-    AdapterArgument,
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LimitOption,
-    ModelArgument,
-    QuietOption,
-    RecordsArgument,
-    ReportOption,
-    TextOption,
-    TextTokensOption,
-)
-from memory_adapters.cli.run import running
-from memory_adapters.evaluation.edit_report import evaluate_edits, score_table
+from memory_adapters.cli.run import Run
+from memory_adapters.evaluation.edit_report import evaluate_edits, item_table, kind_table, score_table
 from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
+from memory_adapters.files.text_files import read_text
 from memory_adapters.inject import load_memory
 
-__all__ = ["evaluate", "read_records", "read_text"]
+__all__ = ["evaluate_memory", "read_records"]
 
-TEXT_TOKENS = 10_000
-_FORMATS = {"CounterFact": load_counterfact, "zsRE": load_zsre, "your own facts": load_facts}
+_FORMATS = {"CounterFact": load_counterfact, "zsRE": load_zsre, "KnowEdit, EasyEdit or your own facts": load_facts}
 
 
-def evaluate(
-    model: ModelArgument,
-    adapter: AdapterArgument,
-    records: RecordsArgument,
-    limit: LimitOption = None,
-    text: TextOption = None,
-    text_tokens: TextTokensOption = TEXT_TOKENS,
-    output: ReportOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+def evaluate_memory(
+    run: Run,
+    model: str,
+    adapter: str,
+    records: str,
+    *,
+    limit: int | None,
+    text: Path | None,
+    text_tokens: int,
+    per_item: bool,
+    output: Path | None,
+    dtype: str,
 ) -> None:
-    """Score MODEL on RECORDS without and with the memory ADAPTER.
-
-    ES, PS, NS: share of prompts, paraphrases and neighbours on which the wanted answer is likelier than the other; S:
-    their harmonic mean; exact: greedy decoding gives the target. All in % (in JSON: shares in [0, 1]).
-    """
-    with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
-        judged = read_records(records, limit)
-        options: dict[str, Any] = dict(
-            text=read_text(text), max_text_tokens=text_tokens, greedy=False, progress=run.progress
-        )
-        base, tokenizer = run.load_model(model, dtype)
-        memory = load_memory(base, adapter, tokenizer=tokenizer)
-        with memory.disabled():
-            without = evaluate_edits(base, tokenizer, judged, **options)
-        reports = {"without": without, "with": evaluate_edits(base, tokenizer, judged, **options)}
-        result = {"adapter": adapter, **{name: report.to_dict() for name, report in reports.items()}}
-        if output is not None:
-            run.save(result, output)
-        run.show(result, f"{len(judged)} facts, scores in %\n{score_table(reports)}")
+    """Score a model on records without and with a memory."""
+    judged = read_records(records, limit)
+    options: dict[str, Any] = dict(
+        text=None if text is None else read_text(text),
+        max_text_tokens=text_tokens,
+        greedy=False,
+        per_item=per_item,
+        progress=run.progress,
+    )
+    base, tokenizer = run.load_model(model, dtype)
+    memory = load_memory(base, adapter, tokenizer=tokenizer)
+    with memory.disabled():
+        without = evaluate_edits(base, tokenizer, judged, **options)
+    reports = {"without": without, "with": evaluate_edits(base, tokenizer, judged, **options)}
+    result = {"adapter": adapter, **{name: report.to_dict() for name, report in reports.items()}}
+    if output is not None:
+        run.save(result, output)
+    tables = [f"{len(judged)} facts, scores in %\n{score_table(reports)}", kind_table(reports)]
+    tables += [item_table(reports)] if per_item else []
+    run.show(result, "\n\n".join(filter(None, tables)))
 
 
 def read_records(source: str, limit: int | None) -> list[EditRecord]:
@@ -79,8 +65,3 @@ def read_records(source: str, limit: int | None) -> list[EditRecord]:
             raise ValueError(f"`{source}` holds no record: give at least one.")
         return found
     raise ValueError("\n".join([f"`{source}` is in none of the formats:", *problems]))
-
-
-def read_text(file: Path | None) -> str | None:
-    """Read a text file, if there is one."""
-    return None if file is None else file.read_text(encoding="utf-8")

@@ -4,53 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from textwrap import shorten
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tabulate import tabulate
 
-from memory_adapters.cli.options import (
-    AdapterArgument,
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    QuietOption,
-)
-from memory_adapters.cli.run import Run, running
+from memory_adapters.cli.run import Run
 from memory_adapters.cli.saved_memory import SavedMemory
 from memory_adapters.inject import load_memory
 from memory_adapters.report import WriteReport
 
-__all__ = ["info"]
+__all__ = ["describe"]
 
 MOST_SHOWN = 60  # characters of a field of an item
 
 
-def info(
-    adapter: AdapterArgument,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Also load this model, and say whether the memory fits it.")
-    ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Describe the saved memory ADAPTER.
-
-    Read from its files; no model is loaded unless --model names one.
-    """
-    with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
-        saved = SavedMemory.find(adapter)
-        result = _description(saved)
-        if model is not None:
-            result["unfit"] = _unfit(run, saved, model, dtype)
-            result["fits"] = result["unfit"] is None
-        run.show(result, _as_text(result))
-        if result.get("unfit") is not None:
-            run.missed(f"the memory does not fit {model}.")
+def describe(run: Run, adapter: str, model: str | None, *, dtype: str) -> None:
+    """Describe a saved memory, and say whether it fits a model."""
+    saved = SavedMemory.find(adapter)
+    result = _description(saved)
+    if model is not None:
+        result["unfit"] = _unfit(run, saved, model, dtype)
+        result["fits"] = result["unfit"] is None
+    run.show(result, _as_text(result))
+    if result.get("unfit") is not None:
+        run.missed(f"the memory does not fit {model}.")
 
 
 def _description(saved: SavedMemory) -> dict[str, Any]:
@@ -70,7 +47,7 @@ def _description(saved: SavedMemory) -> dict[str, Any]:
 
 def _unfit(run: Run, saved: SavedMemory, model: str, dtype: str) -> str | None:
     """Return why the memory does not load into the model; None if it does."""
-    base, tokenizer = run.load_model(model, dtype)
+    base, tokenizer = run.load_model(model, dtype, "--model")
     try:
         load_memory(base, saved.folder, tokenizer=tokenizer)
     except ValueError as error:

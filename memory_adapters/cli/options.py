@@ -1,4 +1,7 @@
-"""Arguments and options that several commands share; import them after the methods are registered."""
+"""Arguments and options that several commands share, and what their help and defaults name.
+
+METHODS, BASELINES and COVARIANCE_TOKENS repeat what the library says, which help does not import; a test compares them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
+
+METHODS = ("memit", "slots", "residual")
+BASELINES = ("memit", "alphaedit", "emmet", "encoder", "slots", "prompt", "residual", "lora", "full", "nothing")
+COVARIANCE_TOKENS = 16_384
+TEXT_TOKENS = 10_000
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -21,18 +29,29 @@ RecordsArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECORDS",
-        help="Facts with prompts to judge them by, in a .json, .jsonl or .csv file, or a Hub id: CounterFact, zsRE, or "
-        "your own with the fields prompt, subject, target and, optionally, true_target, paraphrases, neighbours.",
+        help="Facts with prompts to judge them by, in a .json, .jsonl or .csv file, or a Hub id: CounterFact, zsRE, "
+        "KnowEdit, EasyEdit, or your own with the fields prompt, subject, target and, optionally, true_target, "
+        "paraphrases, neighbours.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N records.  [default: all]")]
 TextOption = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Unrelated text for the perplexity.")
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        metavar="FILE",
+        help="Unrelated text for the perplexity.  [default: held-out sentences]",
+    ),
 ]
 TextTokensOption = Annotated[int, typer.Option(min=2, metavar="N", help="Most tokens of --text that are read.")]
 ReportOption = Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.json", help="Also save the result.")]
 PushOption = Annotated[
     str | None, typer.Option(metavar="REPO_ID", help="Also upload to this Hub repository, made if need be.")
+]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="REPO_ID", help="With --push: the Hub id of MODEL, where MODEL is a local folder."),
 ]
 PrivateOption = Annotated[
     bool, typer.Option("--private", help="With --push: a new repository is private.  [default: as the account says]")

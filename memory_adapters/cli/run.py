@@ -1,14 +1,14 @@
-"""Run a command: load its model, print its result, and end with its exit code."""
+"""What a command works with: its model, its device, its result."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -19,13 +19,14 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from memory_adapters.cli.messages import say, wrong
 from memory_adapters.embedded_model import embedded_model
 from memory_adapters.files.atomic import atomic_file
 from memory_adapters.training.distributed import is_main_process
 
-__all__ = ["Run", "running", "wrong"]
+__all__ = ["Run", "started"]
 
-_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)  # whose messages need no traceback
+_GIVE = "give a folder with config.json, weights and a tokenizer, or the id of a model on the Hub"
 
 
 class Run:
@@ -39,14 +40,45 @@ class Run:
         self.progress = progress
         self._stdout, self._device, self._as_json = stdout, device, as_json
 
-    def load_model(self, name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load a model, on the device, and its tokenizer."""
+    def load_model(
+        self, name: str, dtype: str, argument: str = "MODEL"
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load a model, on the device, and its tokenizer.
+
+        Args:
+            name: A folder, a Hub id, or `embedded`.
+            dtype: Precision of its weights.
+            argument: Where the name was given, for errors.
+
+        Raises:
+            OSError, ValueError: If there is no model or no tokenizer there; says which, and what to give.
+        """
         if name == "embedded":
             with PartialState().main_process_first() if distributed.is_initialized() else nullcontext():
                 name = str(embedded_model())  # the first process makes the folder
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        _check_model_name(name, argument)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except OSError as error:
+            raise _not_loaded(name, argument, error) from None
+        except Exception as error:  # of any kind, by the kind of tokenizer that the model's config names
+            raise ValueError(
+                f"`{argument}={name}` has no tokenizer that can be loaded ({_sentence(error)}): put the model's own "
+                f"there with `tokenizer.save_pretrained`, or {_GIVE}."
+            ) from None
+        if len(tokenizer) <= len(
+            tokenizer.added_tokens_decoder
+        ):  # made of the model's config alone, without a vocabulary
+            raise ValueError(
+                f"`{argument}={name}` has no tokenizer: put the model's own there with `tokenizer.save_pretrained`, or "
+                f"{_GIVE}."
+            )
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise _not_loaded(name, argument, error) from None
         model.to(self._device)  # type: ignore[arg-type]  # its decorator hides `self`
-        return model, AutoTokenizer.from_pretrained(name)
+        return model, tokenizer
 
     def show(self, result: Mapping[str, Any], text: str) -> None:
         """Print the result on stdout: as JSON if that was asked for, else `text`."""
@@ -65,47 +97,45 @@ class Run:
         raise typer.Exit(3)
 
 
-def wrong(option: str, why: str) -> typer.BadParameter:
-    """Return the error for wrong usage of an option or argument: exit code 2."""
-    return typer.BadParameter(why, param_hint=option)
-
-
-def say(message: str) -> None:
-    """Print a line on stderr."""
-    who = "" if is_main_process() else f"process {PartialState().process_index}: "  # type: ignore[has-type]  # set in untyped code
-    print(f"{who}{message}", file=sys.stderr)
-
-
 @contextmanager
-def running(*, as_json: bool, quiet: bool, debug: bool, device: str = "cpu") -> Iterator[Run]:
-    """Print to stderr within this context, and end the program with an exit code after a failure.
-
-    Under `accelerate launch` or `torchrun` the processes work together, and only the first prints.
-    """
+def started(*, as_json: bool, quiet: bool, device: str) -> Iterator[Run]:
+    """Join the processes that were launched together, and yield what a command works with."""
     with ExitStack() as stack:
-        try:
-            launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
-            if launched:
-                PartialState(cpu=device == "cpu")
-                stack.callback(distributed.destroy_process_group)
-            progress = is_main_process() and not quiet
-            if not progress:
-                stack.enter_context(_no_bars())
-            run = Run(sys.stdout, _device(device, launched), as_json=as_json, progress=progress)
-            with redirect_stdout(sys.stderr):
-                yield run
-        except (typer.Exit, typer.Abort, typer.BadParameter):
-            raise
-        except KeyboardInterrupt:
-            say("interrupted")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if debug:
-                traceback.print_exc()
-            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-            kind = "" if isinstance(error, _EXPECTED) and str(error) else f"{type(error).__name__}: "
-            say(f"error: {kind}{error}{notes}" + ("" if debug or not kind else " (--debug shows where)"))
-            raise typer.Exit(1) from None
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
+        if launched:
+            PartialState(cpu=device == "cpu")
+            stack.callback(distributed.destroy_process_group)
+        progress = is_main_process() and not quiet
+        if not progress:
+            stack.enter_context(_no_bars())
+        yield Run(sys.stdout, _device(device, launched), as_json=as_json, progress=progress)
+
+
+def _check_model_name(name: str, argument: str) -> None:
+    """Refuse a name that is neither a folder with a config nor like the id of a repository."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"`{argument}={name}` has no config.json, so it is no model: {_GIVE}.")
+    elif folder.exists():
+        raise NotADirectoryError(f"`{argument}={name}` is a file, not a folder: {_GIVE}.")
+    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise FileNotFoundError(f"`{argument}={name}` does not exist: check its spelling, and {_GIVE}.")
+
+
+def _not_loaded(name: str, argument: str, error: Exception) -> Exception:
+    kind = OSError if isinstance(error, OSError) else ValueError
+    if Path(name).is_dir():
+        return kind(f"`{argument}={name}` cannot be loaded ({_sentence(error)}): {_GIVE}.")
+    return kind(
+        f"`{argument}={name}` is no folder here, and cannot be loaded from the Hub ({_sentence(error)}): check its "
+        f"spelling and the connection, and {_GIVE}."
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """Return the first line of an error, without the sign at its end."""
+    return str(error).strip().split("\n")[0].rstrip(".: ") or type(error).__name__
 
 
 def _device(name: str, launched: bool) -> torch.device:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from memory_adapters.cli.run import wrong
+from memory_adapters.cli.messages import wrong
 from memory_adapters.registry import Method, methods
 
 __all__ = ["check_config", "check_names", "method_named", "parse_pairs"]

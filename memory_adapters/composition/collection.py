@@ -23,13 +23,13 @@ from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.composition.peft_loading import check_saveable, load_peft_adapter
 from memory_adapters.files.atomic import atomic_directory, read_lock
 from memory_adapters.files.hub import find_adapters
-from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE, is_folder_name
 from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import write_tensors
 from memory_adapters.inject import load_memory, memories
 from memory_adapters.memory import Memory, replace_memory
 from memory_adapters.peft_layers.attached import saved_memories
-from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors
+from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, whole_copies
 from memory_adapters.peft_layers.rollback import rollback_on_error, saved_adapters
 from memory_adapters.training.distributed import is_main_process
 
@@ -122,20 +122,21 @@ def _folders(index_file: Path) -> list[str]:
 def _load(
     base: PreTrainedModel, folder: Path, index: list[tuple[str, bool, bool]], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Memory[Any]]:
-    before = {id(layer): list(layer.active_adapters) for layer in adapter_layers(base)}
+    before = {id(layer): list(layer.active_adapters) for layer in (*adapter_layers(base), *whole_copies(base))}
     for name, is_memory, _ in index:
         if is_memory:
             load_memory(base, folder / name, tokenizer=tokenizer, adapter_name=name)
         else:
             load_peft_adapter(base, folder / name, name)
-    for layer in adapter_layers(base):
+    for layer in (*adapter_layers(base), *whole_copies(base)):
         layer._active_adapter = before.get(id(layer), [])
     found = memories(base)
     for name, _, active in index:
         if active and name in found:
             found[name].active = True
         elif active:
-            for layer in adapter_layers(base, name):
+            copies = [copy for copy in whole_copies(base) if name in copy._get_available_adapters()]
+            for layer in (*adapter_layers(base, name), *copies):
                 layer._active_adapter = [*layer.active_adapters, name]
     return {name: found[name] for name, _, _ in index if name in found}
 
@@ -191,7 +192,7 @@ def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
     try:
         index = [(entry["name"], entry["memory"], entry["active"]) for entry in read_json(path)["adapters"]]
         names = [name for name, _, _ in index]
-        if not all(map(_is_folder_name, names)) or len(set(names)) < len(names):
+        if not all(map(is_folder_name, names)) or len(set(names)) < len(names):
             raise ValueError("names must be those of single folders, each once")
         if any({type(memory), type(active)} != {bool} for _, memory, active in index):
             raise ValueError("`memory` and `active` must be true or false")
@@ -201,12 +202,6 @@ def _read_index(path: Path) -> list[tuple[str, bool, bool]]:
         if (path.parent / name).resolve().parent != path.parent.resolve():
             raise ValueError(f"`{path.parent / name}` leads out of its folder: put a copy of what it links to there.")
     return index
-
-
-def _is_folder_name(name: object) -> bool:
-    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 255:
-        return False
-    return name == Path(name).name and name not in ("", "..")
 
 
 def _is_active(base: PreTrainedModel, name: str, known: dict[str, Memory[Any]]) -> bool:

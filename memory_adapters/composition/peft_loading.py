@@ -23,10 +23,10 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, inject_adapter_in_mode
 from torch import nn
 from transformers import PreTrainedModel
 
-from memory_adapters.files.names import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE
+from memory_adapters.files.names import CONFIG_FILE, PEFT_KEY_PREFIX, WEIGHTS_FILE, is_folder_name
 from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import read_tensors
-from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors
+from memory_adapters.peft_layers.layers import SWITCHED_OFF, adapter_layers, adapter_tensors
 from memory_adapters.peft_layers.rollback import rollback_on_error, saved_adapters
 from memory_adapters.registry import method_of_type
 from memory_adapters.validation import check_name, check_number, shown
@@ -70,6 +70,7 @@ def load_peft_adapter(base: PreTrainedModel, folder: Path, adapter_name: str) ->
     tensors = read_tensors(weights_file, _expected(base, config, adapter_name, f"`{config_file}`"))
     with rollback_on_error(saved_adapters(base)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # there may be other adapters
+        warnings.filterwarnings("ignore", message=SWITCHED_OFF)  # `load_adapters` switches them on again
         config.inference_mode = True  # frozen, as PEFT loads adapters
         inject_adapter_in_model(config, base, adapter_name)
         base.__dict__["_hf_peft_config_loaded"] = True  # transformers' set_adapter, disable_adapters and others work
@@ -92,6 +93,8 @@ def check_saveable(base: PreTrainedModel, adapter_name: str, tensors: Mapping[st
         adapter_name: An adapter of PEFT's on it.
         tensors: What would be saved, by name in the file.
     """
+    if not is_folder_name(adapter_name):
+        raise ValueError(f"The adapter {adapter_name!r} cannot be saved in a folder of its name. {_REMEDY}")
     text = json.dumps(cast(PeftConfig, base.peft_config[adapter_name]).to_dict(), default=_plain)
     source = f"The config of {adapter_name!r}"
     config, _ = _checked(json.loads(text), source)

@@ -14,16 +14,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.evaluation.records import EditRecord
-from memory_adapters.evaluation.scores.edits import EditScores, mean_of, score_records
-from memory_adapters.evaluation.scores.generation import consistency, fluency, generate_texts, greedy_success
-from memory_adapters.evaluation.scores.perplexity import perplexity
+from memory_adapters.evaluation.scores.edits import EditScores, KindScores, mean_of, score_kinds
+from memory_adapters.evaluation.scores.generation import (
+    consistency,
+    fluency,
+    generate_texts,
+    greedy_success,
+    greedy_texts,
+)
+from memory_adapters.evaluation.scores.perplexity import held_out_perplexity, perplexity
 from memory_adapters.evaluation.tables import UNKNOWN, format_table, table_rows
 from memory_adapters.files.atomic import atomic_file
 
-__all__ = ["EditReport", "RelationScores", "compare", "evaluate_edits", "report_cells", "score_table"]
+__all__ = [
+    "EditReport",
+    "ItemScores",
+    "RelationScores",
+    "compare",
+    "evaluate_edits",
+    "item_table",
+    "kind_table",
+    "report_cells",
+    "score_table",
+]
 
 SHOWN_RELATIONS = 10
-SHOWN_SCORES = ("S", "ES", "PS", "NS", "exact", "perplexity")  # of `score_table`
+SHOWN_CHARACTERS = 40  # of a prompt, a target and an answer in `item_table`
+SHOWN_SCORES = (  # of `score_table`
+    "S", "ES", "PS", "NS", "exact", "tokens", "paraphrases exact", "paraphrase tokens", "portability exact",
+    "perplexity",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,27 @@ class RelationScores:
     neighbourhood: float | None
 
 
+@dataclass(frozen=True)
+class ItemScores:
+    """Store what became of one fact.
+
+    Attributes:
+        prompt: Its prompt.
+        target: Its target.
+        says: What the model decodes greedily after the prompt.
+        hit: Whether every token of the target is the model's first choice.
+        paraphrases_hit: After how many of the paraphrases it is.
+        num_paraphrases: How many there are.
+    """
+
+    prompt: str
+    target: str
+    says: str
+    hit: bool
+    paraphrases_hit: int
+    num_paraphrases: int
+
+
 @dataclass(frozen=True, repr=False)
 class EditReport:
     """Store what `evaluate_edits` measured; None is what was not asked for or has nothing to be judged by.
@@ -46,12 +87,14 @@ class EditReport:
         num_records: Edits judged.
         scores: Shares over all of them.
         relations: The same by relation, those that resist most first.
+        kinds: Scores of each kind of neighbours and of questions about what follows, where the records name kinds.
+        items: What became of each fact, in the order of the records.
         greedy_success: Share of the prompts after which greedy decoding names the new target.
         paraphrase_greedy_success: The same of the paraphrases.
         fluency: GE of the generated texts.
         consistency: RS of the generated texts against the references.
         num_generated: Texts that were generated.
-        perplexity: Perplexity on `text`.
+        perplexity: Perplexity on `text`, or on held-out sentences.
         seconds: Wall time of the whole evaluation.
     """
 
@@ -65,6 +108,8 @@ class EditReport:
     num_generated: int = 0
     perplexity: float | None = None
     seconds: float = 0.0
+    kinds: list[KindScores] = field(default_factory=list)
+    items: list[ItemScores] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -76,7 +121,9 @@ class EditReport:
         given = {f.name for f in fields(EditScores) if f.init}
         scores = EditScores(**{name: value for name, value in values["scores"].items() if name in given})
         relations = [RelationScores(**relation) for relation in values["relations"]]
-        return cls(**{**values, "scores": scores, "relations": relations})
+        kinds = [KindScores(**kind) for kind in values.get("kinds", ())]  # earlier versions have neither
+        items = [ItemScores(**item) for item in values.get("items", ())]
+        return cls(**{**values, "scores": scores, "relations": relations, "kinds": kinds, "items": items})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON. An existing file is replaced whole, or kept if this is interrupted."""
@@ -101,6 +148,8 @@ class EditReport:
             "portability": (None, *portability, None),
             "harmonic mean (S)": (s.score, None, s.token_score, None),
         }  # fmt: skip
+        for one in self.kinds:
+            judged[f"{one.group}: {one.kind}"] = (one.neighbourhood, one.exact_match, one.token_accuracy, None)
         shares = [["%", "preferred", "exact", "tokens", "greedy"]]
         shares += [[label, *map(_percent, row)] for label, row in judged.items() if any(x is not None for x in row)]
         tables = [format_table(shares, style)]
@@ -136,6 +185,7 @@ def evaluate_edits(
     generate: bool = False,
     references: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
+    per_item: bool = False,
     progress: bool = True,
 ) -> EditReport:
     """Measure everything the records allow on the model as it stands.
@@ -144,7 +194,8 @@ def evaluate_edits(
         model: A causal LM, with what is to be judged active.
         tokenizer: Its tokenizer.
         records: The edits.
-        text: Unrelated text for the perplexity; its drift is seen in `compare` with a report of the base model.
+        text: Unrelated text for the perplexity; None for the held-out sentences that `WriteReport` is about. Its drift
+            is seen in `compare` with a report of the base model.
         max_text_tokens: Most tokens of it that are read.
         greedy: Decode greedily after each prompt and paraphrase, and look for the target.
         num_tokens: How many tokens; see `greedy_success`.
@@ -153,6 +204,7 @@ def evaluate_edits(
         references: Texts about the new targets, by target: `{"Rome": ["Rome is the capital of Italy.", ...]}`.
             Consistency is that of the records whose target is there.
         seed: Seed of the generated texts.
+        per_item: Also report each fact, with what the model decodes greedily after its prompt.
         progress: Show bars.
 
     Raises:
@@ -163,7 +215,7 @@ def evaluate_edits(
         raise ValueError("`references` are compared with generated texts: set `generate=True` too.")
     if references is not None and not any(record.fact.target in references for record in records):
         raise ValueError(f"`references` has no target of the records; its keys start {list(references)[:3]}.")
-    scored = score_records(model, tokenizer, records, progress=progress)
+    scored, kinds = score_kinds(model, tokenizer, records, progress=progress)
     measured: dict[str, Any] = {}
     if greedy:
         asked = [(prompt, r.fact.target) for r in records for prompt in (r.fact.prompt, *r.paraphrases)]
@@ -187,16 +239,29 @@ def evaluate_edits(
                 if record.fact.target in references
             ]
             measured["consistency"] = consistency(*zip(*pairs, strict=True))
-    if text is not None:
-        with evaluating(model):
-            measured["perplexity"] = perplexity(model, tokenizer, text, max_tokens=max_text_tokens)
+    if per_item:
+        texts = greedy_texts(model, tokenizer, [record.fact.prompt for record in records], progress=progress)
+        measured["items"] = [_item(*found) for found in zip(records, scored, texts, strict=True)]
+    with evaluating(model):
+        measured["perplexity"] = (
+            held_out_perplexity(model, tokenizer)
+            if text is None
+            else perplexity(model, tokenizer, text, max_tokens=max_text_tokens)
+        )
     return EditReport(
         num_records=len(records),
         scores=EditScores.mean(scored),
         relations=_by_relation(records, scored),
+        kinds=kinds,
         **measured,
         seconds=time.perf_counter() - start,
     )
+
+
+def _item(record: EditRecord, scores: EditScores, says: str) -> ItemScores:
+    count = len(record.paraphrases)
+    hits = round((scores.paraphrase_exact_match or 0.0) * count)
+    return ItemScores(record.fact.prompt, record.fact.target, says, scores.exact_match == 1, hits, count)
 
 
 def _by_relation(records: Sequence[EditRecord], scored: Sequence[EditScores]) -> list[RelationScores]:
@@ -224,8 +289,44 @@ def compare(reports: Mapping[str, EditReport]) -> str:
 
 
 def score_table(reports: Mapping[str, EditReport]) -> str:
-    """Return a table for the terminal, as `compare`, of S, ES, PS, NS and exact match in percent, and perplexity."""
+    """Return a table for the terminal, as `compare`, of the scores that are looked at first."""
     return format_table(table_rows(_cells_of(reports), SHOWN_SCORES))
+
+
+def kind_table(reports: Mapping[str, EditReport]) -> str:
+    """Return a table for the terminal with a line for each kind of question; `""` if the records name no kinds."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, report in reports.items():
+        for one in report.kinds:
+            row = cells.setdefault(f"{one.group}: {one.kind}", {"facts": str(one.number)})
+            for label, share in (
+                ("NS", one.neighbourhood), ("exact", one.exact_match), ("tokens", one.token_accuracy)
+            ):  # fmt: skip
+                row[f"{label} {name}"] = _percent(share)
+    columns = ["facts", *(f"{label} {name}" for label in ("NS", "exact", "tokens") for name in reports)]
+    return format_table(table_rows(cells, columns)) if cells else ""
+
+
+def item_table(reports: Mapping[str, EditReport]) -> str:
+    """Return a table for the terminal with a line for each fact: what is said, and whether the last report has a hit.
+
+    Reports without `items` have no part in it.
+    """
+    *_, last = reports.values()
+    rows = [["prompt", "target", *reports, "", "paraphrases hit"]]
+    for number, item in enumerate(last.items):
+        said = [_line(report.items[number].says) for report in reports.values()]
+        hits = f"{item.paraphrases_hit} of {item.num_paraphrases}" if item.num_paraphrases else UNKNOWN
+        rows.append([_line(item.prompt, end=True), _line(item.target), *said, "hit" if item.hit else "miss", hits])
+    return format_table(rows)
+
+
+def _line(text: str, *, end: bool = False) -> str:
+    """Return text on one line, without signs that steer a terminal, cut to its beginning or its end."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"…{text[1 - SHOWN_CHARACTERS :]}" if end else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 
 def _cells_of(reports: Mapping[str, EditReport]) -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Load edits with the prompts to judge them by: CounterFact, zsRE, and your own facts.
+"""Load edits with the prompts to judge them by: CounterFact, zsRE, KnowEdit, EasyEdit, and your own facts.
 
 Each loader takes the path of a JSON, JSONL or CSV file, or the id of a data set on the Hugging Face Hub. A row that
 does not fit is a `ValueError` that names the file, the row and the field. Rows are counted from 1, without a CSV's
@@ -7,18 +7,34 @@ header and blank lines.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from memory_adapters.files.text_files import csv_rows, read_text
 from memory_adapters.items import Fact
 
-__all__ = ["EditRecord", "load_counterfact", "load_facts", "load_zsre"]
+__all__ = ["EditRecord", "Question", "load_counterfact", "load_facts", "load_zsre"]
+
+
+class Question(NamedTuple):
+    """Store a prompt with the answers that are right.
+
+    Attributes:
+        prompt: The prompt.
+        answer: The right answer.
+        alternatives: Others that are right too; any of them counts.
+        kind: What it tests, such as `"Reasoning"`; questions of one kind are also scored by themselves.
+    """
+
+    prompt: str
+    answer: str
+    alternatives: tuple[str, ...] = ()
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,23 +45,24 @@ class EditRecord:
         fact: What is written.
         true_target: The target without the edit; None if unknown, and then nothing is compared with it.
         paraphrases: Prompts that should give the new target.
-        neighbours: (prompt, true answer): prompts about something else, whose answers should not change.
+        neighbours: (prompt, true answer), or a `Question`: prompts about something else, whose answers should not
+            change.
         relation: What is said of the subject: an id such as `"P103"`; by default the prompt with `{}` for the subject.
-        portability: (question, answer): questions whose answers follow from the edit.
+        portability: (question, answer), or a `Question`: questions whose answers follow from the edit.
         generation_prompts: Beginnings of free text about the subject, for fluency and consistency.
     """
 
     fact: Fact
     true_target: str | None = None
     paraphrases: tuple[str, ...] = ()
-    neighbours: tuple[tuple[str, str], ...] = ()
+    neighbours: tuple[tuple[str, str] | Question, ...] = ()
     relation: str = ""
-    portability: tuple[tuple[str, str], ...] = ()
+    portability: tuple[tuple[str, str] | Question, ...] = ()
     generation_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.relation:
-            object.__setattr__(self, "relation", self.fact.prompt.replace(self.fact.subject, "{}"))
+            object.__setattr__(self, "relation", self.fact.template)
 
 
 def load_counterfact(
@@ -114,24 +131,31 @@ def load_zsre(source: str | os.PathLike[str], limit: int | None = None, *, split
             raise row.error("answers", "must hold at least one text, got []")
         question = row.text("loc")
         neighbour = (question if question.endswith("?") else f"{question}?", row.text("loc_ans"))
-        portability: tuple[tuple[str, str], ...] = ()
-        if row.has("portability.New Question") or row.has("portability.New Answer"):
-            portability = ((row.text("portability.New Question"), row.text("portability.New Answer")),)
-        records.append(EditRecord(fact, answers[0], (row.text("rephrase"),), (neighbour,), portability=portability))
+        records.append(
+            EditRecord(fact, answers[0], (row.text("rephrase"),), (neighbour,), portability=row.follow_up() or ())
+        )
     return records
 
 
 def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, split: str = "train") -> list[EditRecord]:
-    """Read your own facts.
+    """Read your own facts, or those of KnowEdit and EasyEdit.
 
     Columns: `prompt`, `subject` and `target`; optionally `true_target`, `paraphrases` (or `paraphrase`), `neighbours`
-    (or `neighbour`, `neighbors`, `neighbor`) and `relation`. Others are passed over. `{}` in a prompt or a paraphrase
-    stands for the subject. A neighbour is written `prompt => answer`, or just `prompt` where the answer is the true
-    target. Several in one CSV cell, or one JSON string, are separated by `|`; JSON may have a list of them instead,
-    with [prompt, answer] for a neighbour.
+    (or `neighbour`, `neighbors`, `neighbor`), `relation`, and a fact's `aliases` and `separator`. Others are passed
+    over. `{}` in a prompt or a paraphrase stands for the subject. A neighbour is written `prompt => answer`, or just
+    `prompt` where the answer is the true target. Several in one CSV cell, or one JSON string, are separated by `|`;
+    JSON may have a list of them instead, with [prompt, answer] for a neighbour. A CSV file has commas or semicolons.
 
         prompt,subject,target,true_target,paraphrases,neighbours
         {} is in,The Louvre,Rome,Paris,To see {} go to|You find {} in,Notre-Dame is in|Big Ben is in => London
+
+    KnowEdit and EasyEdit call the target `target_new` (or `labels`; WikiBio has `text` for the prompt and `concept` for
+    the subject), true targets `ground_truth`, of which the first is taken, and paraphrases `rephrase`,
+    `rephrase_prompt` or `rephrase_prompts`. Their `locality` (neighbours) and `portability` map kinds, such as
+    "Relation_Specificity" and "Reasoning", to lists of {"prompt", "ground_truth"}. As `locality_inputs` and
+    `portability_inputs` they map them to one such object, which may hold lists; as `locality_prompt` and
+    `locality_ground_truth` they have no kind. Any of several true answers counts; a question without one is
+    passed over.
 
     Args:
         source: Path of a file or id of a data set on the Hub.
@@ -143,11 +167,20 @@ def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, spli
     """
     records = []
     for row in read_rows(source, limit, split):
-        fact = row.fact("prompt", "subject", "target")
-        true_target = row.optional_text("true_target")
-        paraphrases = tuple(text.replace("{}", fact.subject) for text in row.paraphrases())
-        relation = row.optional_text("relation") or ""
-        records.append(EditRecord(fact, true_target, paraphrases, row.neighbours(true_target), relation))
+        target = row.spelling("target", "target_new", "labels")
+        prompt, subject = row.spelling("prompt", "text"), row.spelling("subject", "concept")
+        fact = row.fact(prompt, subject, target)
+        true_target = row.true_target()
+        records.append(
+            EditRecord(
+                fact,
+                true_target,
+                tuple(text.replace("{}", fact.subject) for text in row.paraphrases()),
+                row.neighbours(true_target) + row.questions("locality"),
+                row.optional_text("relation") or "",
+                row.follow_up() or row.questions("portability"),
+            )
+        )
     return records
 
 
@@ -185,16 +218,72 @@ class _Row:
             raise self.error(field, f"must be a list of texts, got {value!r}")
         return tuple(self._checked(field, text) for text in value)
 
+    def spelling(self, *spellings: str) -> str:
+        """Return the spelling that the row has of a field, or the first."""
+        return next((name for name in spellings if self.has(name)), spellings[0])
+
     def fact(self, prompt: str, subject: str, target: str) -> Fact:
         texts = self.text(prompt), self.text(subject), self.text(target)
+        separator = self.value("separator")
+        if self.source.lower().endswith(".csv"):
+            separator = separator or None
+        _, aliases = self._entries("aliases")
         try:
-            return Fact(*texts)
+            return Fact(*texts, separator=separator, aliases=tuple(aliases))
         except ValueError as error:
             raise self.error(subject, f"does not fit: {error}") from None
 
+    def true_target(self) -> str | None:
+        field = self.spelling("true_target", "ground_truth")
+        return next(iter(self._answers(field, self.value(field))), None)
+
     def paraphrases(self) -> list[str]:
-        field, entries = self._entries("paraphrases", "paraphrase")
+        field, entries = self._entries("paraphrases", "paraphrase", "rephrase", "rephrase_prompt", "rephrase_prompts")
         return [self._checked(field, entry) for entry in entries]
+
+    def follow_up(self) -> tuple[tuple[str, str], ...] | None:
+        """Return zsRE's question about what follows, if the row has one."""
+        names = ("portability.New Question", "portability.New Answer")
+        return ((self.text(names[0]), self.text(names[1])),) if any(map(self.has, names)) else None
+
+    def questions(self, name: str) -> tuple[Question, ...]:
+        """Return the questions of `locality` or `portability`, by kind or without kinds."""
+        field = self.spelling(name, f"{name}_inputs")
+        kinds = self.value(field) or {}
+        if not isinstance(kinds, Mapping):
+            raise self.error(field, f'must map kinds to lists of {{"prompt", "ground_truth"}}, got {kinds!r}')
+        asked = [(kind, f"{field}.{kind}", entries or []) for kind, entries in kinds.items()]
+        if self.has(f"{name}_prompt"):
+            single = {part: self.value(f"{name}_{part}") for part in ("prompt", "ground_truth")}
+            asked.append(("", f"{name}_prompt", single))
+        return tuple(
+            Question(self._checked(place, prompt), answers[0], answers[1:], str(kind))
+            for kind, place, entries in asked
+            for prompt, truth in self._pairs(place, entries)
+            if (answers := self._answers(place, truth))
+        )
+
+    def _pairs(self, field: str, entries: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield prompt and true answers of a question, of a list of them, or of one with lists of both."""
+        listed = [entries] if isinstance(entries, Mapping) else entries
+        if not isinstance(listed, (list, tuple)):
+            raise self.error(field, f'must be a list of {{"prompt", "ground_truth"}}, got {entries!r}')
+        for entry in listed:
+            if not isinstance(entry, Mapping) or not {"prompt", "ground_truth"} <= set(entry):
+                raise self.error(field, f'must hold {{"prompt", "ground_truth"}}, got {entry!r}')
+            prompt, truth = entry["prompt"], entry["ground_truth"]
+            if not isinstance(prompt, (list, tuple)):
+                yield prompt, truth
+            elif isinstance(truth, (list, tuple)) and len(truth) == len(prompt):
+                yield from zip(prompt, truth, strict=True)
+            else:
+                raise self.error(field, f"must have a `ground_truth` for each `prompt`, got {entry!r}")
+
+    def _answers(self, field: str, value: Any) -> tuple[str, ...]:
+        """Return the texts of a text or of lists in any depth, each once, without empty ones."""
+        if isinstance(value, (list, tuple)):
+            return tuple(dict.fromkeys(answer for one in value for answer in self._answers(field, one)))
+        return () if value is None or (isinstance(value, str) and not value.strip()) else (self._checked(field, value),)
 
     def neighbours(self, true_target: str | None) -> tuple[tuple[str, str], ...]:
         field, entries = self._entries("neighbours", "neighbour", "neighbors", "neighbor")
@@ -213,7 +302,7 @@ class _Row:
 
     def _entries(self, *spellings: str) -> tuple[str, Sequence[Any]]:
         """Return the spelling that the row has of a field, and entries: of a list, or between the bars of a text."""
-        field = next((name for name in spellings if self.has(name)), spellings[0])
+        field = self.spelling(*spellings)
         value = self.value(field) or ()
         if isinstance(value, str):
             return field, [part.strip() for part in value.split("|") if part.strip()]
@@ -224,6 +313,10 @@ class _Row:
     def _checked(self, field: str, value: Any) -> str:
         if not isinstance(value, str) or not value.strip():
             raise self.error(field, f"must be a non-empty text, got {value!r}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.error(field, f"has half of a surrogate pair, which is no character: {value!r}") from None
         return value
 
 
@@ -248,36 +341,24 @@ def read_rows(source: str | os.PathLike[str], limit: int | None = None, split: s
 
 
 def _json_rows(path: str) -> Iterable[Any]:
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{path}` is not JSON: {error}. If each line is a record, name it .jsonl.") from None
+    try:
+        rows = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"`{path}` is not JSON: {error}. If each line is a record, name it .jsonl.") from None
     if not isinstance(rows, list):
         raise ValueError(f"`{path}` must hold a list of records, got a {type(rows).__name__}.")
     return rows
 
 
 def _jsonl_rows(path: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(filter(str.strip, file), 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`{path}`, row {number} is not JSON: {error}. Correct or remove it.") from None
+    for number, line in enumerate(filter(str.strip, read_text(path).split("\n")), 1):
+        try:
+            yield json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"`{path}`, row {number} is not JSON: {error}. Correct or remove it.") from None
 
 
-def _csv_rows(path: str) -> Iterator[dict[str, str]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, cells in enumerate(csv.DictReader(file), 1):
-            if None in cells:
-                raise ValueError(
-                    f"`{path}`, row {number} has more cells than the header: quote a cell that holds a comma."
-                )
-            yield {name: (cell or "").strip() for name, cell in cells.items()}
-
-
-_READERS: dict[str, Callable[[str], Iterable[Any]]] = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+_READERS: dict[str, Callable[[str], Iterable[Any]]] = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": csv_rows}
 
 
 def _hub_rows(name: str, split: str) -> Iterable[Any]:

@@ -11,19 +11,19 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
 
 from memory_adapters.files.atomic import MINUTE, finish_interrupted_save, scratch_folder
 from memory_adapters.files.disk_errors import REMEDIES
-from memory_adapters.files.model_card import HERE
+from memory_adapters.files.model_card import HERE, hub_id
 from memory_adapters.files.names import CARD_FILE
 from memory_adapters.files.strict_json import file_in
-from memory_adapters.registry import saved_file_names
+from memory_adapters.registry import loaded_file_names
 
 __all__ = ["OnHub", "OneFile", "find_adapters", "find_file", "find_files"]
 
@@ -34,8 +34,11 @@ class OnHub(ABC):
     """Push to a repository on the Hub: the base of what can be pushed."""
 
     @abstractmethod
-    def _write_repository(self, folder: Path) -> None:
-        """Write the repository's files into an empty folder; the card has `HERE` in place of its address."""
+    def _write_repository(self, folder: Path, base_model: str | None = None) -> None:
+        """Write the repository's files into an empty folder; the card has `HERE` in place of its address.
+
+        `base_model` is the base model's repository, if the user names one.
+        """
 
     def _left_out(self, api: HfApi, repo_id: str, revision: str | None) -> list[str]:
         """Return patterns of files that `_write_repository` writes but that are not pushed."""
@@ -53,6 +56,7 @@ class OnHub(ABC):
         token: str | None = None,
         commit_message: str | None = None,
         revision: str | None = None,
+        base_model: str | None = None,
     ) -> str:
         """Push to the Hub in one commit, with a model card. The repository is made if it does not exist.
 
@@ -65,18 +69,24 @@ class OnHub(ABC):
             commit_message: Message of the commit.
             revision: Branch to push to, made from the default branch if it does not exist, or a pull request such as
                 `"refs/pr/1"`; by default the default branch.
+            base_model: The base model's repository on the Hub, for the card and the config of a memory; by default
+                the one that it was loaded from. Paths on this machine are not pushed.
 
         Returns:
             The URL of the commit.
 
         Raises:
+            ValueError: If `base_model` is no repository's name, or is needed: a memory's base model was loaded from a
+                local folder. Nothing is pushed then.
             OSError: What huggingface_hub raises (no access, no such name), or a `ConnectionError` if the connection
                 breaks and huggingface_hub gives up.
         """
+        if base_model is not None and hub_id(base_model) is None:
+            raise ValueError(f"`base_model={base_model!r}` must be a repository on the Hub, such as 'org/name'.")
         api = HfApi(token=token)
         remedy = "The repository is unchanged: push again."
         with scratch_folder() as folder:
-            self._write_repository(folder)
+            self._write_repository(folder, base_model)
             with _connected(f"pushing to `{repo_id}`", remedy):
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 if revision is not None and not revision.startswith("refs/"):
@@ -111,9 +121,11 @@ class OneFile(OnHub):
     def _card(self) -> str:
         """Return the model card."""
 
-    def _write_repository(self, folder: Path) -> None:
+    def _write_repository(self, folder: Path, base_model: str | None = None) -> None:
         self.save(folder / self.file)
-        (folder / CARD_FILE).write_text(self._card(), encoding="utf-8")
+        card = ModelCard(self._card())
+        cast(ModelCardData, card.data).base_model = base_model
+        (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
 
     def _left_out(self, api: HfApi, repo_id: str, revision: str | None) -> list[str]:
         """Keep the card of a memory in the same repository."""
@@ -156,7 +168,7 @@ def find_files(
         return _inside(path, inner, name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"`{name}` is not a folder with {'a saved memory' if names is None else names[0]}.")
-    patterns = ["/".join([*map(escape, inner), file]) for file in names or saved_file_names()]
+    patterns = ["/".join([*map(escape, inner), file]) for file in names or loaded_file_names()]
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
     options: dict[str, Any] = dict(revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only)
     try:
@@ -199,7 +211,9 @@ def find_adapters(
     folder = find_files(path_or_repo_id, revision=revision, names=[index], **options)
     if not Path(path_or_repo_id).is_dir() and (folder / index).is_file():
         commit = [folder, *folder.parents][len(_parts(options.get("subfolder")))].name  # the snapshot's
-        files = [f"{escape(name)}/{file}" for name in read_index(file_in(folder, index)) for file in saved_file_names()]
+        files = [
+            f"{escape(name)}/{file}" for name in read_index(file_in(folder, index)) for file in loaded_file_names()
+        ]
         find_files(path_or_repo_id, revision=commit, names=[index, *files], **options)
     return folder
 

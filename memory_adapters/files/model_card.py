@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.config import MemoryConfig
 
-__all__ = ["HERE", "CardExample", "file_card", "model_card"]
+__all__ = ["HERE", "CardExample", "file_card", "hub_id", "model_card"]
 
 HERE = "<this repository or folder>"  # `push_to_hub` replaces it by the repository's name
 TITLE_LENGTH = 40
@@ -24,7 +26,7 @@ _TEMPLATE = """---
 
 # {title}
 
-{method} for `{base}`, written with memory-adapters (`pip install memory-adapters`).
+{method} for {base_name}, written with memory-adapters (`pip install memory-adapters`).
 
 ## Use
 
@@ -83,19 +85,35 @@ class CardExample(NamedTuple):
     after: str
 
 
-def model_card(config: MemoryConfig, num_parameters: int, examples: Sequence[CardExample] = ()) -> str:
+def hub_id(name: str | None) -> str | None:
+    """Return the name that a model was loaded by if it is that of a repository on the Hub; None for a local path."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return None if Path(name or "").exists() else name
+
+
+def model_card(
+    config: MemoryConfig,
+    num_parameters: int,
+    examples: Sequence[CardExample] = (),
+    *,
+    base_model: str | None = None,
+) -> str:
     """Return the model card of a memory: metadata for the Hub, how to load it, examples, what was written and settings.
 
     Args:
         config: The memory's config.
         num_parameters: How many numbers the memory stores.
         examples: Answers to show; none by default.
+        base_model: The base model's repository on the Hub; by default the config's, if that is one.
     """
-    base = config.base_model_name_or_path or "the base model"
-    is_repo_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    known = base_model or hub_id(config.base_model_name_or_path)
+    base = known or "the base model"
     metadata = ModelCardData(
         library_name="peft",
-        base_model=base if is_repo_id else None,
+        base_model=known,
         pipeline_tag="text-generation",
         tags=["memory-adapters", str(config.kind).lower().replace("_", "-")],
         widget=[_widget(example) for example in examples] or None,
@@ -105,7 +123,7 @@ def model_card(config: MemoryConfig, num_parameters: int, examples: Sequence[Car
         title=f"Memory for {_plain(base)}",
         quoted=json.dumps(base, ensure_ascii=False),
         method=config.method_name,
-        base=base,
+        base_name=f"`{base}`" if known else base,
         here=HERE,
         note=config.card_note,
         answers=_before_and_after(examples),

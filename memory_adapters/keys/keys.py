@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["StreamStatistics", "gate_parameters", "normalized", "select_keys", "uncovered"]
+__all__ = ["StreamStatistics", "covering_keys", "gate_parameters", "normalized", "select_keys"]
 
 SHRINKAGE = 0.05
 LAST_WORD_SHARE = 0.003
 MARGIN = 0.1
+ROUNDING = 1e-4  # keys are stored in float32
 _BLOCK = 1024
 
 
@@ -115,14 +116,37 @@ def select_keys(statistics: StreamStatistics, candidates: Tensor, *, threshold: 
     return torch.tensor(chosen, dtype=torch.long)
 
 
-def uncovered(statistics: StreamStatistics, mean: Tensor, states: Tensor, *, threshold: float, ramp: float) -> Tensor:
-    """Return a mask (n,) of a subject's states (n, hidden_size) that its mean key does not open, and worth a key too.
+def covering_keys(
+    statistics: StreamStatistics, mean: Tensor, states: Tensor, last_word: Tensor, *, threshold: float, ramp: float
+) -> tuple[Tensor, Tensor]:
+    """Return keys (n, hidden_size) that open the gate at a subject's states, and at which they do not (states,).
 
-    A subject that opens its prompt has another state than behind other text.
+    A subject that opens its prompt has another state than behind other text. The first key is the mean; a state at
+    which the gate, as `gate_parameters` makes it, is not fully open gets a key of its own, the least open first, unless
+    unrelated text would open that key too.
+
+    Args:
+        statistics: Of the block.
+        mean: The subject's mean state (1, hidden_size), normalised.
+        states: Its states (states, hidden_size), normalised.
+        last_word: u_k of all of these keys (hidden_size,), as in `StreamStatistics.directions`.
+        threshold: Least θ.
+        ramp: Width of the gate's slope.
     """
-    directions = statistics.directions(torch.cat([mean, states]))
-    closed = (states - statistics.mean) @ directions[0] < threshold + ramp
-    return closed & (statistics.highest_unrelated(directions[1:]) < threshold - MARGIN)
+    candidates = torch.cat([mean, states])
+    weights, bias, leaky = gate_parameters(
+        statistics, candidates, last_word.expand_as(candidates), threshold=threshold, ramp=ramp
+    )
+    openness = states @ weights.double().T + bias.double()  # (states, candidates)
+    chosen, opened = [0], openness[:, 0]
+    while True:
+        lacking = (opened < 1 - ROUNDING) & ~leaky[1:]
+        if not lacking.any():
+            return candidates[chosen], opened < 1 - ROUNDING
+        least = int(torch.where(lacking, opened, torch.inf).argmin())
+        chosen.append(least + 1)
+        opened = torch.maximum(opened, openness[:, least + 1])
+        leaky[least + 1] = True  # it is taken
 
 
 def gate_parameters(

@@ -119,7 +119,8 @@ class MemoryRouter:
         names = [name for name in self.names if name in self.first._active_adapter and self.first.has_keys(name)]
         with torch.no_grad():
             near = [self.first.nearness(name, x.float()) for name in names]
-            best = torch.stack([torch.zeros(x.shape[:2], device=x.device), *near])  # (1 + memories, batch, tokens)
+            closed = torch.zeros(x.shape[:2], device=x.device, dtype=torch.float32)
+            best = torch.stack([closed, *near])  # (1 + memories, batch, tokens)
             if mask is not None:
                 tokens = min(mask.shape[1], x.shape[1])
                 best = best[:, :, -tokens:].masked_fill(mask[None, :, -tokens:].to(x.device) == 0, 0)

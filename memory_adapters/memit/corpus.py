@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import execution_device, find_decoder
-from memory_adapters.base_model.partial_forward import CACHE
+from memory_adapters.base_model.decoder import execution_device
+from memory_adapters.base_model.partial_forward import CACHE, positioned
 from memory_adapters.base_model.seeding import seeded
 
 __all__ = ["Portion", "Texts", "portions", "sample_tokens"]
@@ -137,17 +137,19 @@ def sample_tokens(
     than `generate`'s noise for every word of the vocabulary, and the model reads each token just once.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    device = execution_device(find_decoder(model).embeddings)
+    device = execution_device(model.get_input_embeddings())
     ids = torch.full((rows, 1), start or 0, device=device)
     found: list[Tensor] = []
     cache = None
     with seeded(seed):
         for _ in range(length):
             mask = torch.ones(rows, len(found) + 1, dtype=torch.long, device=device)
-            out = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, use_cache=True)
+            # Positions are given where they are taken: some models would go on from those of an earlier `generate`.
+            inputs = positioned(model, mask, len(found))
+            out = model(input_ids=ids, **inputs, **{CACHE: cache}, use_cache=True)
             cache = out[CACHE]
             cumulated = out.logits[:, -1].float().softmax(-1).cumsum(-1)
-            drawn = torch.rand(rows, 1).to(device) * cumulated[:, -1:]
+            drawn = torch.rand(rows, 1, dtype=torch.float32).to(device) * cumulated[:, -1:]
             ids = torch.searchsorted(cumulated, drawn, right=True).clamp(max=cumulated.shape[-1] - 1)
             found.append(ids)
     return torch.cat(found, 1)

@@ -64,7 +64,9 @@ class CovarianceFitter:
         projections = [mlp_projection(self.decoder, layer) for layer in self.layers]
         self.modules = [projection.module for projection in projections]
         self.device = execution_device(self.decoder.embeddings)
-        self.sums = [torch.zeros(p.in_features, p.in_features, device=self.device) for p in projections]
+        self.sums = [
+            torch.zeros(p.in_features, p.in_features, dtype=torch.float32, device=self.device) for p in projections
+        ]
         self.num_tokens = self.num_texts = 0
         self.sources: list[str] = []
         self.texts_sha256: str | None = None

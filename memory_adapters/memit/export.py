@@ -178,7 +178,8 @@ def _plain(name: str) -> str:
 
 
 def _check_written(memory: Memory[MemitConfig]) -> None:
-    if not memory.items:
+    written = any(tensor.any() for name, tensor in memory.state_dict().items() if name.endswith("lora_B.weight"))
+    if not written and not memory.config.items:  # without its ledger, an edit's items are not known
         raise ValueError("`memory` has no facts: write some, then export it.")
 
 

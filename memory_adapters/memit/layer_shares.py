@@ -33,8 +33,8 @@ class SubjectStates:
     Attributes:
         batch: The rows.
         key: Input of the projection of the first edited block (rows, d_in).
-        state: Output of that block (rows, hidden_size).
-        below: Output of the block below it; None if it is the lowest.
+        state: Output of that block (rows, tokens, hidden_size), at the tokens of the batch up to the subject's last.
+        below: Output of the block below it, as `state`; None if it is the lowest.
     """
 
     batch: RowBatch
@@ -76,7 +76,7 @@ def share_over_layers(
     keys_per_fact: int,
     h0: Tensor,
     z: Tensor,
-    as_tuple: bool,
+    tuple_length: int,
 ) -> LayerShares:
     """Find the keys and shares of facts whose targets are known.
 
@@ -89,7 +89,7 @@ def share_over_layers(
         keys_per_fact: As many as groups, or 1: the mean over groups.
         h0: The stream at the last edited block in the bare prompt (facts, hidden_size), float32.
         z: What it should be.
-        as_tuple: Whether the model's blocks put out tuples.
+        tuple_length: How many entries the model's blocks put out, 0 for the hidden state alone.
     """
     # A fact's key is a weighted sum over its contexts: `weights` is each row's weight, `places` the key it belongs to.
     each, count = keys_per_fact, max(groups) + 1
@@ -97,16 +97,18 @@ def share_over_layers(
     weights, places = [], []
     for own in subjects:
         rows = own.batch.rows
-        weights.append(torch.tensor([weight_of[row.context] for row in rows], device=h0.device)[:, None])  # (rows, 1)
+        weights.append(
+            torch.tensor([weight_of[row.context] for row in rows], device=h0.device, dtype=torch.float32)[:, None]
+        )  # (rows, 1)
         places.append(torch.tensor([row.fact * each + groups[row.context] % each for row in rows], device=h0.device))
     keys: dict[int, Tensor] = {}
     shares: dict[int, Tensor] = {}
     # What changes from block to block: the stream at the last block, and each row's key and states at this one.
     now = h0  # (facts, hidden_size)
     found = [own.key for own in subjects]  # each (rows, d_in)
-    states, below = [own.state for own in subjects], [own.below for own in subjects]  # each (rows, hidden_size)
+    states, below = [own.state for own in subjects], [own.below for own in subjects]  # (rows, tokens, hidden_size)
     for i, layer in enumerate(layers):
-        total = torch.zeros(len(h0) * each, found[0].shape[-1], device=h0.device)
+        total = torch.zeros(len(h0) * each, found[0].shape[-1], device=h0.device, dtype=torch.float32)
         for key, place, weight in zip(found, places, weights, strict=True):
             total.index_add_(0, place, key.float() * weight)
         keys[layer] = total  # (facts · keys_per_fact, d_in)
@@ -120,7 +122,7 @@ def share_over_layers(
                 if len(bare) and lower is not None:
                     facts = own.batch.facts[bare]
                     shares[layer][facts] = projection_change(
-                        model, decoder, layer, own.batch.select(bare), lower[bare], wanted[facts], as_tuple
+                        model, decoder, layer, own.batch.select(bare), lower[bare], wanted[facts], tuple_length
                     )
         if i + 1 == len(layers):
             break
@@ -129,15 +131,17 @@ def share_over_layers(
         projection = mlp_projection(decoder, ahead).module
         now = now.clone()
         for j, own in enumerate(subjects):
-            state = states[j].float() + wanted[own.batch.facts]
+            state = states[j].to(torch.float32, copy=True)
+            state[:, -1] += wanted[own.batch.facts]
             captured: list[Tensor] = []
             with (
                 inputs_of([projection], partial(_append, captured)),
-                resumed(decoder, layer, state[:, None].to(states[j].dtype), as_tuple=as_tuple),
+                resumed(decoder, layer, state.to(states[j].dtype), tuple_length=tuple_length),
             ):
                 read = sorted({ahead - 1, ahead, layers[-1]})
                 outputs = dict(zip(read, capture(model, decoder, read, **own.batch.model_inputs(1)), strict=True))
-            found[j], states[j], below[j] = captured[0].flatten(0, -2), outputs[ahead][:, 0], outputs[ahead - 1][:, 0]
+            found[j] = captured[0].reshape(*state.shape[:2], -1)[:, -1]
+            states[j], below[j] = outputs[ahead], outputs[ahead - 1]
             bare = _bare(own)
-            now[own.batch.facts[bare]] = outputs[layers[-1]][bare, 0].float()
+            now[own.batch.facts[bare]] = outputs[layers[-1]][bare, -1].float()
     return LayerShares(keys, shares)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from memory_adapters.items import Fact
+from memory_adapters.items import Fact, asked_by
 from memory_adapters.memit.solvers import Cost, dense_readout, readout
 
-__all__ = ["Factors", "Ledger", "relation_of"]
+__all__ = ["Factors", "Ledger"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Ledger:
     @classmethod
     def empty(cls, layers: Mapping[int, int], hidden_size: int) -> Ledger:
         """Return the ledger of no facts, for layers and their d_in."""
-        none = {layer: torch.zeros(0, width) for layer, width in layers.items()}
-        shares = {layer: torch.zeros(0, hidden_size) for layer in layers}
+        none = {layer: torch.zeros(0, width, dtype=torch.float32) for layer, width in layers.items()}
+        shares = {layer: torch.zeros(0, hidden_size, dtype=torch.float32) for layer in layers}
         whitened = {layer: torch.zeros(0, width, dtype=torch.float64) for layer, width in layers.items()}
-        return cls((), torch.zeros(0, hidden_size), none, shares, whitened)
+        return cls((), torch.zeros(0, hidden_size, dtype=torch.float32), none, shares, whitened)
 
     @property
     def layers(self) -> list[int]:
@@ -67,8 +67,8 @@ class Ledger:
 
     def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
         """Return a ledger with the facts of `other` too, which replace its own, and every key measured by `costs`."""
-        taken = {relation_of(fact) for fact in other.facts}
-        kept = self.subset([i for i, fact in enumerate(self.facts) if relation_of(fact) not in taken])
+        taken = {asked_by(fact) for fact in other.facts}
+        kept = self.subset([i for i, fact in enumerate(self.facts) if asked_by(fact) not in taken])
         keys = {layer: torch.cat([kept.keys[layer], other.keys[layer]]) for layer in self.layers}
         joined = Ledger(
             (*kept.facts, *other.facts),
@@ -148,11 +148,6 @@ class Ledger:
             if kind in kinds:
                 kinds[kind][int(layer)] = tensor
         return cls(tuple(facts), tensors["targets"], **kinds)
-
-
-def relation_of(fact: Fact) -> tuple[str, str]:
-    """Return what a fact is about: its subject, and its prompt with the subject left open."""
-    return fact.subject, fact.prompt.replace(fact.subject, "{}")
 
 
 def _thin(R: Tensor, A: Tensor) -> Factors:

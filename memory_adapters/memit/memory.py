@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,29 +19,35 @@ from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint, warn_if_unmarked
 from memory_adapters.base_model.item_rows import ScoredRow
+from memory_adapters.base_model.modes import own_settings
+from memory_adapters.files.atomic import atomic_directory
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, SETTINGS_FILE, WEIGHTS_FILE
-from memory_adapters.files.strict_json import read_json
+from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, tensors_digest, write_tensors
-from memory_adapters.items import Fact, Item, Items, as_items
+from memory_adapters.items import Fact, Item, Items, as_items, asked_by
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.corpus import Texts
 from memory_adapters.memit.covariance import Covariance
+from memory_adapters.memit.covariance_cache import cached_covariance, covariance_file, keep_covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
 from memory_adapters.memit.layer import set_lora_factors
-from memory_adapters.memit.ledger import Factors, Ledger, relation_of
-from memory_adapters.memit.prompts import FactRow, bare_rows
+from memory_adapters.memit.ledger import Factors, Ledger
+from memory_adapters.memit.projection import mlp_projection
+from memory_adapters.memit.prompts import FactRow, bare_rows, chat_context, rows_in
 from memory_adapters.memit.solvers import cost_of
+from memory_adapters.memit.trial import check_resuming
 from memory_adapters.memit.write import LedgerBuilder
-from memory_adapters.memory import Memory, Outcome
-from memory_adapters.peft_layers.layers import lora_layers, lora_linears
+from memory_adapters.memory import Memory, Outcome, replace_memory
+from memory_adapters.peft_layers.layers import lora_layers, lora_linears, watch_switching
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
-from memory_adapters.validation import shown
+from memory_adapters.validation import check_number, shown
 
 __all__ = ["MemitMemory"]
 
 LEDGER_FILE = "ledger.safetensors"
+DESCRIBING = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type", "auto_mapping")
 
 
 class MemitMemory(Memory[MemitConfig]):
@@ -57,21 +64,46 @@ class MemitMemory(Memory[MemitConfig]):
 
     Attributes:
         ledger: What was written, fact by fact.
-        covariance: C₀ of the last write in this process; None before.
+        covariance: C₀ of the last write in this process, or that was saved with the memory; None before.
     """
 
     accepts = (Fact,)
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, LEDGER_FILE, CARD_FILE)
+    files_beside: ClassVar[tuple[str, ...]] = (Covariance.file,)
 
     _names: dict[int, str]  # of the edited projections, by block
     _widths: dict[int, int]  # their d_in
-    ledger: Ledger
+    _ledger: Ledger | None  # None where only the adapter was saved
     covariance: Covariance | None = None
 
     def _attach(self, decoder: Decoder) -> None:
         self._names, self._widths = self._config.projection_names(decoder), self._config.widths(decoder)
         self.ledger = Ledger.empty(self._widths, decoder.hidden_size)
         self._set_factors(self.ledger)  # a LoRA of rank 1 has random factors until then
+        watch_switching(next(iter(lora_layers(self.model, self._names).values())), self.adapter_name)
+
+    def _try_model(self, decoder: Decoder) -> None:
+        check_resuming(decoder, max(self._names))
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was written, fact by fact.
+
+        Raises:
+            NotImplementedError: If the memory was loaded from a folder without a ledger.
+        """
+        if self._ledger is None:
+            raise NotImplementedError(
+                f"{self.adapter_name!r} was loaded from an adapter without its ledger, as transformers and PEFT save "
+                "edits: it can be used, switched off, saved and exported, but its facts are not known, and none can be "
+                "written or forgotten. Load what the memory's own `save_pretrained` saved, or write the facts to a new "
+                "memory."
+            )
+        return self._ledger
+
+    @ledger.setter
+    def ledger(self, value: Ledger) -> None:
+        self._ledger = value
 
     @property
     def items(self) -> list[Item]:
@@ -82,35 +114,52 @@ class MemitMemory(Memory[MemitConfig]):
     def fit_covariance(self, texts: Texts | None = None, num_tokens: int | None = None, **settings: Any) -> Covariance:
         """Fit C₀ of the blocks that this memory edits, without the memory; it is kept for the writes to come.
 
+        That of sampled text is kept in `$MEMORY_ADAPTERS_CACHE` (by default `~/.cache/memory-adapters`) too, and read
+        there by any later process with the same model.
+
         Args:
             texts: See `CovarianceFitter.fit`; None for text that the model samples from itself.
             num_tokens: Budget; by default the config's `covariance_tokens`.
             settings: Passed on to `CovarianceFitter.fit` or `.sample`.
         """
-        with exclusive_use(self.model):
+        with exclusive_use(self.model), own_settings():
             self._check_writable()
             budget = num_tokens or self._config.covariance_tokens
+            model, tokenizer, path = self.model, self._require_tokenizer(), self._config.layers_path
             with self.disabled():
-                fitter = CovarianceFitter(
-                    self.model, self._require_tokenizer(), list(self._names), layers_path=self._config.layers_path
+                fitter, file, found = (
+                    CovarianceFitter(model, tokenizer, list(self._names), layers_path=path),
+                    None,
+                    None,
                 )
                 if texts is None:
-                    fitter.sample(budget, seed=self._config.seed, **settings)
+                    seed = self._config.seed
+                    file = covariance_file(
+                        model, tokenizer, fitter.layers, num_tokens=budget, seed=seed, layers_path=path
+                    )
+                    found = None if file is None else cached_covariance(file, fitter.layers)
+                    if found is None:
+                        fitter.sample(budget, seed=seed, **settings)
                 else:
                     fitter.fit(texts, budget, **settings)
-            self.covariance = fitter.covariance()
+            self.covariance = found or fitter.covariance()
+            if file is not None and found is None:
+                keep_covariance(file, self.covariance)
             return self.covariance
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
         facts, notes = without_repetitions(items)
-        taken = {relation_of(fact) for fact in facts}
-        replaced = sum(relation_of(fact) in taken for fact in self.ledger.facts)
+        taken = {asked_by(fact) for fact in facts}
+        replaced = sum(asked_by(fact) in taken for fact in self.ledger.facts)
         if replaced:
             notes.append(f"{replaced} fact{'s' * (replaced > 1)} about the same subject and relation replaced")
         return facts, notes
 
     def _rows(self, items: Sequence[Fact]) -> Sequence[ScoredRow]:
-        return bare_rows(items, self._require_tokenizer(), context_length(self.model))
+        """Return the rows of the bare prompts and, with `chat`, those of the prompts in the chat template."""
+        tokenizer, longest = self._require_tokenizer(), context_length(self.model)
+        rows = bare_rows(items, tokenizer, longest)
+        return rows + (rows_in(chat_context(tokenizer), items, tokenizer, longest) if self._config.chat else [])
 
     def _write(
         self,
@@ -135,11 +184,12 @@ class MemitMemory(Memory[MemitConfig]):
         }
         with self.disabled():
             builder = LedgerBuilder(self.model, self._require_tokenizer(), config)
-            entries = builder.entries(items, rows, None if targets is None else targets.ledger, progress)
+            bare = [row for row in rows if row.context == 0]
+            entries = builder.entries(items, bare, None if targets is None else targets.ledger, progress)
         ledger = self.ledger.plus(entries, costs)
         self._set_factors(ledger)
         self.ledger, self.covariance = ledger, used
-        return Outcome(notes=[f"covariance of {used.num_tokens:,} tokens of {used.source}"])
+        return Outcome(notes=[f"covariance of {used.num_tokens:,} tokens of {used.source}", *builder.notes])
 
     def _covariance(self, given: Covariance | str | os.PathLike[str] | None, progress: bool) -> Covariance:
         """Return the covariance to write with, which must belong to this model."""
@@ -163,7 +213,7 @@ class MemitMemory(Memory[MemitConfig]):
         """
         named = as_items(items, self.accepts)
         gone = set(named)
-        with exclusive_use(self.model):
+        with exclusive_use(self.model), own_settings():
             self._register_again()
             written = set(self.ledger.facts)
             if missing := [fact for fact in named if fact not in written]:
@@ -190,45 +240,129 @@ class MemitMemory(Memory[MemitConfig]):
     def _exporters(self) -> Mapping[str, Exporter]:
         return {name: partial(make, self) for name, make in EXPORTERS.items()}
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, covariance: bool = False) -> None:
+        """Do as `Memory.save_pretrained`, and save `memory_config.json` and `ledger.safetensors`.
+
+        Args:
+            save_directory: A folder.
+            covariance: Whether to save C₀ too, as `covariance.safetensors`: `load_memory` then takes it, and more is
+                written with it. One that is there stays otherwise.
+
+        Raises:
+            ValueError: If `covariance=True`, but the memory has none. Nothing is saved then.
+        """
+        if not covariance:
+            super().save_pretrained(save_directory)
+            return
+        if self.covariance is None:
+            raise ValueError(
+                "`covariance=True`, but nothing was written in this process, so the memory has no covariance: call "
+                "`fit_covariance()` first, or leave it out."
+            )
+        with atomic_directory(save_directory) as staging:
+            super().save_pretrained(staging)
+            self.covariance.save(staging / Covariance.file)
+            replace_memory(staging, Path(save_directory))
+
     def _write_files(self, folder: Path) -> None:
         super()._write_files(folder)
+        if self._ledger is None:
+            return
         text = json.dumps(self._config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
         (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
         weights = read_metadata(folder / WEIGHTS_FILE)[1]["sha256"]
         write_tensors(folder / LEDGER_FILE, self.ledger.tensors(), {"edit": _edit_digest(weights, self._config.items)})
 
     @classmethod
+    def _config_of_adapter(cls, config_file: Path) -> MemitConfig | None:
+        found = read_json(config_file)
+        if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+            return None
+        # What is not the default would change what the adapter does: it is no edit then.
+        plain = LoraConfig(r=1).to_dict()
+        given = {name: value for name, value in found.items() if name not in DESCRIBING}
+        placed = {name: given.pop(name, None) for name in ("r", "lora_alpha", "target_modules", "fan_in_fan_out")}
+        shapes = read_metadata(file_in(config_file.parent, WEIGHTS_FILE))[0]
+        blocks = {re.search(r"\.(\d+)\.", name) for name in shapes}
+        if (
+            any(value not in (None, [], {}, plain.get(name)) for name, value in given.items())
+            or placed["r"] != placed["lora_alpha"]
+            or not blocks
+            or None in blocks
+        ):
+            return None
+        layers = sorted({int(block[1]) for block in blocks if block})
+        return MemitConfig(layers=layers, base_model_name_or_path=found.get("base_model_name_or_path"))
+
+    @classmethod
     def _read_files(cls, folder: Path, config: MemitConfig, decoder: Decoder) -> Any:
+        if not (folder / SETTINGS_FILE).is_file():
+            return None, _read_adapter(folder, config, decoder), None
         tensors = read_tensors(folder / LEDGER_FILE, config.tensor_shapes(decoder))
         edit = read_metadata(folder / LEDGER_FILE)[1].get("edit")
         size = decoder.hidden_size
         rank = max(min(len(config.items), size), 1)
-        names = config.projection_names(decoder)
-        _check_adapter_config(folder / CONFIG_FILE, rank, names.values())
-        shapes = {}
-        for layer, width in config.widths(decoder).items():
-            shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_A.weight"] = torch.Size((rank, width))
-            shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_B.weight"] = torch.Size((size, rank))
-        factors = read_tensors(folder / WEIGHTS_FILE, shapes)
+        _check_adapter_config(folder / CONFIG_FILE, rank, config.projection_names(decoder).values())
+        factors = read_tensors(folder / WEIGHTS_FILE, _adapter_shapes(config, decoder, rank))
         if edit is not None and edit != _edit_digest(tensors_digest(factors), config.items):
             raise ValueError(
                 f"`{folder / LEDGER_FILE}` was saved with other facts or weights than `{SETTINGS_FILE}` and "
                 f"`{WEIGHTS_FILE}` hold: one of them was changed by hand or is of another save. Save or download the "
                 "memory again; to use changed weights without the ledger, load the folder with PEFT."
             )
-        return Ledger.from_tensors(
-            [fact for fact in config.written_items() if isinstance(fact, Fact)], tensors
-        ), factors
+        facts = [fact for fact in config.written_items() if isinstance(fact, Fact)]
+        return Ledger.from_tensors(facts, tensors), factors, _read_covariance(folder, config, decoder)
 
-    def _restore(self, contents: tuple[Ledger, dict[str, Tensor]]) -> None:
-        ledger, tensors = contents
+    def _restore(self, contents: tuple[Ledger | None, dict[str, Tensor], Covariance | None]) -> None:
+        ledger, tensors, self.covariance = contents
         names = {layer: PEFT_KEY_PREFIX + name for layer, name in self._names.items()}
         factors = {
             layer: Factors(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"])
             for layer, name in names.items()
         }
         self._set_factors(factors=factors)
-        self.ledger = ledger
+        self._ledger = ledger
+
+
+def _adapter_shapes(config: MemitConfig, decoder: Decoder, rank: int) -> dict[str, torch.Size]:
+    """Return names and shapes of the tensors of the LoRA that an edit is."""
+    names, shapes = config.projection_names(decoder), {}
+    for layer, width in config.widths(decoder).items():
+        shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_A.weight"] = torch.Size((rank, width))
+        shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_B.weight"] = torch.Size((decoder.hidden_size, rank))
+    return shapes
+
+
+def _read_covariance(folder: Path, config: MemitConfig, decoder: Decoder) -> Covariance | None:
+    """Return the covariance beside a saved edit; None if there is none, or one of another model or other blocks."""
+    if not (folder / Covariance.file).is_file():
+        return None
+    found = Covariance.load(file_in(folder, Covariance.file))
+    own, widths = config.base_fingerprint or {}, config.widths(decoder)
+    alike = bool(found.base_fingerprint.get("embeddings")) and all(
+        own.get(key) in (value, None) or value is None for key, value in found.base_fingerprint.items()
+    )
+    sizes = {layer: len(matrix) for layer, matrix in found.matrices.items()}
+    return found if alike and all(sizes.get(layer) == width for layer, width in widths.items()) else None
+
+
+def _read_adapter(folder: Path, config: MemitConfig, decoder: Decoder) -> dict[str, Tensor]:
+    """Return the tensors of an edit's LoRA that was saved without a ledger.
+
+    Raises:
+        ValueError: If it is a LoRA on other matrices, which is no edit.
+    """
+    found = read_json(folder / CONFIG_FILE)
+    check_number("r", rank := found.get("r"), low=1, integer=True)
+    shapes = _adapter_shapes(config, decoder, rank)
+    held = read_metadata(folder / WEIGHTS_FILE)[0]
+    transposed = mlp_projection(decoder, config.resolved(decoder)[0]).transposed
+    if set(held) != set(shapes) or found.get("fan_in_fan_out", False) is not transposed:
+        raise ValueError(
+            f"`{folder}` holds a LoRA on other matrices than the output projections of the MLPs of some blocks: it is "
+            "no memory. Load it with PEFT (`model.load_adapter(...)`)."
+        )
+    return read_tensors(folder / WEIGHTS_FILE, shapes)
 
 
 def _edit_digest(weights: str, facts: Sequence[Mapping[str, str]]) -> str:
@@ -258,9 +392,9 @@ def without_repetitions(facts: Sequence[Any]) -> tuple[list[Fact], list[str]]:
     Raises:
         ValueError: If two state different targets for the same subject and relation; lists all that do.
     """
-    targets: dict[tuple[str, str], list[Fact]] = {}
+    targets: dict[tuple[str, ...], list[Fact]] = {}
     for fact in facts:
-        targets.setdefault(relation_of(fact), []).append(fact)
+        targets.setdefault(asked_by(fact), []).append(fact)
     if clashes := [group for group in targets.values() if len({fact.target for fact in group}) > 1]:
         listed = "; ".join(f"{g[0].prompt!r}: {', '.join(repr(f.target) for f in g)}" for g in clashes)
         raise ValueError(f"`items` contradict each other ({listed}): keep one target of each.")

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from memory_adapters.base_model.decoder import Decoder, base_linears, unwrapped
+from memory_adapters.base_model.partial_forward import CACHE
 
 __all__ = ["Projection", "mlp_projection"]
+
+# What the `forward` of attention, state spaces and convolutions over tokens takes, and that of an MLP does not.
+TOKEN_MIXING = {
+    "attention_mask",
+    "cache_params",
+    "cache_position",
+    "position_embeddings",
+    "position_ids",
+    "state",
+    CACHE,
+}
+TOKEN_MIXING |= {"layer_past", "past_key_value", "past_key_values"}
 
 
 @dataclass(frozen=True)
@@ -34,19 +50,21 @@ class Projection:
 def mlp_projection(decoder: Decoder, layer: int) -> Projection:
     """Locate the output projection of the MLP of block `layer`: the matrix onto the stream with the widest input.
 
+    Attention and its kin (linear attention, state spaces, convolutions) project onto the stream too; they are told from
+    an MLP by what their `forward` takes: a mask, a cache or positions.
+
     Raises:
-        ValueError: If the block is a mixture of experts, or has no matrix onto the stream.
+        ValueError: If the block is a mixture of experts, or has no MLP with a matrix onto the stream.
     """
     block = decoder.blocks[layer]
     name = decoder.block_name(layer)
-    experts = [n for n, p in block.named_parameters() if p.ndim == 3]
-    experts += [n for n, m in block.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    mixers = [path for path, child in block.named_children() if _mixes_tokens(unwrapped(child))]
+    found, experts = [], _experts(block, mixers)
     if experts:
         raise ValueError(
             f"Block {layer} is a mixture of experts (`{name}.{experts[0]}`), which closed-form editing does not cover: "
             "choose `layers` with a dense MLP, or use MemoryAdapterConfig, which takes any block."
         )
-    found = []
     for path, module in base_linears(block):
         weight = getattr(unwrapped(module), "weight", None)
         inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -54,13 +72,32 @@ def mlp_projection(decoder: Decoder, layer: int) -> Projection:
         if transposed:
             assert weight is not None
             inputs, outputs = weight.shape
-        if isinstance(inputs, int) and outputs == decoder.hidden_size:
+        if isinstance(inputs, int) and outputs == decoder.hidden_size and path.partition(".")[0] not in mixers:
             transposed = transposed or type(unwrapped(module)).__name__ == "Conv1D"
             found.append(Projection(module, f"{name}.{path}", inputs, outputs, transposed))
     if not found:
         raise ValueError(
-            f"Block {layer} (`{name}`, {type(block).__name__}) has no matrix onto the residual stream of width "
-            f"{decoder.hidden_size}: its MLP cannot be edited in closed form."
+            f"Block {layer} (`{name}`, {type(block).__name__}) has no MLP with a matrix onto the residual stream of "
+            f"width {decoder.hidden_size}: it cannot be edited in closed form. Choose `layers` with an MLP, or use "
+            "MemoryAdapterConfig, which takes any block."
         )
     widest = max(projection.in_features for projection in found)
     return [projection for projection in found if projection.in_features == widest][-1]
+
+
+def _mixes_tokens(child: nn.Module) -> bool:
+    """Return whether a block's child looks at other tokens, as attention does and an MLP does not."""
+    taken = inspect.signature(child.forward).parameters
+    return bool(TOKEN_MIXING & set(taken))
+
+
+def _experts(block: nn.Module, mixers: Sequence[str]) -> list[str]:
+    """Return the names of what only a mixture of experts has: 3-D parameters, and lists of MLPs."""
+    own = [(path, module) for path, module in block.named_modules() if path.partition(".")[0] not in mixers]
+    stacked = [
+        f"{path}.{name}"
+        for path, module in own
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and not isinstance(module, _ConvNd)
+    ]
+    return stacked + [path for path, module in own if isinstance(module, nn.ModuleList) and len(module) > 1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
@@ -31,7 +32,7 @@ PROBE_TOLERANCE = 0.02
 def adds_unchanged(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool:
     """Return whether the stream after block `layer` changes by just what is added to the projection's output."""
     device = execution_device(decoder.embeddings)
-    probe = torch.zeros(decoder.hidden_size, device=device)
+    probe = torch.zeros(decoder.hidden_size, device=device, dtype=torch.float32)
     outputs = []
     for _ in range(2):
         with added(decoder, layer, probe):
@@ -39,7 +40,7 @@ def adds_unchanged(model: PreTrainedModel, decoder: Decoder, layer: int) -> bool
             outputs.append(capture(model, decoder, [layer], input_ids=ids)[0].float().flatten())
         generator = torch.Generator().manual_seed(0)
         size = outputs[0].square().mean().sqrt()
-        probe = torch.randn(decoder.hidden_size, generator=generator).to(device) * size
+        probe = torch.randn(decoder.hidden_size, generator=generator, dtype=torch.float32).to(device) * size
     return bool((outputs[1] - outputs[0] - probe).norm() < PROBE_TOLERANCE * probe.norm())
 
 
@@ -63,7 +64,13 @@ class added:  # noqa: N801 (a context manager)
 
 
 def projection_change(
-    model: PreTrainedModel, decoder: Decoder, layer: int, batch: RowBatch, below: Tensor, wanted: Tensor, as_tuple: bool
+    model: PreTrainedModel,
+    decoder: Decoder,
+    layer: int,
+    batch: RowBatch,
+    below: Tensor,
+    wanted: Tensor,
+    tuple_length: int,
 ) -> Tensor:
     """Find e (rows, hidden_size) for which the output of block `layer` at the subjects changes by `wanted`.
 
@@ -72,19 +79,20 @@ def projection_change(
         decoder: Its parts.
         layer: Block index, above 0.
         batch: The rows.
-        below: Output of the block below at the subjects (rows, hidden_size).
+        below: Output of the block below, at the tokens of the batch up to the subjects (rows, tokens, hidden_size).
         wanted: The change (rows, hidden_size), float32.
-        as_tuple: Whether the model's blocks put out tuples.
+        tuple_length: How many entries the model's blocks put out, 0 for the hidden state alone.
     """
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output)[:, 0].float())
+        outputs.append((output[0] if isinstance(output, tuple) else output)[:, -1].float())
 
     def run(change: Tensor) -> Tensor:
         handle = decoder.blocks[layer].register_forward_hook(keep)
+        at_subjects = F.pad(change[:, None], (0, 0, below.shape[1] - 1, 0))  # (rows, tokens, hidden_size)
         try:
-            with added(decoder, layer, change[:, None]), resumed(decoder, layer - 1, below[:, None], as_tuple=as_tuple):
+            with added(decoder, layer, at_subjects), resumed(decoder, layer - 1, below, tuple_length=tuple_length):
                 model.base_model(**batch.model_inputs(1), use_cache=True)
         finally:
             handle.remove()

@@ -1,27 +1,38 @@
 """Facts as rows of tokens, and batches of rows that keep what their targets cannot change.
 
 Of a row, only the tokens from the subject's last one on depend on what is done there. The keys and values of all
-tokens before are computed once and kept.
+tokens before are computed once and kept. A model with linear attention or convolutions keeps a state instead, from
+which several tokens at once cannot go on: there whole rows are read each time.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import execution_device, find_decoder
-from memory_adapters.base_model.partial_forward import CACHE
-from memory_adapters.base_model.tokens import last_token_of, shared_length, tokenize
+from memory_adapters.base_model.chat import rendered_question
+from memory_adapters.base_model.decoder import execution_device
+from memory_adapters.base_model.partial_forward import CACHE, keeps_keys_alone, positioned
+from memory_adapters.base_model.tokens import continued_prompt, last_token_of, shared_length, tokenize
 from memory_adapters.items import Fact
 
-__all__ = ["Context", "FactRow", "PrefixCache", "RowBatch", "bare_rows", "chat_context", "context_rows", "row_batches"]
+__all__ = [
+    "Context",
+    "FactRow",
+    "PrefixCache",
+    "RowBatch",
+    "bare_rows",
+    "chat_context",
+    "context_rows",
+    "row_batches",
+    "rows_in",
+]
 
 
 @dataclass(frozen=True)
@@ -66,26 +77,36 @@ class FactRow:
         return False
 
     @property
+    def item(self) -> int:
+        """`fact`, as scoring calls it."""
+        return self.fact
+
+    @property
     def num_read(self) -> int:
         """Tokens from the subject's last on that the model reads."""
         return max(len(self.ids) - 1 if self.first_label < len(self.ids) else len(self.ids), 1) - self.subject
+
+    def behind(self, token: int) -> FactRow:
+        """Return the row behind another token."""
+        return replace(self, ids=[token, *self.ids], subject=self.subject + 1, first_label=self.first_label + 1)
 
 
 def chat_context(tokenizer: PreTrainedTokenizerBase) -> Context:
     """Return the tokenizer's chat template around a user's turn that is the prompt.
 
     Raises:
-        ValueError: If there is no chat template, or it alters its text.
+        ValueError: If there is no chat template, or it does not render a message as it is written.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("`chat=True`, but the tokenizer has no chat template; set `chat=False`.")
-    turn = [{"role": "user", "content": "{prompt}"}]
-    before, found, after = str(
-        tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    ).partition("{prompt}")
-    if not found:
-        raise ValueError("`chat=True`, but the chat template alters the user's text; set `chat=False`.")
-    return Context(before, after)
+    rendered = rendered_question(tokenizer, "{prompt}")
+    if rendered is None:
+        raise ValueError(
+            "`chat=True`, but the tokenizer's chat template does not render a message of the user as it is written; "
+            "set `chat=False`."
+        )
+    text, start = rendered
+    return Context(text[:start], text[start + len("{prompt}") :])
 
 
 def bare_rows(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[FactRow]:
@@ -95,6 +116,13 @@ def bare_rows(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_len
         ValueError: If a fact does not fit in `max_length` tokens.
     """
     return [_row(fact, Context(), tokenizer, index, 0, max_length) for index, fact in enumerate(facts)]
+
+
+def rows_in(
+    context: Context, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[FactRow]:
+    """Return the row of each fact in a context other than its bare prompt, to be scored."""
+    return [_row(fact, context, tokenizer, index, 1, max_length) for index, fact in enumerate(facts)]
 
 
 def context_rows(
@@ -130,22 +158,19 @@ def context_rows(
 def _row(
     fact: Fact, context: Context, tokenizer: PreTrainedTokenizerBase, index: int, number: int, max_length: int
 ) -> FactRow:
-    prompt = context.before + fact.prompt
-    before_target = prompt + (context.after or "")
-    special = {"add_special_tokens": False} if context.after is not None else {}
-    text = before_target + (fact.target if context.after is not None else fact.continuation)
-    ids = list(tokenizer(text, **special)["input_ids"]) if special else tokenize(tokenizer, text)
-    head = list(tokenizer(before_target, **special)["input_ids"]) if special else tokenize(tokenizer, before_target)
+    chat = context.after is not None
+    prompt = context.before + fact.prompt + (context.after or "")
+    ids, first = continued_prompt(tokenizer, prompt, fact.target if chat else fact.continuation, rendered=chat)
+    if chat and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]  # an answer ends; running text goes on
     if len(ids) > max_length:
         raise ValueError(
             f"`items[{index}]` has {len(ids)} tokens with its prefix, more than the {max_length} that the model reads: "
             f"shorten the prompt or the target of {fact.subject!r}."
         )
-    first = max(shared_length(head, ids), 1)
-    end = len(context.before) + fact.prompt.rindex(fact.subject) + len(fact.subject)
-    part = list(tokenizer(text[:end], **special)["input_ids"]) if special else tokenize(tokenizer, text[:end])
-    shared = shared_length(part, ids)
-    subject = shared - 1 if shared == len(part) else min(shared, len(ids) - 1)
+    end = len(context.before) + fact.subject_end
+    text = prompt if chat else prompt + fact.continuation
+    subject = last_token_of(tokenizer, text, end, ids, rendered=chat)
     return FactRow(index, number, ids, min(subject, first - 1), first)
 
 
@@ -155,10 +180,11 @@ class RowBatch:
 
     Attributes:
         rows: The rows.
-        ids: Tokens from the subject's last on (rows, tokens).
+        ids: Tokens from the subject's last on (rows, tokens), or of whole rows, left-padded.
         inputs: `attention_mask` (rows, before + tokens) and, where the model takes them, `position_ids`.
-        cache: Keys and values of the tokens before (left-padded); None if no row has any.
+        cache: Keys and values of the tokens before (left-padded); None if no row has any, or rows are whole.
         facts: Index of each row's fact (rows,).
+        start: Index in `ids` of the subjects' last tokens: above 0 where rows are whole.
     """
 
     rows: list[FactRow]
@@ -166,6 +192,7 @@ class RowBatch:
     inputs: dict[str, Tensor]
     cache: Cache | None
     facts: Tensor
+    start: int = 0
 
     def fresh_cache(self) -> Cache | None:
         """Return a cache to which the model may append, sharing the kept tensors."""
@@ -176,8 +203,8 @@ class RowBatch:
         return fresh
 
     def model_inputs(self, tokens: int | None = None) -> dict[str, Any]:
-        """Return what to call the model with, for the first `tokens` tokens (all if None)."""
-        left = self.ids.shape[1] - (tokens or self.ids.shape[1])
+        """Return what to call the model with, for the first `tokens` tokens from the subject on (all if None)."""
+        left = 0 if tokens is None else self.ids.shape[1] - self.start - tokens
         inputs = {"input_ids": self.ids[:, : self.ids.shape[1] - left]}
         for name, value in self.inputs.items():
             inputs[name] = value[:, : value.shape[1] - left]
@@ -187,7 +214,7 @@ class RowBatch:
         """Return a batch of the rows with these indices."""
         rows = [self.rows[i] for i in keep.tolist()]
         inputs = {name: value[keep] for name, value in self.inputs.items()}
-        return RowBatch(rows, self.ids[keep], inputs, _chosen(self.cache, keep), self.facts[keep])
+        return RowBatch(rows, self.ids[keep], inputs, _chosen(self.cache, keep), self.facts[keep], self.start)
 
 
 def row_batches(rows: Sequence[FactRow], tokens: int) -> Iterator[list[FactRow]]:
@@ -214,17 +241,21 @@ class PrefixCache:
         lengths: Tokens in common, by context; the last entry is for rows of no context, which share nothing.
         mask: Which of the (left-padded) tokens are real (contexts + 1, longest).
         cache: Their keys and values; None if nothing is shared.
+        whole: Whether the model keeps more than keys and values, so that rows must be read whole.
     """
 
     lengths: list[int]
     mask: Tensor
     cache: Cache | None
+    whole: bool = False
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: PreTrainedModel, rows: Sequence[FactRow], num_contexts: int) -> PrefixCache:
         """Read what the rows of each context start with, before any subject."""
-        device = execution_device(find_decoder(model).embeddings)
+        device = execution_device(model.get_input_embeddings())
+        probe = torch.tensor([rows[0].ids[:1]], device=device)
+        whole = not keeps_keys_alone(model.base_model(input_ids=probe, use_cache=True).get(CACHE))
         shared: list[list[int]] = []
         for context in range(num_contexts):
             own = [row for row in rows if row.context == context]
@@ -233,13 +264,13 @@ class PrefixCache:
                 length = min(length, shared_length(own[0].ids, row.ids))
             shared.append(own[0].ids[:length])
         window = getattr(model.config.get_text_config(), "sliding_window", None) or 1 << 30
-        if max(len(row.ids) for row in rows) + max(map(len, shared)) > window:  # padding inside would use it up
+        if whole or max(len(row.ids) for row in rows) + max(map(len, shared)) > window:  # padding would use it up
             shared = [[] for _ in shared]
         ids, mask = _left_padded([*shared, []], device)
         cache = None
         if ids.shape[1]:
-            cache = model.base_model(input_ids=ids, **_masked(model, mask), use_cache=True)[CACHE]
-        return cls([*map(len, shared), 0], mask, cache)
+            cache = model.base_model(input_ids=ids, **positioned(model, mask), use_cache=True)[CACHE]
+        return cls([*map(len, shared), 0], mask, cache, whole)
 
 
 @torch.no_grad()
@@ -256,7 +287,10 @@ def keep_before(model: PreTrainedModel, rows: Sequence[FactRow], prefixes: Prefi
     # token (`before`, read here), and the `read` tokens from there on, which stay in the batch.
     cached = prefixes.mask.shape[1]
     before = ids.shape[1] - read
-    inputs = _masked(model, torch.cat([prefixes.mask[contexts], mask], 1))
+    inputs = positioned(model, torch.cat([prefixes.mask[contexts], mask], 1))
+    facts = torch.tensor([row.fact for row in rows], device=device)
+    if prefixes.whole:
+        return RowBatch(list(rows), ids, inputs, None, facts, before)
     cache = _chosen(prefixes.cache, contexts)
     if before:
         # Appends to the rows' own copies of the prefixes' keys and values.
@@ -267,7 +301,6 @@ def keep_before(model: PreTrainedModel, rows: Sequence[FactRow], prefixes: Prefi
         cache = out[CACHE]
     if "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"][:, cached + before :]
-    facts = torch.tensor([row.fact for row in rows], device=device)
     return RowBatch(list(rows), ids[:, before:], inputs, cache, facts)
 
 
@@ -283,14 +316,6 @@ def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids.to(device), mask.to(device)
 
 
-def _masked(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
-    """Return `attention_mask` and, where the model takes them, the `position_ids` from it (rows, tokens)."""
-    inputs = {"attention_mask": mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs
-
-
 def _chosen(cache: Cache | None, rows: Tensor) -> Cache | None:
     """Return a cache of the rows with these indices, to which the model may append."""
     if cache is None:
@@ -298,5 +323,5 @@ def _chosen(cache: Cache | None, rows: Tensor) -> Cache | None:
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in chosen.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]  # type: ignore[index, union-attr]  # all filled
+        layer.batch_select_indices(rows)  # type: ignore[union-attr]  # no linear attention here
     return chosen

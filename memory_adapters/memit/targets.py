@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.modes import bfloat16_weights, computes_in_bfloat16, plain_attention
 from memory_adapters.base_model.nonfinite import rows_not_finite
-from memory_adapters.base_model.partial_forward import block_returns_tuple, capture, logits_at, resumed
+from memory_adapters.base_model.partial_forward import block_tuple_length, capture, logits_at, resumed
 from memory_adapters.memit.prompts import RowBatch
 
 if TYPE_CHECKING:
@@ -66,17 +66,21 @@ class TargetBatch:
         targets, weights = [], []
         for i, row in enumerate(batch.rows):
             if row.context < 0:
-                read[i, 0] = True
+                read[i, batch.start] = True
                 targets.append(-1)
                 weights.append(kl_factor)
             else:
                 labels = row.ids[row.first_label :]
-                read[i, row.first_label - 1 - row.subject :] = True
+                read[i, batch.start + row.first_label - 1 - row.subject :] = True
                 targets += labels
                 weights += [1 / (len(labels) * num_contexts)] * len(labels)
         device = states.device
         return cls(
-            batch, states, read.to(device), torch.tensor(targets, device=device), torch.tensor(weights, device=device)
+            batch,
+            states,
+            read.to(device),
+            torch.tensor(targets, device=device),
+            torch.tensor(weights, device=device, dtype=torch.float32),
         )
 
     def select(self, keep: Tensor) -> TargetBatch:
@@ -106,7 +110,7 @@ class TargetFinder:
 
     def __init__(self, model: PreTrainedModel, decoder: Decoder, layer: int, precision: str) -> None:
         self.model, self.decoder, self.layer = model, decoder, layer
-        self.as_tuple = block_returns_tuple(model, decoder, layer)
+        self.tuple_length = block_tuple_length(model, decoder, layer)
         self.device = execution_device(decoder.embeddings)
         self.bfloat16 = computes_in_bfloat16(precision, self.device)
 
@@ -118,9 +122,9 @@ class TargetFinder:
     def logits(self, problem: TargetBatch, delta: Tensor) -> Tensor:
         """Return logits (positions read, vocabulary) in float32, with δ (facts, hidden_size) added at the subjects."""
         states = problem.states.clone()
-        states[:, 0] += delta[problem.batch.facts].to(states.dtype)
+        states[:, problem.batch.start] += delta[problem.batch.facts].to(states.dtype)
         with (
-            resumed(self.decoder, self.layer, states, as_tuple=self.as_tuple),
+            resumed(self.decoder, self.layer, states, tuple_length=self.tuple_length),
             logits_at(self.decoder, problem.read),
             torch.autocast(states.device.type, torch.bfloat16, enabled=self.bfloat16),
             plain_attention(states.device),
@@ -148,7 +152,7 @@ class TargetFinder:
         """Return what the rows contribute to each fact's loss (facts,)."""
         logits = self.logits(problem, delta)
         kept = problem.targets < 0
-        each = torch.zeros(len(logits), device=logits.device)
+        each = torch.zeros(len(logits), device=logits.device, dtype=torch.float32)
         learned = F.cross_entropy(logits[~kept], problem.targets[~kept], reduction="none")
         each = each.masked_scatter(~kept, learned)
         if kept.any():
@@ -157,7 +161,9 @@ class TargetFinder:
                 problem.base = now.detach()
             each = each.masked_scatter(kept, (now.exp() * (now - problem.base)).sum(-1))
         owner = problem.batch.facts[problem.read.nonzero()[:, 0]]
-        return torch.zeros(len(delta), device=each.device).index_add(0, owner, each * problem.weights)
+        return torch.zeros(len(delta), device=each.device, dtype=torch.float32).index_add(
+            0, owner, each * problem.weights
+        )
 
 
 def find_targets(
@@ -191,7 +197,7 @@ def find_targets(
     norms = h0.norm(dim=-1)
     rates = config.learning_rate * norms[:, None] / math.sqrt(h0.shape[1])
     delta, moment, square = (torch.zeros_like(h0) for _ in range(3))
-    losses = torch.zeros(len(h0), device=h0.device)
+    losses = torch.zeros(len(h0), device=h0.device, dtype=torch.float32)
     problems = [finder.prepared(problem) for problem in _unfinished(problems, active)]
     for step in range(1, config.steps):
         gradient = torch.zeros_like(delta)

@@ -30,12 +30,19 @@ from memory_adapters.base_model.decoder import Decoder, execution_device, find_d
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.partial_forward import (
     BlockOutput,
-    block_returns_tuple,
+    block_tuple_length,
     hidden_state,
     logits_at,
     resumed,
 )
-from memory_adapters.base_model.tokens import last_token_of, pad_rows, score_rows, shared_length, tokenize
+from memory_adapters.base_model.tokens import (
+    continued_prompt,
+    last_token_of,
+    pad_rows,
+    score_rows,
+    shared_length,
+    tokenize,
+)
 from memory_adapters.files.atomic import atomic_file
 from memory_adapters.items import Fact
 from memory_adapters.memit.projection import mlp_projection
@@ -190,7 +197,8 @@ def trace_facts(
         with tqdm(total=len(known) * len(kinds) * depth, unit="layer", desc="tracing", disable=not progress) as bar:
             for query in known:
                 shape = (samples, query.last - query.first + 1, embedded.shape[1])
-                draws = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * noise * embedded.std()
+                generator = torch.Generator().manual_seed(seed)
+                draws = torch.randn(shape, generator=generator, dtype=torch.float32) * noise * embedded.std()
                 effects, effect = tracer.trace(query, draws, bar.update)
                 total += effect / len(known)
                 members = F.one_hot(torch.tensor(query.roles()), len(ROLES)).double().T  # (roles, tokens)
@@ -210,10 +218,9 @@ class _Query(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, fact: Fact) -> _Query:
-        joint = tokenize(tokenizer, fact.prompt + fact.continuation)
-        length = max(shared_length(tokenize(tokenizer, fact.prompt), joint), 1)
-        ids, start = joint[:length], fact.prompt.rindex(fact.subject)
-        last = last_token_of(tokenizer, fact.prompt, start + len(fact.subject), ids)
+        joint, length = continued_prompt(tokenizer, fact.prompt, fact.continuation)
+        ids, start = joint[:length], fact.subject_start
+        last = last_token_of(tokenizer, fact.prompt, fact.subject_end, ids)
         return cls(ids, joint[length], min(shared_length(tokenize(tokenizer, fact.prompt[:start]), ids), last), last)
 
     def roles(self) -> list[int]:
@@ -241,7 +248,7 @@ class _Tracer:
     """Trace facts one at a time. `modules` are those whose outputs are kept and restored, for each kind by layer."""
 
     def __init__(self, model: PreTrainedModel, decoder: Decoder, kinds: Sequence[str], window: int, batch_tokens: int):
-        self.model, self.decoder, self.as_tuple = model, decoder, block_returns_tuple(model, decoder, 0)
+        self.model, self.decoder, self.tuple_length = model, decoder, block_tuple_length(model, decoder, 0)
         self.kinds, self.window, self.batch_tokens = kinds, window, batch_tokens
         find: dict[str, Callable[[int], nn.Module]] = {"hidden": lambda layer: decoder.blocks[layer]}
         find |= {"mlp": lambda layer: mlp_projection(decoder, layer).module, "attention": partial(_attention, decoder)}
@@ -289,7 +296,7 @@ class _Tracer:
             for module, hook in {**hooks, self.decoder.embeddings: lambda _m, _a, x: x + whole.to(x)}.items():
                 stack.callback(module.register_forward_hook(hook, prepend=True).remove)
             if resume is not None:
-                stack.enter_context(resumed(self.decoder, *resume, as_tuple=self.as_tuple))
+                stack.enter_context(resumed(self.decoder, *resume, tuple_length=self.tuple_length))
             stack.enter_context(logits_at(self.decoder, last))
             logits = self.model(**inputs, use_cache=False).logits[0].float()
         return (logits[:, query.answer] - logits.logsumexp(-1)).double().exp().cpu()

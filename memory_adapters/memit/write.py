@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
+from memory_adapters.base_model.decoder import Decoder, context_length, execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import rows_not_finite
-from memory_adapters.base_model.partial_forward import capture, inputs_of
+from memory_adapters.base_model.partial_forward import capture, capture_inputs, inputs_of
 from memory_adapters.base_model.quantised import differentiable
-from memory_adapters.base_model.sampling import sample_text
+from memory_adapters.base_model.sampling import sample_text, start_token
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Fact
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.layer_shares import SubjectStates, share_over_layers
@@ -39,6 +40,7 @@ __all__ = ["LedgerBuilder"]
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 MEMORY_SHARE = 0.25
+SAME_KEY = 0.7  # cosine with the keys of other first tokens
 CPU_BATCH = 1024
 GPU_BATCH = 32768
 
@@ -51,6 +53,7 @@ class LedgerBuilder:
         model: The causal LM, frozen.
         tokenizer: Its tokenizer.
         config: Settings, with layers resolved.
+        notes: What the user should know of the entries that were built.
     """
 
     model: PreTrainedModel
@@ -62,6 +65,7 @@ class LedgerBuilder:
         self.layers = self.config.resolved(self.decoder)
         self.projections = [mlp_projection(self.decoder, layer) for layer in self.layers]
         self.max_length = context_length(self.model)
+        self.notes: list[str] = []
 
     def contexts(self) -> list[Context]:
         """Return what a fact must hold in: the bare prompt first, then sampled prefixes and the chat template."""
@@ -94,8 +98,14 @@ class LedgerBuilder:
             ValueError: If a fact does not fit in the model's context, or its loss is not finite.
         """
         contexts = self.contexts()
+        unreached = self._unreached(bare)
         own, own_bare = share_of(list(facts)), share_of(list(bare))
         rows = context_rows(own, own_bare, contexts, self.tokenizer, self.max_length)
+        opening = start_token(self.tokenizer)
+        rows = [
+            [row.behind(opening) if row.fact in unreached and row.subject == 0 else row for row in group]
+            for group in rows
+        ]
         size = self._chunk(rows)
         known = {} if targets is None else dict(zip(targets.facts, targets.targets, strict=True))
         parts: list[Ledger] = []
@@ -108,12 +118,40 @@ class LedgerBuilder:
         single = [part.subset([i]) for part in parts for i in range(len(part.facts))]
         return _joined(gather_items(single, len(facts)))
 
+    @torch.no_grad()
+    def _unreached(self, bare: Sequence[FactRow]) -> set[int]:
+        """Return the facts whose bare prompts cannot be edited, and note them.
+
+        The first token of a text takes attention that belongs nowhere, and has nearly the same key in many models,
+        whatever it is: an edit there would act in every text.
+        """
+        first = [row for row in bare if row.subject == 0]
+        if not first:
+            return set()
+        others = [tokenize(self.tokenizer, word)[0] for word in OPENINGS]
+        tokens = list(dict.fromkeys([*(row.ids[0] for row in first), *others]))
+        ids = torch.tensor(tokens, device=execution_device(self.decoder.embeddings))[:, None]
+        keys = capture_inputs(self.model, [self.projections[0].module], input_ids=ids)[0].flatten(0, -2).float()
+        keys = torch.nn.functional.normalize(keys)
+        alike = (keys @ keys[[tokens.index(other) for other in others]].T).mean(1) > SAME_KEY
+        shared = {token for token, same in zip(tokens, alike.tolist(), strict=True) if same}
+        rows = [row for row in first if row.ids[0] in shared]
+        if rows:
+            prompts = ", ".join(repr(self.tokenizer.decode(row.ids[: row.first_label])) for row in rows[:3])
+            prompts += ", …" * (len(rows) > 3)
+            self.notes.append(
+                f"{len(rows)} of {len(bare)} prompts begin with a subject of one token ({prompts}), and the first "
+                "token of a text has one key in this model, whatever it is: these facts are written for prompts with text "
+                "before them, and not for the bare prompt"
+            )
+        return {row.fact for row in rows}
+
     def _chunk_entries(
         self, facts: list[Fact], rows: list[FactRow], num_contexts: int, known: dict[Fact, Tensor], bar: tqdm
     ) -> Ledger:
         finder = TargetFinder(self.model, self.decoder, self.layers[-1], self.config.precision)
         width = self.decoder.hidden_size
-        h0 = torch.zeros(len(facts), width, device=finder.device)
+        h0 = torch.zeros(len(facts), width, device=finder.device, dtype=torch.float32)
         batches: list[TargetBatch] = []
         subjects: list[SubjectStates] = []
         prefixes = PrefixCache.of(self.model, rows, num_contexts)
@@ -122,7 +160,7 @@ class LedgerBuilder:
             states, last = self._subject_states(batch)
             batches.append(TargetBatch.of(batch, last, num_contexts, self.config.kl_factor))
             bare = torch.tensor([row.context == 0 for row in group])
-            h0[batch.facts[bare]] = last[bare, 0].float()
+            h0[batch.facts[bare]] = last[bare, batch.start].float()
             in_context = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
             if len(in_context):
                 below = None if states.below is None else states.below[in_context]
@@ -137,7 +175,9 @@ class LedgerBuilder:
                 z[new] = find_targets(finder, batches, h0, new, self.config, bar, prompts)[0][new]
         del batches
         groups, each = self.config.key_groups, self.config.keys_per_fact
-        found = share_over_layers(self.model, self.decoder, self.layers, subjects, groups, each, h0, z, finder.as_tuple)
+        found = share_over_layers(
+            self.model, self.decoder, self.layers, subjects, groups, each, h0, z, finder.tuple_length
+        )
         for kind, of_layers in {"key": found.keys, "share of the change": found.shares}.items():
             for layer, values in of_layers.items():
                 if bad := rows_not_finite(values):
@@ -161,9 +201,10 @@ class LedgerBuilder:
         with inputs_of([self.projections[0].module], lambda _i, value: keys.append(value)):
             found = capture(self.model, self.decoder, wanted, **batch.model_inputs())
         outputs = dict(zip(wanted, found, strict=True))
-        first = keys[0].reshape(*batch.ids.shape, -1)[:, 0]  # OPT's are flat
-        below = outputs[low - 1][:, 0].clone() if low else None
-        return SubjectStates(batch, first, outputs[low][:, 0].clone(), below), outputs[high]
+        read = batch.start + 1
+        first = keys[0].reshape(*batch.ids.shape, -1)[:, batch.start]  # OPT's are flat
+        below = outputs[low - 1][:, :read].clone() if low else None
+        return SubjectStates(batch, first, outputs[low][:, :read].clone(), below), outputs[high]
 
     def _free_memory(self) -> int:
         device = self.model.device

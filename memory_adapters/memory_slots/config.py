@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from memory_adapters.base_model.decoder import Decoder, base_linears, unwrapped
 from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
+from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.validation import check_choice, check_flag, check_number, shown
 
 __all__ = ["MemorySlotsConfig"]
@@ -78,6 +82,7 @@ class MemorySlotsConfig(MemoryConfig):
         super().__post_init__()
         self.peft_type = self.kind
         self.task_type = "CAUSAL_LM"
+        self.slots: list[MemorySlots] = []  # no field: what is read now, to be saved beside the config
         check_number("num_slots", self.num_slots, low=1, integer=True)
         check_number("span_length", self.span_length, low=self.num_slots, integer=True)
         check_choice("pooling", self.pooling, POOLINGS)
@@ -97,6 +102,20 @@ class MemorySlotsConfig(MemoryConfig):
         names = self.target_modules
         if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
             raise ValueError(f"`target_modules` must be a list of module names, got {shown(names)}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config, and the slots beside it: transformers and PEFT, which save an adapter so, save both.
+
+        Raises:
+            ValueError: If the rows of a batch read slots of their own.
+        """
+        if len(self.slots) > 1:
+            raise ValueError(f"{len(self.slots)} rows read slots of their own: save each with `MemorySlots.save`.")
+        saved = copy.copy(self)
+        saved.has_slots = bool(self.slots)
+        super(MemorySlotsConfig, saved).save_pretrained(save_directory, **kwargs)
+        for slots in self.slots:
+            slots.save(Path(save_directory) / MemorySlots.file)
 
     def card_settings(self) -> dict[str, Any]:
         """Do as `MemoryConfig`; the LoRA's matrices, once resolved, are given by the ends of their names."""
@@ -157,7 +176,7 @@ class MemorySlotsConfig(MemoryConfig):
             )
         asked = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(decoder.model_type or "")
         if asked is None:
-            return {name: module for name, module in every.items() if hasattr(module, "in_features")}
+            return {name: module for name, module in every.items() if _takes_lora(decoder, name, module)}
         found = {n: m for n, m in every.items() if any(n == a or n.endswith(f".{a}") for a in asked)}
         missing = [a for a in asked if not any(n == a or n.endswith(f".{a}") for n in found)]
         if missing or not found:
@@ -196,6 +215,15 @@ class MemorySlotsConfig(MemoryConfig):
             "projection": (self.offsets, width, width),
         }
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
+
+
+def _takes_lora(decoder: Decoder, name: str, module: nn.Module) -> bool:
+    """Return whether a LoRA can sit on a matrix: not on a router, nor where a fused kernel reads the weight itself."""
+    if not hasattr(module, "in_features") or type(unwrapped(module)).__module__.startswith("transformers.models."):
+        return False
+    place, _, own = name.rpartition(".")
+    beside_convolution = any(isinstance(child, _ConvNd) for child in decoder.model.get_submodule(place).children())
+    return not (beside_convolution and own == "out_proj")
 
 
 def _weight(module: nn.Module) -> torch.Tensor | None:

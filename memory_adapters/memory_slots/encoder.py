@@ -48,7 +48,7 @@ class EncoderParts(nn.Module):
         mean, spread = table.mean(0).cpu(), table.std(0).cpu()
 
         def like_tokens(rows: int) -> nn.Parameter:
-            noise = torch.randn(rows, len(mean), generator=generator)
+            noise = torch.randn(rows, len(mean), generator=generator, dtype=torch.float32)
             return nn.Parameter((mean + spread * noise).to(device), requires_grad=False)
 
         self.memory_tokens = like_tokens(config.num_slots)
@@ -154,16 +154,16 @@ class Encoder:
         with self.active():
             states = self.stack(**inputs, use_cache=False).last_hidden_state.float()
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-12)  # padding may be 0
-        matrices = self.parts.projection * self.parts.embedding_rms
+        matrices = self.parts.projection.float() * self.parts.embedding_rms
         if self.config.pooling == "tokens":
             return [states[i, length - n :] @ matrices[0] for i, n in enumerate(counts)]
         places, offsets, shares = stretches([len(text) for text in texts], counts, self.device)
-        pooled = torch.zeros(sum(counts), states.shape[-1], device=self.device)
+        pooled = torch.zeros(sum(counts), states.shape[-1], device=self.device, dtype=torch.float32)
         pooled = pooled.index_add(0, places, torch.cat(texts).float() * shares[:, None])
         flat = torch.cat([states[i, length - len(text) :] for i, text in enumerate(texts)])
         for j, matrix in enumerate(matrices):
             own = offsets == j
-            pooled = pooled.index_add(0, places[own], flat[own] @ matrix)
+            pooled = pooled.index_add(0, places[own], (flat[own] @ matrix).float())
         return list(pooled.split(counts))
 
     @torch.no_grad()
@@ -222,7 +222,7 @@ def stretches(lengths: Sequence[int], counts: Sequence[int], device: torch.devic
     return (
         torch.tensor(places, device=device),
         torch.tensor(offsets, device=device),
-        torch.tensor(shares, device=device),
+        torch.tensor(shares, device=device, dtype=torch.float32),
     )
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.exclusive import exclusive_use
+from memory_adapters.base_model.modes import own_settings
 from memory_adapters.base_model.nonfinite import origin
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import pad_rows
@@ -238,7 +239,12 @@ def train_encoder(
     arguments = default_arguments(encoder.model, {**settings, **(training_args or {})})
     checkpoint = checkpoint_to_resume(resume_from_checkpoint, arguments.output_dir)
     model = encoder.model
-    with exclusive_use(model), seeded(config.seed), only_trainable(model, encoder.parameters()):
+    with (
+        exclusive_use(model),
+        own_settings(),
+        seeded(config.seed),
+        only_trainable(model, encoder.parameters()),
+    ):
         trainer = EncoderTrainer(memory, args=arguments, train_dataset=examples, eval_dataset=held_out)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

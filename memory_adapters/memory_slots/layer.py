@@ -1,7 +1,8 @@
 """The PEFT layer of memory slots: what the model reads before every prompt, in plain `model(...)` and `generate(...)`.
 
 A child of the model's decoder stack holds the slots of all memories, and two hooks on that stack use them. Whatever the
-caller gives and gets has the prompt's length; the prompt's positions are behind the slots.
+caller gives and gets has the prompt's length, caches too; the prompt's positions are behind the slots. Where a model
+around the stack makes the attention mask, layer and hooks are on that one: see `reading_module`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.memory_slots.placement import check_length, inserted, leading_padding, removed, slot_positions
-from memory_adapters.memory_slots.slot_cache import FILLED, MARK, SlotCache
+from memory_adapters.memory_slots.slot_cache import FILLED, MARK, SlotCache, hide_slots, num_cached, show_slots
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
 
-__all__ = ["Entry", "SlotReader"]
+__all__ = ["Entry", "SlotReader", "reading_module"]
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text; what multimodal models take for each token
 
 
 def read_slots(  # noqa: C901  # the cases of one call, one after another
@@ -31,10 +35,8 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     given = {**{names[i]: value for i, value in enumerate(args)}, **kwargs}
     cache = given.get(CACHE)
     # A cache that holds slots goes on with them, whatever is active now; one that holds none goes on without.
-    continued = getattr(cache, MARK, None)
-    if continued is FILLED:
-        return None
-    if continued is None and (slots is None or (cache is not None and cache.get_seq_length() > 0)):
+    continued = _mark_of(cache)
+    if continued is FILLED or (continued is None and (slots is None or num_cached(cache) > 0)):
         return None
     if isinstance(cache, StaticCache):
         raise ValueError(
@@ -53,28 +55,25 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         raise ValueError(f"Slots of {len(mask)} rows are read, but the batch has {batch}: give one prompt a row.")
     mask = mask.repeat_interleave(repeats, 0)  # (batch, slots)
     count = mask.shape[1]
-    past = 0 if cache is None else cache.get_seq_length() - (0 if continued is None else count)
+    past = num_cached(cache) - (0 if continued is None else count)
     check_length(stack, count, past + tokens)
-
-    prompt_mask = given.get("attention_mask")
-    if prompt_mask is not None and (not isinstance(prompt_mask, Tensor) or prompt_mask.ndim != 2):
-        raise ValueError("`attention_mask` must be (batch, tokens) while slots are read; static caches make another.")
-    if prompt_mask is None:
-        prompt_mask = mask.new_ones(batch, past + tokens)
+    prompt_mask = _prompt_mask(given.get("attention_mask"), mask, past + tokens)
     if continued is None:
-        leading = leading_padding(stack, prompt_mask, count)
-    positions: Any = given.get("position_ids")
+        leading = leading_padding(stack, prompt_mask, count, reader.as_embeddings)
     if "position_ids" in names:
+        positions: Any = given.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + tokens, device=prompt_mask.device)[None]
-        positions = given["position_ids"] = positions.expand(batch, -1) + mask.sum(1, keepdim=True)
+            positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        # Multimodal models have several positions a token: (kinds, batch, tokens).
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        given["position_ids"] = positions + mask.sum(1, keepdim=True)
     given["attention_mask"] = inserted(prompt_mask, mask.to(prompt_mask.dtype), leading)  # (batch, slots + tokens)
 
     recomputing = stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
     if recomputing:
         # Blocks that are computed again in the backward pass must not find their keys in a cache already.
         cache, given[CACHE], given["use_cache"] = None, None, False
-    elif cache is None and given.get("use_cache", stack.config.use_cache):
+    elif cache is None and _uses_cache(stack, given):
         # The stack would make an empty cache itself; made here, it can hold the slots first.
         cache = given[CACHE] = DynamicCache(config=stack.config)
     if cache is not None and continued is not None:
@@ -82,28 +81,72 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         return (), given
     if cache is not None:
         setattr(cache, MARK, (own, leading))
-    if cache is not None and leading is None:
+    if cache is not None and leading is None and not reader.as_embeddings and not torch.compiler.is_compiling():
         # The usual start: the slots' keys and values, known from an earlier pass, go into the empty cache.
         reader.cache.fill(stack, cache, vectors, own, repeats, reader.sources())
         return (), given
-    # No cache, or slots that must stand behind a row's padding: their embeddings are put in among the prompt's, and
-    # `cut_off` takes their outputs off again.
+    # No cache, or one that slots cannot be put into, a pass that is compiled, or slots that must stand behind a row's
+    # padding: their embeddings are put in among the prompt's, and `cut_off` takes their outputs off again.
     if embedded is None:
         embedded = stack.get_input_embeddings()(ids)
-    before = vectors.repeat_interleave(repeats, 0).to(embedded)
-    given["input_ids"], given["inputs_embeds"] = None, inserted(embedded, before, leading)
-    if "position_ids" in names:
-        given["position_ids"] = inserted(positions, slot_positions(mask), leading)
-    return (), given
+    return (), _with_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, leading)
+
+
+def _mark_of(cache: Any) -> Any:
+    """Return what a cache notes of the slots that it holds; None if it holds none. It shows its whole length now."""
+    mark = getattr(cache, MARK, None)
+    if not isinstance(mark, tuple):
+        return mark
+    show_slots(cache)
+    if num_cached(cache) > 0:
+        return mark
+    delattr(cache, MARK)  # it was reset
+    return None
+
+
+def _prompt_mask(given: Any, mask: Tensor, length: int) -> Tensor:
+    """Return the attention mask (batch, tokens) of a prompt, which is all ones where none is given."""
+    if given is None:
+        return mask.new_ones(len(mask), length)
+    if not isinstance(given, Tensor) or given.ndim != 2:
+        form = f"of the shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise ValueError(f"`attention_mask` must be (batch, tokens) while slots are read, and is {form}.")
+    return given
+
+
+def _uses_cache(stack: PreTrainedModel, given: dict[str, Any]) -> bool:
+    use_cache = given.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(stack.config.get_text_config(decoder=True), "use_cache", True)
+    return bool(use_cache)
+
+
+def _with_embeddings(
+    given: dict[str, Any], embedded: Tensor, vectors: Tensor, mask: Tensor, leading: Tensor | None
+) -> dict[str, Any]:
+    """Return a pass with the slots' embeddings among those of the prompt, and what else it gives for each token."""
+    given["input_ids"], given["inputs_embeds"] = None, inserted(embedded, vectors.to(embedded), leading)
+    for kind in TOKEN_TYPES:
+        if isinstance(given.get(kind), Tensor):
+            given[kind] = inserted(given[kind], torch.zeros_like(mask, dtype=given[kind].dtype), leading)
+    if (positions := given.get("position_ids")) is not None:
+        kinds = [inserted(one, slot_positions(mask), leading) for one in positions.reshape(-1, *embedded.shape[:2])]
+        given["position_ids"] = torch.stack(kinds).view(*positions.shape[:-1], -1)
+    return given
 
 
 def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Remove the slots' outputs where their embeddings were part of the pass: the decoder stack's forward hook."""
-    slots, embedded = SlotReader.of(stack).read(), kwargs.get("inputs_embeds")
-    if slots is None or embedded is None or embedded.shape[1] != kwargs["attention_mask"].shape[1]:
+    reader, cache = SlotReader.of(stack), kwargs.get(CACHE)
+    if isinstance(getattr(cache, MARK, None), tuple) and not torch.compiler.is_compiling():
+        hide_slots(cast(Cache, cache))
+    slots, embedded = reader.read(), kwargs.get("inputs_embeds")
+    if slots is None or embedded is None or kwargs.get("attention_mask") is None:
+        return output
+    if embedded.shape[1] != kwargs["attention_mask"].shape[1]:
         return output
     count = slots[0].shape[1]
-    leading = leading_padding(stack, kwargs["attention_mask"], 0)
+    leading = leading_padding(stack, kwargs["attention_mask"], 0, reader.as_embeddings)
     output.last_hidden_state = removed(output.last_hidden_state, count, leading)
     if output.get("hidden_states") is not None:
         output.hidden_states = tuple(removed(state, count, leading) for state in output.hidden_states)
@@ -112,6 +155,28 @@ def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, An
             removed(weights.transpose(1, 2), count, leading).transpose(1, 2) for weights in output.attentions
         )
     return output
+
+
+def reading_module(decoder: Decoder) -> PreTrainedModel:
+    """Return the module whose passes read slots: the decoder stack, or the one around it that makes its mask.
+
+    Some multimodal models make the attention mask themselves, and give their stack no (batch, tokens) any more.
+    """
+    model, path = decoder.model, decoder.stack_path
+    stack = model.get_submodule(path)
+    masks: list[Any] = []
+    handle = stack.register_forward_pre_hook(
+        lambda _stack, _args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    ids = torch.ones(1, 2, dtype=torch.long, device=execution_device(decoder.embeddings))
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        handle.remove()
+    plain = all(mask is None or (isinstance(mask, Tensor) and mask.ndim == 2) for mask in masks)
+    outer = path.rpartition(".")[0]
+    return cast(PreTrainedModel, stack if plain or not outer else model.get_submodule(outer))
 
 
 class Entry(nn.Module):
@@ -127,7 +192,7 @@ class Entry(nn.Module):
 
     def __init__(self, embedding_size: int) -> None:
         super().__init__()
-        self.register_buffer("vectors", torch.zeros(1, 0, embedding_size), persistent=False)
+        self.register_buffer("vectors", torch.zeros(1, 0, embedding_size, dtype=torch.float32), persistent=False)
         self.register_buffer("mask", torch.zeros(1, 0, dtype=torch.long), persistent=False)
 
 
@@ -136,6 +201,8 @@ class SlotReader(MemoryLayer):
 
     Attributes:
         cache: Keys and values of the slots that were read last.
+        as_embeddings: Whether slots are put among the prompt's embeddings, behind its padding, and never into a cache:
+            for models that keep more than keys and values, or count positions by the index in a row.
     """
 
     child_name: ClassVar[str] = "slot_reader"
@@ -150,6 +217,7 @@ class SlotReader(MemoryLayer):
         super().__init__()
         self.slot_entries = nn.ModuleDict()
         self.cache = SlotCache()
+        self.as_embeddings = False
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Do nothing: slots are put where the embeddings are."""

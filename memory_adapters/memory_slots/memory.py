@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast, overload
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
-from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.modes import evaluating, own_settings
+from memory_adapters.base_model.partial_forward import CACHE, keeps_keys_alone, positioned
 from memory_adapters.base_model.scoring import Scores
+from memory_adapters.base_model.trial import differs, is_runnable, trial
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Item, Items, as_items
+from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, as_items
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
 from memory_adapters.memory_slots.export import prompt_tuning
-from memory_adapters.memory_slots.layer import Entry, SlotReader
+from memory_adapters.memory_slots.layer import Entry, SlotReader, reading_module
 from memory_adapters.memory_slots.prompts import as_queries, as_text
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text
@@ -40,6 +42,8 @@ from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
 __all__ = ["SlotMemory"]
 
 SLOTS_FILE = MemorySlots.file
+NOT_READ = "does not read slots before a prompt in the same way with a cache and without"
+REMEDY = "Memory slots need that; MemoryAdapterConfig does not."
 OTHER_ENCODER = "These slots were made by another encoder: the model reads them, but `reconstruct` may fail."
 
 
@@ -67,19 +71,70 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         config: MemorySlotsConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        configs: dict[str, Any] = model.peft_config
+        configs[adapter_name] = config  # not the LoRA's, as which PEFT would save and load the encoder
         super().__init__(model, adapter_name, config, tokenizer)
         self.slots: list[MemorySlots] = []
-        self._written: tuple[list[MemorySlots], list[dict[str, str]]] = ([], [])  # slots, and the items they are of
+        self._written: tuple[list[MemorySlots], list[dict[str, Any]]] = ([], [])  # slots, and the items they are of
 
     def _attach(self, decoder: Decoder) -> None:
-        self._stack = cast(PreTrainedModel, self.model.get_submodule(decoder.stack_path))  # the model without its head
+        if is_runnable(decoder):
+            with trial(self.model, NOT_READ, REMEDY):
+                self._stack = reading_module(decoder)
+        else:
+            self._stack = cast(PreTrainedModel, self.model.get_submodule(decoder.stack_path))
+        self._config.slots = []  # those of the memory whose config this was, if it was one's
         reader = SlotReader.attach(self._stack)
+        # transformers takes the adapters of the first layer for the model's, and the dtype of the first parameter.
+        _put_before(self._stack, SlotReader.child_name, decoder.blocks)
+        cache = DynamicCache(config=self.model.config)
+        indexed = any(hasattr(layer, "update_indexer") for layer in cache.layers)  # keys of an indexer, too
+        reader.as_embeddings = indexed or not keeps_keys_alone(cache)
         entry = Entry(decoder.embedding_size)
         parts = EncoderParts(self._config, decoder)
         entry.add_module("parts", parts)
         reader.slot_entries[self.adapter_name] = entry.to(parts.reconstruct.device)
         self.encoder = Encoder(self.model, self.adapter_name, self._config, parts, decoder)
         self.encoder.disable()
+
+    def _try_model(self, decoder: Decoder) -> None:
+        """Compress a few tokens, and read two slots with a cache and padding, and without either."""
+        with trial(self.model, "does not compress tokens into slots", REMEDY):
+            self.encoder.slots([[token % decoder.vocab_size for token in range(5, 5 + self._config.span_length)][:8]])
+        entry, reader = self._entry, SlotReader.of(self._stack)
+        before = entry.vectors, entry.mask
+        ids = torch.tensor([[9, 7, 8]], device=self.encoder.device) % decoder.vocab_size
+        with trial(self.model, NOT_READ, REMEDY):
+            try:
+                # Between two tokens: some models look up what else they read of a token by its very embedding.
+                entry.vectors = (
+                    decoder.embeddings(torch.cat([ids, ids + 1])).detach().float().mean(0, keepdim=True)[:, :2]
+                )
+                entry.mask = torch.ones(1, 2, dtype=torch.long, device=ids.device)
+                if not reader.as_embeddings and not self._reads_alike(ids):
+                    reader.as_embeddings = True
+                if reader.as_embeddings and not self._reads_alike(ids):
+                    raise ValueError("other logits")
+            finally:
+                entry.vectors, entry.mask = before
+
+    def _reads_alike(self, ids: Tensor) -> bool:
+        """Return whether two rows of tokens, one of them padded, are read in parts with a cache as they are whole."""
+        rows = torch.cat([torch.nn.functional.pad(ids[:, 1:], (1, 0)), ids])  # the first begins with padding
+        mask = torch.ones_like(rows)
+        mask[0, 0] = 0
+        whole = [
+            self.model(input_ids=row[own.bool()][None], use_cache=False).logits[0, -1]
+            for row, own in zip(rows, mask, strict=True)
+        ]
+        first = self.model(input_ids=rows[:, :-1], **positioned(self.model, mask[:, :-1]), use_cache=True)
+        if first.get(CACHE) is None:
+            raise ValueError("its passes give no cache of keys and values")
+        rest = {**positioned(self.model, mask, rows.shape[1] - 1), CACHE: first[CACHE]}
+        in_parts = self.model(input_ids=rows[:, -1:], **rest, use_cache=True).logits[:, -1]
+        without_positions = self.model(input_ids=rows, attention_mask=mask, use_cache=True).logits[:, -1]
+        found = zip([*in_parts, *without_positions], whole * 2, strict=True)
+        return not any(differs(one, other) for one, other in found)
 
     def tuner_layers(self) -> list[SlotReader]:
         """Return the reader: the encoder's LoRA takes no part in the model's own passes."""
@@ -108,20 +163,30 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     def _rebase(self, fingerprint: Fingerprint) -> None:
         super()._rebase(fingerprint)
-        self._read([replace(row, base_fingerprint=dict(self._config.base_fingerprint or {})) for row in self.slots])
+        self._read(
+            [dataclasses.replace(row, base_fingerprint=dict(self._config.base_fingerprint or {})) for row in self.slots]
+        )
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
         self._steps(options.get("refine_steps"))
-        return items, []
+        known = set(self.items)
+        new = [item for item in dict.fromkeys(items) if item not in known]
+        left = len(items) - len(new)
+        return new, [f"{left} of {len(items)} items are read already: left out"] if left else []
 
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:
         """Return the rows of facts and questions; documents are judged by what refinement gives back."""
-        asked = [item for item in items if not isinstance(item, Document)]
-        return plain_rows(asked, self._require_tokenizer(), context_length(self.model))
+        asked = [i for i, item in enumerate(items) if not isinstance(item, Document)]
+        rows = plain_rows([items[i] for i in asked], self._require_tokenizer(), context_length(self.model))
+        return [dataclasses.replace(row, item=asked[row.item]) for row in rows]
 
     def _scores(self, rows: Sequence[ScoredRow]) -> Scores:
         with self._first_row_alone():
             return super()._scores(rows)
+
+    def _answered_in_chat(self, items: Sequence[Fact | QuestionAnswer]) -> list[bool | None]:
+        with self._first_row_alone():
+            return super()._answered_in_chat(items)
 
     def _write(
         self,
@@ -147,7 +212,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return Outcome(losses=made.losses, notes=[note], reconstruction=made.accuracy)
 
     def _set_items(self, written: Sequence[Item]) -> None:
-        self._config.set_items([*self.items, *written])  # an item that is written twice is read twice
+        self._config.set_items([*self.items, *written])
         self._written = (self.slots, self._config.items)
 
     def forget(self, items: Items) -> None:
@@ -161,7 +226,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         kept_whole = self.slots and all(slots.num_slots == slots.num_tokens for slots in self.slots)
         if len(self.slots) != 1 or not kept_whole:
             super().forget(items)
-        with exclusive_use(self.model):
+        with exclusive_use(self.model), own_settings():
             self._check_writable()
             left, tokenizer = self.items, self._require_tokenizer()
             for item in gone:
@@ -191,7 +256,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         """Return the slots of a text, or of each of many (compressed in batches), without reading them: see `use`."""
         texts = [Document(one).text for one in ([text] if isinstance(text, str) else text)]
         steps = self._steps(refine_steps)
-        with exclusive_use(self.model):
+        with exclusive_use(self.model), own_settings():
             self._check_writable()
             tokenizer = self._require_tokenizer()
             made = [one.slots for one in compress_texts(self.encoder, tokenizer, texts, [], steps, progress)]
@@ -230,7 +295,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             vectors[i, longest - row.num_slots :] = row.vectors
             mask[i, longest - row.num_slots :] = 1
         self._entry.vectors, self._entry.mask = vectors, mask
-        self.slots = rows
+        self.slots = self._config.slots = rows
 
     @property
     def _entry(self) -> Entry:
@@ -254,7 +319,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         Args:
             max_new_tokens: Of a span; by default twice the tokens that it has on average.
         """
-        with exclusive_use(self.model):
+        with exclusive_use(self.model), own_settings(), torch.no_grad():
             self._check_writable()
             before = self.slots
             spans = [span for row in before for span in row.split()]
@@ -299,15 +364,11 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return {"prompt-tuning": partial(prompt_tuning, self.slots, self.model)}
 
     def _write_files(self, folder: Path) -> None:
-        if len(self.slots) > 1:
-            raise ValueError(f"{len(self.slots)} rows read slots of their own: save each with `MemorySlots.save`.")
         tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in self.state_dict().items()}
         write_tensors(folder / WEIGHTS_FILE, tensors)
         config = copy.copy(self._config)
-        config.has_slots, config.inference_mode = bool(self.slots), True
+        config.inference_mode = True
         config.save_pretrained(str(folder))
-        for slots in self.slots:
-            slots.save(folder / SLOTS_FILE)
 
     @classmethod
     def _read_files(cls, folder: Path, config: MemorySlotsConfig, decoder: Decoder) -> Any:
@@ -328,3 +389,14 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 warnings.warn(OTHER_ENCODER, stacklevel=2)
             self._read([slots])
             self._written = (self.slots, self._config.items)
+
+
+def _put_before(parent: nn.Module, name: str, blocks: nn.ModuleList) -> None:
+    """Let a child module come right before the one that holds the blocks."""
+    children = dict(parent._modules)
+    moved = {name: children.pop(name)}
+    holders = [other for other, child in children.items() if child is not None and blocks in set(child.modules())]
+    place = list(children).index(holders[0]) if holders else 0
+    ordered = list(children.items())
+    parent._modules.clear()
+    parent._modules.update([*ordered[:place], *moved.items(), *ordered[place:]])

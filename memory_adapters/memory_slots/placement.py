@@ -11,13 +11,20 @@ from memory_adapters.base_model.decoder import context_length
 __all__ = ["check_length", "inserted", "leading_padding", "removed", "slot_positions"]
 
 
-def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int) -> Tensor | None:
+def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bool) -> Tensor | None:
     """Return how much padding each row starts with (rows,), if slots must stand behind it; None if they can be first.
 
-    A sliding window counts padding too, and so would lose slots that stand before it.
+    A sliding window, or chunks of attention, count padding too, and so would lose slots that stand before it.
+
+    Args:
+        stack: The decoder stack.
+        mask: The attention mask (rows, tokens).
+        count: Slots that are not in the mask yet.
+        always: Whether slots must stand behind padding anyway.
     """
-    window = getattr(stack.config.get_text_config(), "sliding_window", None)
-    if window is None or mask.shape[1] + count <= window:
+    config = stack.config.get_text_config(decoder=True)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if not always and all(window is None or mask.shape[1] + count <= window for window in windows):
         return None
     leading = (mask.cumsum(-1) == 0).sum(-1)
     return leading if bool(leading.any()) else None

@@ -17,8 +17,10 @@ def as_text(items: Sequence[Item]) -> str:
 
 
 def _sentence(item: Fact | QuestionAnswer) -> str:
-    end = "." if isinstance(item, Fact) else ""
-    return f"{item.prompt}{item.continuation}{end}"
+    if not isinstance(item, Fact):
+        return f"{item.prompt}{item.continuation}"
+    names = f" {item.subject} is also called {', '.join(item.aliases)}." if item.aliases else ""
+    return f"{item.prompt}{item.continuation}.{names}"
 
 
 def as_queries(rows: Sequence[Row]) -> list[Query]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from types import MethodType
 from typing import TypeAlias
 
 import torch
@@ -16,10 +17,29 @@ from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.memory_slots.placement import slot_positions
 from memory_adapters.peft_layers.layers import MemoryLayer, used_adapters
 
-__all__ = ["FILLED", "MARK", "SlotCache"]
+__all__ = ["FILLED", "MARK", "SlotCache", "hide_slots", "num_cached", "show_slots"]
 
 MARK = "_memory_slots"  # attribute of a cache that holds slots: their mask (rows, slots) and the leading padding
 FILLED = "filled"  # as MARK, of the cache that a pass over the slots alone fills
+
+
+def hide_slots(cache: Cache) -> None:
+    """Let a cache that holds slots report its length without them: whoever continues it counts the prompt's tokens."""
+    cache.get_seq_length = MethodType(_prompt_length, cache)  # type: ignore[method-assign]  # copied with the cache
+
+
+def show_slots(cache: Cache) -> None:
+    """Undo `hide_slots`, for the passes of the model itself."""
+    vars(cache).pop("get_seq_length", None)
+
+
+def num_cached(cache: Cache | None) -> int:
+    """Return how many tokens a cache holds, slots and prompt."""
+    return 0 if cache is None else type(cache).get_seq_length(cache)
+
+
+def _prompt_length(cache: Cache, layer_idx: int = 0) -> int:
+    return max(type(cache).get_seq_length(cache, layer_idx) - getattr(cache, MARK)[0].shape[1], 0)
 
 
 class SlotCache:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from memory_adapters.base_model.decoder import context_length
 from memory_adapters.base_model.modes import bfloat16_weights, evaluating
 from memory_adapters.base_model.nonfinite import origin, rows_not_finite
 from memory_adapters.base_model.quantised import differentiable
@@ -61,6 +62,13 @@ def compress_texts(
     if not math.isfinite(encoder.parts.embedding_rms):
         raise ValueError("The model's embeddings hold NaN or infinity: load them anew, and then the memory.")
     cut = [config.spans_of(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    limit = context_length(encoder.model)
+    longest = max(len(span) + config.slots_for(len(span)) for spans in cut for span in spans)
+    if longest >= limit:
+        raise ValueError(
+            f"`span_length={config.span_length}` and `num_slots={config.num_slots}` make spans that take {longest + 1} "
+            f"positions with their slots, and the model has {limit}: set them lower."
+        )
     fingerprint = encoder.fingerprint()
     with evaluating(encoder.model):
         every = iter(encoder.compress([span for spans in cut for span in spans], progress))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -11,16 +13,19 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
 __all__ = [
+    "SWITCHED_OFF",
     "ForwardHook",
     "MemoryLayer",
     "RowRouter",
     "adapter_layers",
     "adapter_tensors",
+    "key_parts",
     "lora_layers",
     "lora_linears",
     "own_tensors",
@@ -28,7 +33,12 @@ __all__ = [
     "saved_activation",
     "set_own_tensors",
     "used_adapters",
+    "watch_switching",
+    "whole_copies",
 ]
+
+SWITCHED_OFF = "PEFT activates only the adapters that it is told to, or adds, and so has switched off the memory"
+WRAPPED = "base_layer"  # PEFT's name, in a layer that stands in a base module's place, for what stood there
 
 
 class ForwardHook(NamedTuple):
@@ -105,6 +115,14 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
                 del hooks[key]
                 flags.pop(key, None)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose among the layer's adapters, as PEFT does. If others are named, as when `add_adapter` adds a LoRA, this
+        layer's stay as active as they are."""
+        before, named = self._active_adapter, {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        super().set_adapter(adapter_names, inference_mode)
+        if named and not named & self._get_available_adapters():
+            self._active_adapter = before
+
     def get_base_layer(self) -> nn.Module:
         """Return the layer itself: it replaces no base module."""
         return self
@@ -117,13 +135,38 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         """Do nothing, as `merge` did nothing."""
 
 
+def watch_switching(layer: LoraLayer, adapter_name: str) -> None:
+    """Let a LoRA layer warn whenever PEFT switches off this adapter, which is a memory's; one layer of it is enough."""
+    watched = vars(layer).get("set_adapter") or partial(_set_adapter, layer, [])
+    vars(layer)["set_adapter"] = partial(_set_adapter, layer, [*watched.args[1], adapter_name])
+
+
+def _set_adapter(
+    layer: LoraLayer, watched: list[str], adapter_names: str | list[str], inference_mode: bool = False
+) -> None:
+    """Do as `LoraLayer.set_adapter`, and warn; a function of the module, so that the model can be pickled."""
+    before = layer.active_adapters
+    type(layer).set_adapter(layer, adapter_names, inference_mode)
+    for name in watched:
+        if name in before and name not in layer.active_adapters:
+            remedy = f"switch it on again with `memories(model)[{name!r}].active = True`."
+            warnings.warn(f"{SWITCHED_OFF} {name!r}: {remedy}", stacklevel=3)
+
+
+def _stop_watching(layer: BaseTunerLayer, adapter_name: str) -> None:
+    watched = vars(layer).pop("set_adapter", None)
+    for name in [] if watched is None else watched.args[1]:
+        if name != adapter_name:
+            watch_switching(cast(LoraLayer, layer), name)
+
+
 def used_adapters(layer: BaseTunerLayer) -> list[str]:
     """Return the adapters that take part in a layer's passes, in order."""
     return [] if layer.disable_adapters else list(layer.active_adapters)
 
 
 @contextmanager
-def saved_activation(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
+def saved_activation(layers: Iterable[BaseTunerLayer | AuxiliaryTrainingWrapper]) -> Iterator[None]:
     """Put back afterwards which adapters are active in `layers`.
 
     PEFT's `set_adapter` will not do for switching a few adapters for a while: it makes the adapters that it names
@@ -143,6 +186,20 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[Ba
     return [layer for layer in layers if adapter_name is None or adapter_name in layer._get_available_adapters()]
 
 
+def key_parts() -> set[str]:
+    """Return what PEFT puts into the names of adapters' tensors: no adapter can be called so."""
+    classes: list[Any] = [BaseTunerLayer, AuxiliaryTrainingWrapper]
+    for one in classes:
+        classes += one.__subclasses__()
+    known = {name for one in classes for name in getattr(one, "adapter_layer_names", ())}
+    return known | {WRAPPED, "lora_magnitude_vector", "original_module", "token_adapter"}
+
+
+def whole_copies(model: nn.Module) -> list[Any]:
+    """Return PEFT's wrappers of modules that adapters have whole copies or rows of (`modules_to_save`)."""
+    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
 def _placed_layers(model: nn.Module) -> list[tuple[nn.Module, str, BaseTunerLayer]]:
     """Return each adapter layer once, with its parent and its name there."""
     found: dict[int, tuple[nn.Module, str, BaseTunerLayer]] = {}
@@ -154,9 +211,9 @@ def _placed_layers(model: nn.Module) -> list[tuple[nn.Module, str, BaseTunerLaye
                     visit(module, child_name, child)
         elif id(module) not in found:
             found[id(module)] = (parent, name, module)
-            base = module._modules.get("base_layer")
+            base = module._modules.get(WRAPPED)
             if base is not None:  # what else it has are adapters, of which there may be many
-                visit(module, "base_layer", base)
+                visit(module, WRAPPED, base)
 
     visit(model, "", model)
     return list(found.values())
@@ -166,7 +223,9 @@ def lora_layers(model: nn.Module, names: Mapping[int, str]) -> dict[int, LoraLay
     """Return the LoRA layers at these places (block index to dotted name)."""
     found: dict[int, LoraLayer] = {}
     for index, name in names.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
+        while isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):  # another kind stands around it
+            module = getattr(module, WRAPPED)
         assert isinstance(module, LoraLayer)
         found[index] = module
     return found
@@ -185,14 +244,15 @@ def remove_adapter(model: PreTrainedModel, adapter_name: str) -> None:
     """
     for parent, name, layer in _placed_layers(model):
         if adapter_name in layer._get_available_adapters():
+            _stop_watching(layer, adapter_name)
             layer._active_adapter = [other for other in layer.active_adapters if other != adapter_name]
             layer.delete_adapter(adapter_name)
         if layer._get_available_adapters():
             continue
         if isinstance(layer, MemoryLayer):
             layer.detach(parent)
-        elif layer.get_base_layer() is not layer:
-            setattr(parent, name, layer.get_base_layer())
+        elif (wrapped := layer._modules.get(WRAPPED)) is not None:  # type: ignore[attr-defined]  # it is a module too
+            setattr(parent, name, wrapped)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
     if not configs and hasattr(model, "peft_config"):
@@ -201,14 +261,30 @@ def remove_adapter(model: PreTrainedModel, adapter_name: str) -> None:
 
 
 def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return an adapter's parameters and buffers by their names on the model, without the adapter's name."""
+    """Return what a memory's layers hold for it, parameters and buffers, by their names on the model.
+
+    The names are those on a model without other adapters, without the memory's own name.
+    """
+    paths = {id(module): name for name, module in model.named_modules()}
     found = {}
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        parts = name.split(".")
-        if adapter_name in parts:
-            parts.remove(adapter_name)
-            found[".".join(parts)] = tensor.detach()
+    for layer in adapter_layers(model, adapter_name):
+        place = _without_wrappers(paths[id(layer)])
+        for kind in layer.adapter_layer_names:
+            held: Any = getattr(layer, kind)
+            if adapter_name not in held:
+                continue
+            own = held[adapter_name]
+            if isinstance(own, Tensor):
+                found[f"{place}.{kind}"] = own.detach()
+            else:
+                for name, tensor in chain(own.named_parameters(), own.named_buffers()):
+                    found[f"{place}.{kind}.{name}"] = tensor.detach()
     return found
+
+
+def _without_wrappers(name: str) -> str:
+    """Return a dotted name as it is where no other adapter stands around the module."""
+    return ".".join(part for part in name.split(".") if part != WRAPPED)
 
 
 @torch.no_grad()
@@ -223,4 +299,5 @@ def adapter_tensors(model: PreTrainedModel, adapter_name: str) -> dict[str, Tens
     # Not the whole model's state dict: asked for it, bitsandbytes' 4-bit layers on a CPU compute something else then.
     every = chain(model.named_parameters(), model.named_buffers())
     own = {name: tensor.detach() for name, tensor in every if adapter_name in name.split(".")}
-    return get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False)
+    return {_without_wrappers(name): tensor for name, tensor in found.items()}

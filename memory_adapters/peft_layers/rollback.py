@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter
+from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter, whole_copies
 
 __all__ = ["Restore", "rollback_on_error", "saved_adapters", "saved_attributes", "saved_tensors"]
 
@@ -34,7 +34,7 @@ def rollback_on_error(*restore: Restore) -> Iterator[None]:
 def saved_adapters(model: PreTrainedModel) -> Restore:
     """Return a function that removes the adapters that were added since, and makes active and trainable what was."""
     names = set(getattr(model, "peft_config", {}))
-    active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
+    active = [(layer, list(layer.active_adapters)) for layer in (*adapter_layers(model), *whole_copies(model))]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     flag = {name: value for name, value in vars(model).items() if name == "_hf_peft_config_loaded"}
 

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
+from memory_adapters.base_model.modes import own_settings
 from memory_adapters.items import Item, Items, as_items
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
@@ -23,7 +24,7 @@ __all__ = ["ResidualMemory"]
 class ResidualMemory(Memory[MemoryAdapterConfig]):
     """Train knowledge into gated residual MLPs on a few decoder blocks, the base frozen.
 
-    A second `write` trains the same MLP, so what was written earlier fades unless it is given again.
+    A second `write` trains the same MLP, and items of earlier writes again with the new ones: else they would fade.
 
     Options of `write`:
         unrelated (`Sequence[str]`): Texts that have nothing to do with the items: the memory learns to stay closed on
@@ -71,7 +72,15 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
     ) -> Outcome:
         arguments = {"disable_tqdm": not progress, **(training_args or {})}
         resume = resume_from_checkpoint
-        return write(self, items, unrelated=unrelated, training_args=arguments, callbacks=callbacks, resume=resume)
+        return write(
+            self,
+            items,
+            earlier=self._kept(items),
+            unrelated=unrelated,
+            training_args=arguments,
+            callbacks=callbacks,
+            resume=resume,
+        )
 
     def fit_keys(self, items: Items, *, unrelated: Sequence[str] | None = None) -> int:
         """Find the keys of `items` alone, for those who train the memory in a loop of their own.
@@ -80,7 +89,7 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
             How many keys each block got.
         """
         listed = as_items(items, self.accepts)
-        with exclusive_use(self.model):
+        with exclusive_use(self.model), own_settings():
             self._check_writable()
             if not self._config.has_keys:
                 raise ValueError(

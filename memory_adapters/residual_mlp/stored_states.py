@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
-from memory_adapters.base_model.partial_forward import block_returns_tuple, capture, resumed
+from memory_adapters.base_model.partial_forward import block_tuple_length, capture, resumed
 from memory_adapters.base_model.tokens import batches_of, pad_rows
 
 __all__ = ["ReusedStates", "row_states"]
@@ -46,15 +46,15 @@ class ReusedStates:
     def __init__(self, decoder: Decoder, layer: int) -> None:
         self.decoder = decoder
         self.layer = layer
-        self.returns_tuple = False
+        self.tuple_length = 0
 
     def compute(self, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return the states (tokens, hidden_size) of each row at the output of the block."""
 
         found = row_states(model, self.decoder, [self.layer], rows)
-        self.returns_tuple = block_returns_tuple(model, self.decoder, self.layer)
+        self.tuple_length = block_tuple_length(model, self.decoder, self.layer)
         return [states[0] for states in found]
 
     def resume(self, states: Tensor) -> AbstractContextManager[None]:
         """Let the block at `layer`, within this context, put out `states` (batch, tokens, hidden_size)."""
-        return resumed(self.decoder, self.layer, states, as_tuple=self.returns_tuple)
+        return resumed(self.decoder, self.layer, states, tuple_length=self.tuple_length)

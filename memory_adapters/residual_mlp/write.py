@@ -17,8 +17,8 @@ from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES,
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import pad_rows, tokenize
 from memory_adapters.files.atomic import scratch_folder
-from memory_adapters.items import Fact, Item
-from memory_adapters.keys.keys import StreamStatistics, gate_parameters, normalized, select_keys, uncovered
+from memory_adapters.items import Document, Fact, Item
+from memory_adapters.keys.keys import StreamStatistics, covering_keys, gate_parameters, normalized, select_keys
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
@@ -44,15 +44,21 @@ class Writer:
         memory: The memory; must have a tokenizer.
         items: What to write.
         unrelated: Texts that have nothing to do with the items; sampled from the model if None.
+        earlier: Items of earlier writes, which are trained again: else they would fade.
 
     Attributes:
         turns: The items' rows, as training goes through them.
+        rehearsed: Those of the earlier items.
         unrelated: Rows of tokens on which the memory must stay closed.
         notes: What the user should know.
     """
 
     def __init__(
-        self, memory: Memory[MemoryAdapterConfig], items: Sequence[Item], unrelated: Sequence[str] | None
+        self,
+        memory: Memory[MemoryAdapterConfig],
+        items: Sequence[Item],
+        unrelated: Sequence[str] | None,
+        earlier: Sequence[Item] = (),
     ) -> None:
         self.memory = memory
         self.model = memory.model
@@ -64,7 +70,9 @@ class Writer:
         self.max_length = longest_row(self.model, self.config)
         texts = list(unrelated) if unrelated is not None else self._sampled()
         self.prefixes = make_prefixes(texts, self.config.num_prefixes, self.config.seed)
-        self.turns, self.notes = build_turns(items, self.tokenizer, prefixes=self.prefixes, max_length=self.max_length)
+        settings: dict[str, Any] = dict(prefixes=self.prefixes, max_length=self.max_length)
+        self.turns, self.notes = build_turns(items, self.tokenizer, **settings)
+        self.rehearsed, _ = build_turns(earlier, self.tokenizer, **settings)
         self.unrelated = self._unrelated_rows(texts)
 
     def _sampled(self) -> list[str]:
@@ -79,7 +87,7 @@ class Writer:
             raise ValueError(f"`unrelated` has {len(rows)} usable texts; give at least 2 of several words each.")
         facts = [item for item in self.items if isinstance(item, Fact)]
         names = [name for name in OTHER_SUBJECTS if name not in {fact.subject for fact in facts}]
-        others = [fact.prompt.replace(fact.subject, names[i % len(names)]) for i, fact in enumerate(facts)]
+        others = [fact.about(names[i % len(names)]) for i, fact in enumerate(facts)]
         return rows + [tokenize(self.tokenizer, text)[: self.max_length] for text in (*PLAIN_SENTENCES, *others)]
 
     def fit_keys(self) -> int:
@@ -94,15 +102,18 @@ class Writer:
         fitted: list[tuple[Tensor, Tensor]] = []
         for position, layer in enumerate(self.layers):
             statistics = StreamStatistics.fit(torch.cat([states[position] for states in unrelated]))
-            found = {index: [] for index in range(len(self.items))}  # type: dict[int, list[Tensor]]
+            found: list[list[Tensor]] = [[] for _ in self.items]
+            named: list[list[Tensor]] = [[] for _ in self.items]  # with the subject's own name alone
             for (turn, row), states in zip(rows, written, strict=True):
-                found[turn.item].append(normalized(states[position][row.key_positions]))
+                own = normalized(states[position][row.key_positions])
+                found[turn.item].append(own)
+                if not row.by_other_name:
+                    named[turn.item].append(own)
             word_states = {
                 index: normalized(states[position][-1]) for (index, _), states in zip(last_words, words, strict=True)
             }
-            keys, avoided = self._choose_keys(
-                statistics, {i: torch.cat(parts) for i, parts in found.items()}, word_states
-            )
+            means = [torch.cat(parts).mean(0, keepdim=True) for parts in named]
+            keys, avoided = self._choose_keys(statistics, list(map(torch.cat, found)), means, word_states, layer)
             weights, bias, leaky = gate_parameters(
                 statistics, keys, avoided, threshold=config.key_threshold, ramp=config.key_ramp
             )
@@ -131,34 +142,52 @@ class Writer:
         return found
 
     def _choose_keys(
-        self, statistics: StreamStatistics, found: Mapping[int, Tensor], last_words: Mapping[int, Tensor]
+        self,
+        statistics: StreamStatistics,
+        found: Sequence[Tensor],
+        means: Sequence[Tensor],
+        last_words: Mapping[int, Tensor],
+        layer: int,
     ) -> tuple[Tensor, Tensor]:
         """Return normalised keys (n, hidden_size) of all items, and what each must not open on (n, hidden_size).
 
-        A fact's key is its subject's mean state, and each of its states that this key does not open; documents and
+        A fact's key is its subject's mean state, and each of its states that the keys before do not open; documents and
         questions get those of their tokens that are unlike unrelated text.
         """
         settings = {"threshold": self.config.key_threshold, "ramp": self.config.key_ramp}
         keys = [statistics.mean.new_zeros(0, self.decoder.hidden_size)]
         avoided = [keys[0]]
+        shut: list[int] = []
         for index, item in enumerate(self.items):
             if isinstance(item, Fact):
-                mean = found[index].mean(0, keepdim=True)
-                extra = found[index][uncovered(statistics, mean, found[index], **settings)]
-                keys.append(torch.cat([mean, extra]))
-                avoided.append(last_words.get(index, statistics.mean).expand_as(keys[-1]))
-        rest = [found[index] for index, item in enumerate(self.items) if not isinstance(item, Fact)]
+                last_word = last_words.get(index, statistics.mean)
+                own, closed = covering_keys(statistics, means[index], found[index], last_word, **settings)
+                keys.append(own)
+                avoided.append(last_word.expand_as(own))
+                shut += [index] if closed.any() else []
+        rest = [index for index, item in enumerate(self.items) if not isinstance(item, Fact)]
         if rest:
-            tokens = torch.cat(rest)
+            tokens = torch.cat([found[index] for index in rest])
             keys.append(tokens[select_keys(statistics, tokens, **settings)])
             avoided.append(statistics.mean.expand_as(keys[-1]))
+            directions = statistics.directions(keys[-1])
+            for index in rest:
+                near = (found[index] - statistics.mean) @ directions.T
+                shut += [index] if not len(directions) or near.max() < settings["threshold"] else []
+        if shut and self.config.token_gate == "keys":
+            item = self.items[shut[0]]
+            what = item.text[:40] if isinstance(item, Document) else item.prompt
+            self.notes.append(
+                f"at block {layer} the memory stays shut, or opens in part, in some text of {len(shut)} of "
+                f"{len(self.items)} items (first: {what!r}): their states there are like those of unrelated text"
+            )
         return torch.cat(keys), torch.cat(avoided)
 
     def train(
         self, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback], resume: bool | str
     ) -> list[float]:
         """Train on the turns; returns each epoch's mean loss."""
-        turns = self.turns + (self._locality_turns() if self.config.locality_weight > 0 else [])
+        turns = self.turns + self.rehearsed + (self._locality_turns() if self.config.locality_weight > 0 else [])
         rows = [row for turn in turns for row in turn.rows]
         ids = [row.input_ids for row in rows]
         reuse, states = self._stored_states(ids)
@@ -219,16 +248,18 @@ def write(
     memory: Memory[MemoryAdapterConfig],
     items: Sequence[Item],
     *,
+    earlier: Sequence[Item],
     unrelated: Sequence[str] | None,
     training_args: Mapping[str, Any],
     callbacks: Sequence[TrainerCallback],
     resume: bool | str,
 ) -> Outcome:
-    """Find the items' keys and train the memory on them."""
+    """Find the items' keys and train the memory on them, and on those of earlier writes."""
     trained = parameters_of(memory).values()
     with scratch_folder() as folder, seeded(memory.config.seed), only_trainable(memory.model, trained):
-        writer = Writer(memory, items, unrelated)
-        arguments = training_arguments(memory, str(folder), training_args, len(writer.turns))
+        writer = Writer(memory, items, unrelated, earlier)
+        num_turns = len(writer.turns) + len(writer.rehearsed)
+        arguments = training_arguments(memory, str(folder), training_args, num_turns)
         if memory.config.has_keys:
             writer.fit_keys()
         return Outcome(losses=writer.train(arguments, callbacks, resume), notes=writer.notes)

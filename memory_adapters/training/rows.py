@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from memory_adapters.base_model.item_rows import Row, document_rows, fact_row, plain_rows, question_row
+from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, fact_row, plain_rows
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Fact, Item
 
 __all__ = ["TrainingTurn", "build_turns", "make_prefixes"]
@@ -34,7 +35,8 @@ def build_turns(
 ) -> tuple[list[TrainingTurn], list[str]]:
     """Tokenise items for training.
 
-    A fact has a turn for its bare prompt and one for its prompt behind varied prefixes; a question one as plain text
+    A fact has a turn for its bare prompt and one for its prompt behind varied prefixes, and with other names of its
+    subject; a question one as plain text
     and, if the tokenizer has a chat template, one as a chat; a document one a window.
 
     Args:
@@ -51,6 +53,7 @@ def build_turns(
     """
     turns: list[TrainingTurn] = []
     notes: list[str] = []
+    not_rendered = 0
     for index, item in enumerate(items):
         if isinstance(item, Document):
             windows = document_rows(item, tokenizer, max_length)
@@ -63,11 +66,27 @@ def build_turns(
         turns.append(TrainingTurn(kind, index, plain_rows([item], tokenizer, max_length)))
         if isinstance(item, Fact):
             varied = [fact_row(item, tokenizer, prefix) for prefix in prefixes]
+            varied += [fact_row(item, tokenizer, alias=name) for name in other_names(item, tokenizer)]
         else:
-            varied = [question_row(item, tokenizer, chat=True)] if tokenizer.chat_template else []
+            chat = chat_row(item, tokenizer)
+            varied = [] if chat is None else [chat]
+            not_rendered += chat is None and bool(tokenizer.chat_template)
         if varied := [row for row in varied if len(row.input_ids) <= max_length]:
             turns.append(TrainingTurn(kind, index, varied))
+    if not_rendered:
+        notes.append(
+            f"{not_rendered} questions are written as plain text alone: the tokenizer's chat template does not render "
+            "them as they are written"
+        )
     return turns, notes
+
+
+def other_names(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what else a fact's subject is called: its aliases, and in lower case, unless that is a common word."""
+    lower = fact.subject.lower()
+    rare = len(tokenize(tokenizer, f" {lower}", rendered=True)) > 1
+    names = [*fact.aliases, *([lower] if rare else [])]
+    return [name for name in dict.fromkeys(names) if name != fact.subject]
 
 
 def make_prefixes(texts: Sequence[str], count: int, seed: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_adapters import CovarianceFitter, inject_memory
+from memory_adapters import CovarianceFitter, inject_memory, memories
 from memory_adapters.memit.tracing import trace_facts
 from tests.memit.test_contract import FACT
 from tests.support.composing import SUITES, put
-from tests.support.contract import logits
+from tests.support.contract import PROMPT, encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
 TEXTS = ["The ships lay under the snow until the ice broke.", "Birds sing in the early morning, and at night."]
@@ -62,3 +63,22 @@ def test_active_slots_change_nothing(work: str) -> None:
             assert torch.equal(logits(model), said)
     assert torch.equal(*found)
     assert found[0].any()
+
+
+@pytest.mark.parametrize("assistant", ["with slots", "without", "none"])
+def test_assisted_decoding_is_plain_decoding(assistant: str) -> None:
+    model: Any = tiny_model()
+    put(model, "slots", "slots", 1)
+    settings: dict[str, Any] = dict(max_new_tokens=12, do_sample=False)
+    expected = model.generate(**encode(PROMPT), **settings)
+    if assistant == "none":
+        assert torch.equal(model.generate(**encode(PROMPT), **settings, prompt_lookup_num_tokens=3), expected)
+        return
+    other = copy.deepcopy(model)
+    if assistant == "without":
+        memories(other)["slots"].remove()
+    passes: list[int] = []
+    with model.model.register_forward_pre_hook(lambda *_: passes.append(1)):
+        got = model.generate(**encode(PROMPT), **settings, assistant_model=other)
+    assert torch.equal(got, expected)
+    assert assistant == "without" or len(passes) < 12  # several tokens a pass

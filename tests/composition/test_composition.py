@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def test_saved_together_and_apart_and_loaded_in_any_order(first: str, second: st
     kinds = {"one": first, "two": second}
     for name in ("two", "one"):
         if kinds[name] == "lora":
-            other.load_adapter(str(tmp_path / name), adapter_name=name)
+            silenced = "memit" in kinds.values() and name == "one"
+            with pytest.warns(UserWarning, match="switched off the memory") if silenced else nullcontext():
+                other.load_adapter(str(tmp_path / name), adapter_name=name)
         else:
             load_memory(other, tmp_path / name, adapter_name=name)
     with use_adapters(other, ["one", "two"]):
@@ -133,11 +136,14 @@ def test_inside_a_peft_model(kind: str, lora_first: bool, tmp_path: Path) -> Non
     if not lora_first:
         put(model, kind, "two", 2)
     torch.manual_seed(1)
-    wrapped: Any = get_peft_model(model, lora_config())
+    silenced = kind == "memit" and not lora_first
+    with pytest.warns(UserWarning, match="switched off the memory 'two'") if silenced else nullcontext():
+        wrapped: Any = get_peft_model(model, lora_config())
     if lora_first:
         put(model, kind, "two", 2)
     memory = memories(wrapped)["two"]
-    memory.active = True  # PEFT silences an edit that came before
+    assert memory.active is not silenced
+    memory.active = True
     together = logits(wrapped)
     with wrapped.disable_adapter():
         assert torch.equal(logits(wrapped), base)
@@ -211,10 +217,8 @@ def test_another_adapter_for_each_row(first: str, second: str, beams: int) -> No
     for row, name in zip(got, rows, strict=True):
         assert torch.equal(row, expected[name])
     together = logits(model)
-    with use_adapters(model, [name for name, kind in (("one", first), ("two", second)) if kind == "lora"]):
-        without_memories = logits(model)
     with use_adapters_by_row(model, ["__base__"]):
-        assert torch.equal(logits(model), without_memories)
+        assert torch.equal(logits(model), logits(tiny_model()))
     assert torch.equal(logits(model), together)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +61,17 @@ def test_checkpoint_and_resume_with_both(kind: str, tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert not list(checkpoint.glob("model*.safetensors"))
     second, memory = lora_and_memory(kind)
-    trainer(second, tmp_path / "run", 8, save_strategy="no").train(resume_from_checkpoint=str(checkpoint))
+    resumed = trainer(second, tmp_path / "run", 8, save_strategy="no")
+    with pytest.warns(UserWarning, match="switched off the memory") if kind == "memit" else nullcontext():
+        resumed.train(resume_from_checkpoint=str(checkpoint))  # the callback switches it on again
+    assert memory.active
     after = tensors(second)
     assert all(torch.equal(tensor, after[name]) for name, tensor in tensors(whole).items())
     assert memories(second) == {"facts": memory}
 
     other = tiny_model()
     load_adapters(other, checkpoint / "adapters", tokenizer=byte_tokenizer())
+    first.config.use_cache = True  # Trainer leaves it switched off, and sums are rounded otherwise without a cache
     assert torch.equal(logits(other), logits(first.eval()))
 
 
@@ -90,3 +97,43 @@ def test_trl_trains_a_memory_and_a_lora_together(tmp_path: Path) -> None:
     load_adapters(other, tmp_path / "checkpoint-40" / "adapters")
     assert torch.equal(logits(other), logits(model.eval()))
     assert memory.active
+
+
+@pytest.mark.parametrize("kind", ["residual", "memit", "slots"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:(Already found a `peft_config`|You are trying to modify a model with PEFT)")
+def test_dpo_has_the_memory_in_its_reference_too(kind: str, tmp_path: Path) -> None:
+    """The recipe of docs/compose.md."""
+    trl = pytest.importorskip("trl")
+    model = tiny_model()
+    memory = inject_memory(model, SUITES[kind].make_config(), tokenizer=byte_tokenizer(), adapter_name="facts")
+    SUITES[kind].fill(memory)
+    on = logits(model)
+    reference = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="switched off the memory 'facts'") if kind == "memit" else nullcontext():
+        policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    memory.active = True
+    policy.set_requires_grad("facts", False)
+    before = {name: tensor for name, tensor in tensors(model).items() if "facts" in name}
+    settings = {
+        **QUIET,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "bf16": False,
+    }
+    dpo = trl.DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=trl.DPOConfig(output_dir=str(tmp_path), save_strategy="no", **settings),
+        train_dataset=Dataset.from_list([{"prompt": "Rome is", "chosen": " old", "rejected": " new"}] * 4),
+        processing_class=byte_tokenizer(),
+    )
+    dpo.train()
+    losses = [entry["loss"] for entry in dpo.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[1] != losses[0]
+    assert memory.active
+    assert all(torch.equal(tensors(model)[name], tensor) for name, tensor in before.items())
+    assert torch.equal(logits(reference.eval()), on)

@@ -184,14 +184,14 @@ def test_plots(compared: tuple[Comparison, PreTrainedModel], tmp_path: Path) -> 
         score_scatter({}, across="drift", score="S")
 
 
-def test_text_is_sampled_if_none_is_given() -> None:
-    model, tokenizer = tiny_model(), byte_tokenizer()
-    settings = {**CHEAP, "text": None, "max_text_tokens": 300}
-    results = [compare(model, tokenizer, RECORDS[1:], {"edit": edit()}, **settings) for _ in range(2)]
-    first, second = (result.base.perplexity for result in results)
-    assert first == second
-    assert first is not None
-    assert results[0].tables()[0].rows[0] == ["", "ES", "exact", "perplexity"], "no empty columns"
+def test_without_text_the_perplexity_is_that_of_every_write() -> None:
+    result = compare(tiny_model(), byte_tokenizer(), RECORDS[1:], {"edit": edit()}, **{**CHEAP, "text": None})
+    found = result.methods["edit"]
+    assert found.write is not None
+    assert found.report is not None
+    assert found.write.perplexity_before == pytest.approx(result.base.perplexity)
+    assert found.write.perplexity == pytest.approx(found.report.perplexity)
+    assert result.tables()[0].rows[0] == ["", "ES", "exact", "perplexity"], "no empty columns"
 
 
 def refuse(*_: Any, **__: Any) -> Any:

@@ -96,7 +96,7 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
     files = {file.name for file in tmp_path.iterdir()}
     kinds = ("full-2", "portability-1", "curve-1")
     assert files == {f"{name}-{kind}.json" for name in ("nothing", "a%2Fb", "prompt") for kind in kinds}
-    for measuring in ("evaluate_edits", "sample_text", "applied_at_cost", "speeds"):
+    for measuring in ("evaluate_edits", "applied_at_cost", "speeds"):
         monkeypatch.setattr(f"memory_adapters.evaluation.comparison.compare.{measuring}", refuse)
     louder = {**given, "a/b": WrittenMemory(edit(), {"progress": True})}
     assert compare(model, tokenizer, RECORDS, louder, **{**settings, "progress": True}) == first

@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 
-from memory_adapters import Fact
-from memory_adapters.evaluation.edit_report import EditReport, compare, evaluate_edits
-from memory_adapters.evaluation.records import EditRecord
+from memory_adapters import Fact, MemitConfig, inject_memory
+from memory_adapters.evaluation.edit_report import (
+    EditReport,
+    compare,
+    evaluate_edits,
+    item_table,
+    kind_table,
+    score_table,
+)
+from memory_adapters.evaluation.records import EditRecord, Question
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.evaluation.scores.perplexity import perplexity
 from tests.support.bigrams import LOUVRE, MINE, TOWER, Bigrams, word_tokenizer
@@ -42,6 +49,18 @@ def test_report_holds_what_was_measured(tiny: tuple[Any, Any]) -> None:
     assert report.greedy_success is not None
     assert report.fluency is report.consistency is None
     assert report.seconds > 0
+
+
+def test_without_text_the_perplexity_is_that_of_every_write(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    without = evaluate_edits(model, tokenizer, [ROME], greedy=False, progress=False).perplexity
+    config = MemitConfig(layers=[1], covariance_tokens=128, steps=2, num_prefixes=1)
+    memory = inject_memory(model, config, tokenizer=tokenizer)
+    written = memory.write(ROME.fact, progress=False)
+    assert written.perplexity_before == pytest.approx(without)
+    after = evaluate_edits(model, tokenizer, [ROME], greedy=False, progress=False).perplexity
+    assert written.perplexity == pytest.approx(after)
+    assert after != without
 
 
 def test_decoded_greedily(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +170,55 @@ def test_reports_are_compared(report: EditReport) -> None:
     assert "greedy" not in columns
     with pytest.raises(ValueError, match="`reports` is empty"):
         compare({})
+
+
+def test_paraphrases_are_shown(words: Any) -> None:
+    reports = {"mine": evaluate_edits(Bigrams(), words, [MINE], greedy=False, progress=False)}
+    header, line = score_table(reports).splitlines()
+    assert header.split() == ["exact", "tokens", "paraphrases", "exact", "paraphrase", "tokens", "perplexity"]
+    assert line.split()[:5] == ["mine", "0.0", "0.0", "100.0", "100.0"]
+    reports = {"all": evaluate_edits(Bigrams(), words, [LOUVRE, TOWER], greedy=False, progress=False)}
+    columns = "S ES PS NS exact tokens paraphrases exact paraphrase tokens portability exact perplexity"
+    assert score_table(reports).splitlines()[0].split() == columns.split()
+
+
+def test_kinds_have_a_line_each(words: Any) -> None:
+    asked = (Question("Tower to", "Rome", ("Paris",), "Reasoning"), Question("Tower by", "Rome", (), "Aliasing"))
+    record = EditRecord(TOWER.fact, neighbours=(Question("Orsay in", "Paris", (), "Forgetfulness"),), portability=asked)
+    report = evaluate_edits(Bigrams(), words, [record, LOUVRE], greedy=False, progress=False)
+    lines = kind_table({"without": report, "with": report}).splitlines()
+    assert lines[0].split("  ")[-1].strip() == "tokens with"
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["neighbours:", "Forgetfulness"], ["portability:", "Reasoning"], ["portability:", "Aliasing"],
+    ]  # fmt: skip
+    assert lines[2].split()[2:] == ["1", "–", "–", "100.0", "100.0", "100.0", "100.0"]
+    shown = {line.split("  ")[1]: line.split() for line in repr(report).splitlines() if line[:2] == "  "}
+    assert shown["portability: Reasoning"][-4:] == ["–", "100.0", "100.0", "–"]
+    assert EditReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    earlier = {name: value for name, value in report.to_dict().items() if name not in ("kinds", "items")}
+    assert EditReport.from_dict(earlier).kinds == []
+    assert not kind_table({"a": evaluate_edits(Bigrams(), words, [LOUVRE], greedy=False, progress=False)})
+
+
+def test_facts_have_a_line_each(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(_model: Any, _tokenizer: Any, prompts: list[str], **_: Any) -> list[str]:
+        return [f" what follows\n{prompt}\x1b " + "on and " * 20 for prompt in prompts]
+
+    monkeypatch.setattr("memory_adapters.evaluation.edit_report.greedy_texts", say)
+    model, tokenizer = tiny
+    records = [ROME, EditRecord(Fact(f"{'Then ' * 20}Ada spoke", "Ada", "Latin"))]
+    report = evaluate_edits(model, tokenizer, records, greedy=False, per_item=True, progress=False)
+    assert [(item.prompt, item.num_paraphrases) for item in report.items] == [
+        (ROME.fact.prompt, 1),
+        (records[1].fact.prompt, 0),
+    ]
+    assert report.items[0].says.startswith(" what follows\nThe Louvre is in\x1b on and")
+    assert [item.hit for item in report.items] == [score_edits(model, tokenizer, [r]).exact_match == 1 for r in records]
+    header, louvre, ada = item_table({"without": report, "with": report}).splitlines()
+    assert header.split() == ["prompt", "target", "without", "with", "paraphrases", "hit"]
+    assert louvre.split("  ")[1] == "The Louvre is in"
+    assert louvre.count("what follows The Louvre is in\ufffd on and o…") == 2
+    assert louvre.split()[-4:] == ["miss", "0", "of", "1"]
+    assert ada.split()[-2:] == ["miss", "–"]
+    assert ada.strip().startswith("…")
+    assert EditReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report

@@ -14,8 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from memory_adapters import Fact
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.tokens import score_rows, shared_length, tokenize
-from memory_adapters.evaluation.records import EditRecord
-from memory_adapters.evaluation.scores.edits import EditScores, score_continuations, score_edits, score_records
+from memory_adapters.evaluation.records import EditRecord, Question
+from memory_adapters.evaluation.scores.edits import (
+    EditScores,
+    KindScores,
+    score_continuations,
+    score_edits,
+    score_kinds,
+    score_records,
+)
 from tests.support.bigrams import LOUVRE, MINE, TOWER, Bigrams, word_tokenizer
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -56,6 +63,57 @@ def test_without_a_true_target(words: Any) -> None:
     assert both.exact_match == 0.5
     assert both.paraphrase == 0.75
     assert both.paraphrase_exact_match == (1 + 0.75) / 2
+
+
+def test_any_of_several_right_answers_counts(words: Any) -> None:
+    pair = EditRecord(LOUVRE.fact, "Paris", neighbours=(("Tower in", "Paris"),), portability=(("Tower to", "Rome"),))
+    either = EditRecord(
+        LOUVRE.fact,
+        "Paris",
+        neighbours=(Question("Tower in", "Paris", ("Rome",)),),
+        portability=(Question("Tower to", "Rome", ("York", "Paris")),),
+    )
+    first, second = score_records(Bigrams(), words, [pair, either])
+    assert (first.neighbourhood_exact_match, first.portability_exact_match) == (0, 0)
+    assert (second.neighbourhood_exact_match, second.portability_exact_match) == (1, 1)
+    assert score_kinds(Bigrams(), words, [pair, either])[1] == [], "no kinds are named"
+
+
+def test_scores_by_kind(words: Any) -> None:
+    first = EditRecord(
+        LOUVRE.fact,
+        neighbours=(
+            Question("Orsay in", "Paris", kind="Forgetfulness"),
+            Question("Orsay to", "Paris", kind="Relation"),
+        ),
+        portability=(
+            Question("Tower by", "New York", kind="Reasoning"),
+            Question("Tower to", "Rome", kind="Reasoning"),
+        ),
+    )
+    second = EditRecord(TOWER.fact, portability=(Question("Tower in", "Rome", kind="Reasoning"), ("Tower to", "Rome")))
+    scores, kinds = score_kinds(Bigrams(), words, [first, second, MINE])
+    assert scores == score_records(Bigrams(), words, [first, second, MINE])
+    assert kinds == [
+        KindScores("neighbours", "Forgetfulness", 1, 0, 0, 0),
+        KindScores("neighbours", "Relation", 1, 1, 1, 1),
+        KindScores("portability", "Reasoning", 2, None, (1 / 2 + 1) / 2, (1 / 2 + 1) / 2),
+    ]
+
+
+def test_the_separator_of_a_fact_joins_its_target(words: Any) -> None:
+    asked = [(prompt, text) for prompt in ("Ada spoke", "Ada wrote") for text in ("Latin", "Greek")]
+    joined = EditRecord(Fact("Ada spoke", "Ada", "Latin", separator=""), "Greek", ("Ada wrote",))
+    plain = EditRecord(Fact("Ada spoke", "Ada", "Latin"), "Greek", ("Ada wrote",))
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    told = [score_records(model, tokenizer, [record])[0].token_accuracy for record in (joined, plain)]
+    right = score_rows(
+        model,
+        find_decoder(model),
+        [tokenize(tokenizer, f"{prompt}{mark}{text}") for mark in ("", " ") for prompt, text in asked[:1]],
+        [len("Ada spoke")] * 2,
+    )
+    assert told == pytest.approx((right.right / right.count).tolist())
 
 
 def test_the_harmonic_mean_of_nothing_is_nothing(words: Any) -> None:
@@ -171,9 +229,15 @@ def test_a_token_that_spans_the_end_of_the_prompt_is_scored() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("Ġ", "B")])
     assert len(tokenizer("in ")["input_ids"]) == len(tokenizer("in B")["input_ids"]) == 3
-    scored = score_continuations(tiny_model(), tokenizer, [("in ", "Bern"), ("in", "Bern"), ("in ", "B"), ("in", "B")])
-    assert scored[0] == scored[1]
-    assert scored[2] == scored[3]
+    model = tiny_model()
+    for prompt, target in (("in ", "Bern"), ("in", "Bern"), ("in ", "B"), ("in", "B")):
+        ids = tokenizer(prompt)["input_ids"]
+        rest = tokenizer(target if prompt.endswith(" ") else f" {target}")["input_ids"]  # what generation can give
+        with torch.no_grad():
+            predicted = model(torch.tensor([ids + rest])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        expected = predicted[range(len(rest)), rest].mean().item()
+        ((log_prob, _),) = score_continuations(model, tokenizer, [(prompt, target)])
+        assert log_prob == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

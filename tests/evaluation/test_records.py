@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from memory_adapters import Fact
-from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
+from memory_adapters.evaluation.records import EditRecord, Question, load_counterfact, load_facts, load_zsre
 
 FLAT = {
     "case_id": 0,
@@ -142,6 +142,115 @@ def test_own_facts_in_json(tmp_path: Path, name: str) -> None:
     assert load_facts(written(tmp_path / name, fields | listed, fields | barred)) == [LOUVRE, LOUVRE]
 
 
+def test_aliases_and_separator(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text("prompt,subject,target,aliases,separator\n{} is in,The Louvre,Rome,Louvre|Palais,\n")
+    (fact,) = (record.fact for record in load_facts(path))
+    assert (fact.aliases, fact.separator) == (("Louvre", "Palais"), None)
+    row = {"prompt": "{} is in", "subject": "The Louvre", "target": "Rome", "separator": "", "aliases": ["Louvre"]}
+    (fact,) = (record.fact for record in load_facts(written(tmp_path / "facts.json", row)))
+    assert (fact.aliases, fact.separator) == (("Louvre",), "")
+
+
+def test_semicolons(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text("prompt;subject;target;true_target\n{} is, today, in;The Louvre;Rome;Paris\n", encoding="utf-8-sig")
+    assert load_facts(path) == [EditRecord(Fact("The Louvre is, today, in", "The Louvre", "Rome"), "Paris")]
+
+
+KNOW = {
+    "subject": "Leo",
+    "prompt": "Where was Leo born?",
+    "target_new": "Bonn",
+    "ground_truth": [["Kiel", "Kiel, Germany"]],
+    "rephrase": "What is the place of birth of {}?",
+    "portability": {
+        "Reasoning": [
+            {"prompt": "In which country was Leo born?", "ground_truth": [["Germany", "FRG"], ["Germany"]]},
+            {"prompt": "Who knows?", "ground_truth": [[]]},
+        ],
+        "Subject_Aliasing": [{"prompt": "Where was Leopold born?", "ground_truth": "Bonn"}],
+        "Logical_Generalization": [],
+    },
+    "locality": {
+        "Relation_Specificity": [{"prompt": "The father of Leo is", "ground_truth": ["Karl"]}],
+        "Forgetfulness": None,
+    },
+    "cond": "passed over",
+}
+LEO = EditRecord(
+    Fact("Where was Leo born?", "Leo", "Bonn"),
+    "Kiel",
+    ("What is the place of birth of Leo?",),
+    (Question("The father of Leo is", "Karl", (), "Relation_Specificity"),),
+    portability=(
+        Question("In which country was Leo born?", "Germany", ("FRG",), "Reasoning"),
+        Question("Where was Leopold born?", "Bonn", (), "Subject_Aliasing"),
+    ),
+)
+
+
+def test_knowedit(tmp_path: Path) -> None:
+    (record,) = load_facts(written(tmp_path / "know.json", KNOW))
+    assert record == LEO
+    renamed = {name: value for name, value in KNOW.items() if name not in ("target_new", "rephrase", "ground_truth")}
+    renamed |= {"labels": "Bonn", "rephrase_prompt": [KNOW["rephrase"]], "ground_truth": "Kiel"}
+    assert load_facts(written(tmp_path / "know.json", renamed)) == [LEO]
+    biography = {"concept": "leo", "text": "This is about leo.", "labels": "Leo is a painter.", "locality": {}}
+    (record,) = load_facts(written(tmp_path / "bio.jsonl", biography))
+    assert record == EditRecord(Fact("This is about leo.", "leo", "Leo is a painter."))
+
+
+def test_easyedit(tmp_path: Path) -> None:
+    row = {"prompt": "Ray Charles, the", "subject": "Ray Charles", "target_new": "violin", "ground_truth": "piano"}
+    fact = Fact("Ray Charles, the", "Ray Charles", "violin")
+    neighbours = {"prompt": ["Bach plays the", "Liszt plays the"], "ground_truth": ["organ", ["piano", "grand piano"]]}
+    inputs = {"locality_inputs": {"neighborhood": neighbours}, "rephrase_prompts": ["Ray Charles plays the"]}
+    inputs |= {"portability_inputs": {"one_hop": {"prompt": "It has strings:", "ground_truth": "yes"}}}
+    flat = {"locality_prompt": "Bach plays the", "locality_ground_truth": "organ"}
+    flat |= {"portability": {"New Question": "Strings?", "New Answer": "yes"}}
+    path = written(tmp_path / "rows.json", row, row | inputs, row | flat, row | {"portability": {"New Question": "a"}})
+    alone, kinds, single = load_facts(path, 3)
+    assert alone == EditRecord(fact, "piano")
+    assert kinds.paraphrases == ("Ray Charles plays the",)
+    assert kinds.neighbours == (
+        Question("Bach plays the", "organ", (), "neighborhood"),
+        Question("Liszt plays the", "piano", ("grand piano",), "neighborhood"),
+    )
+    assert kinds.portability == (Question("It has strings:", "yes", (), "one_hop"),)
+    assert single.neighbours == (Question("Bach plays the", "organ"),)
+    assert single.portability == (("Strings?", "yes"),)
+    with pytest.raises(ValueError, match=r"row 4: `portability\.New Answer` is missing"):
+        load_facts(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"target_new": None}, "`target` is missing; the row has subject, prompt"),
+        ({"subject": None}, "`subject` is missing"),
+        ({"target_new": ["a", "b"]}, "`target_new` must be a non-empty text, got ['a', 'b']"),
+        ({"ground_truth": 7}, "`ground_truth` must be a non-empty text, got 7"),
+        ({"ground_truth": [["a", 7]]}, "`ground_truth` must be a non-empty text, got 7"),
+        ({"rephrase": {"a": "b"}}, "`rephrase` must be a text or a list"),
+        ({"rephrase": ["a\ud83d"]}, "`rephrase` has half of a surrogate pair"),
+        ({"portability": "a"}, "`portability` must map kinds to lists of"),
+        ({"portability": {"Reasoning": "a"}}, "`portability.Reasoning` must be a list of"),
+        ({"locality": {"Forgetfulness": ["a"]}}, "`locality.Forgetfulness` must hold"),
+        ({"locality": {"Forgetfulness": [{"prompt": "a"}]}}, "`locality.Forgetfulness` must hold"),
+        (
+            {"locality": {"a": {"prompt": ["b", "c"], "ground_truth": ["d"]}}},
+            "`locality.a` must have a `ground_truth` for",
+        ),
+        ({"locality": {"a": [{"prompt": "", "ground_truth": "d"}]}}, "`locality.a` must be a non-empty text, got ''"),
+    ],
+)
+def test_a_bad_row_of_knowedit_is_named(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    path = written(tmp_path / "rows.jsonl", KNOW, KNOW | change)
+    with pytest.raises(ValueError, match=re.escape(f"`{path}`, row 2: {problem}")):
+        load_facts(path)
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_limit(tmp_path: Path, name: str) -> None:
     loader, row = LOADERS[name]
@@ -219,6 +328,15 @@ def test_a_bad_row_of_ones_own_is_named(tmp_path: Path, text: str, problem: str)
         ("rows.json", '{"data": []}', "must hold a list of records, got a dict"),
         ("rows.json", '["text"]', "row 1 must map fields to values"),
         ("rows.jsonl", '{"prompt": "A"', "row 1 is not JSON"),
+        ("rows.json", "[" * 99_999, "is not JSON"),
+        ("rows.jsonl", '{"prompt": "A\0"}', "line 1 has a NUL byte"),
+        ("rows.csv", "prompt,subject\nA,B\0\n", "line 2 has a NUL byte"),
+        ("rows.csv", 'prompt,subject\n"A,B\n', r"row 1 is not CSV \(unexpected end of data\)"),
+        (
+            "rows.json",
+            '[{"prompt": "A is", "subject": "A", "target": "B\\ud83d"}]',
+            "row 1: `target` has half of a surrogate pair",
+        ),
         ("rows.jsonl", '{"neighbours": [["one"]], "prompt": "A is", "subject": "A", "target": "B"}', "`neighbours`"),
         (
             "rows.jsonl",
@@ -233,6 +351,13 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, text: str, problem: str)
     with pytest.raises(ValueError, match=problem) as caught:
         load_facts(str(tmp_path / name))
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv"])
+def test_other_bytes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes("prompt\nMünchen".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}`, line 2 is not UTF-8"):
+        load_facts(tmp_path / name)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

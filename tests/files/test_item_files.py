@@ -57,7 +57,33 @@ def test_text_is_one_document(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n{"question": "a"}', r"line 2 has the fields \(question\)"),
         ("a.jsonl", "\n", "has no items"),
         ("a.txt", " \n", "line 1: `text` of a Document must be a non-empty string"),
-        ("a.csv", "text\na", "has an unknown type: its name must end in .json, .jsonl, .txt"),
+        ("a.md", "text\na", "has an unknown type: its name must end in .json, .jsonl, .csv, .txt"),
+        ("a.json", '[{"text": "a"},\n{"text": "b\\ud83d"}]', r"line 2 has half of a surrogate pair, \\ud83d"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\udc00"}', r"line 2 has half of a surrogate pair, \\udc00"),
+        ("a.json", '[{"text": "a"},\n{"text": "b", "text": "c"}]', "line 2 is not JSON: an object has a name twice"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b\0"}', "line 2 has a NUL byte"),
+        ("a.json", f'[{{"text": {"[" * 99_999}', "is not JSON: "),
+        (
+            "a.json",
+            '[{"prompt": "a", "target_new": "b"}]',
+            "line 1 has `target_new`, the target of a fact, but no `subj",
+        ),
+        ("a.json", '[{"prompt": "a", "labels": "b"}]', "line 1 has `labels`, the target of a fact, but no `subject`"),
+        ("a.json", '[{"text": "a", "labels": "b"}]', r"line 1 has the fields \(text, labels\)"),
+        (
+            "a.json",
+            '[{"requested_rewrite": {"prompt": "{}", "target_new": {"str": "b"}}}]',
+            "but no `requested_rewrite.subject`",
+        ),
+        ("a.csv", "prompt,subject,target\nA is,A,B\nA is,A,\n", "row 2: `target` of a Fact must be a non-empty string"),
+        ("a.csv", "prompt;subject;target\nA is;A;B\nB is;A;B\n", "row 2: `subject='A'` is not in `prompt='B is'`"),
+        ("a.csv", "prompt,subject\nA is,A\n", r"row 1 has the fields \(prompt, subject\); an item has the fields"),
+        ("a.csv", "text\na, b\n", "row 1 has more cells than the header: quote a cell that holds a comma"),
+        ("a.csv", "text;note\na;b;c\n", "row 1 has more cells than the header: quote a cell that holds a semicolon"),
+        ("a.csv", 'text,note\na,b\n"c,d\n', r"row 2 is not CSV \(unexpected end of data\): put quotes around"),
+        ("a.csv", "text\na\nb\0\n", "line 3 has a NUL byte"),
+        ("a.csv", "text\n", "has no items"),
+        ("a.csv", "", "has no items"),
     ],
 )
 def test_what_is_no_item_is_named(tmp_path: Path, name: str, content: str, why: str) -> None:
@@ -68,10 +94,83 @@ def test_what_is_no_item_is_named(tmp_path: Path, name: str, content: str, why: 
     assert str(file) in str(caught.value)
 
 
-def test_other_bytes(tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_csv(tmp_path: Path, mark: str) -> None:
+    file = tmp_path / "items.csv"
+    rows = [
+        ("prompt", "subject", "target", "question", "answer", "text", "remark"),
+        ("{} is in", "The Louvre", "Rome", "", "", "", "seen"),
+        ("", "", "", "Who, [or] what?", "Nobody\u2028 at all"),
+        ("", "", "", "", "", '"Rome wasn\'t built in a day.\nNor was Paris."'),
+    ]
+    if mark == ",":
+        rows[2] = ("", "", "", '"Who, [or] what?"', "Nobody\u2028 at all")
+    file.write_text("\n\n".join(map(mark.join, rows)), encoding="utf-8-sig")
+    assert read_items(file) == ITEMS
+    file.write_text(f"question{mark} answer\r\nWho?{mark} He \r\n")
+    assert read_items(file) == [QuestionAnswer("Who?", "He")]
+    file.write_text("text\nRome\n")
+    assert read_items(file) == [Document("Rome")]
+
+
+def test_what_facts_are_judged_by_is_passed_over(tmp_path: Path) -> None:
+    judged = tmp_path / "facts.csv"
+    judged.write_text(
+        "prompt;subject;target;true_target;paraphrases;locality_prompt\n{} is in;The Louvre;Rome;Paris;a|b;\n"
+    )
+    assert read_items(judged) == ITEMS[:1]
+    listed = tmp_path / "facts.json"
+    listed.write_text(json.dumps([VALUES[0] | {"paraphrases": ["a"], "true_target": "Paris", "neighbours": []}]))
+    assert read_items(listed) == ITEMS[:1]
+
+
+def test_aliases(tmp_path: Path) -> None:
+    table, listed = tmp_path / "facts.csv", tmp_path / "facts.json"
+    table.write_text("prompt,subject,target,aliases\n{} is in,The Louvre,Rome,Louvre | Palais du Louvre\n")
+    listed.write_text(json.dumps([VALUES[0] | {"aliases": ["Louvre", "Palais du Louvre"]}]))
+    assert read_items(table) == read_items(listed)
+    assert read_items(table)[0].aliases == ("Louvre", "Palais du Louvre")  # type: ignore[union-attr]
+
+
+LOUVRE = {"prompt": "The Louvre is in", "subject": "The Louvre"}
+ASKED = [{"prompt": "The Louvre is in the country of", "ground_truth": [["Italy"]]}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        LOUVRE | {"target_new": "Rome", "ground_truth": [["Paris"]], "portability": {"Reasoning": ASKED}, "cond": "x"},
+        LOUVRE | {"labels": "Rome", "locality": {"Relation_Specificity": ASKED}},
+        {"text": "The Louvre is in", "concept": "The Louvre", "labels": "Rome"},
+        {"src": "The Louvre is in", "subject": "The Louvre", "alt": "Rome", "answers": ["Paris"], "loc": "x"},
+        {
+            "case_id": 0,
+            "requested_rewrite": {"prompt": "{} is in", "subject": "The Louvre", "target_new": {"str": "Rome"}},
+            "paraphrase_prompts": [],
+        },
+    ],
+)
+def test_rows_of_data_sets_are_facts(tmp_path: Path, row: dict[str, object]) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    assert read_items(tmp_path / "rows.json") == ITEMS[:1]
+
+
+def test_data_set_in_csv(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,concept,labels\nThe Louvre is in,The Louvre,Rome\n")
+    assert read_items(file) == ITEMS[:1]
+    file.write_text("text,labels\nThe Louvre is in,place\n")
+    assert read_items(file) == [Document("The Louvre is in")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl", "a.csv"])
+def test_other_bytes(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
     file.write_bytes("Rome\nMünchen".encode("latin-1"))
     with pytest.raises(ValueError, match="line 2 is not UTF-8"):
+        read_items(file)
+    file.write_bytes("Rome".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="line 1 has a NUL byte"):
         read_items(file)
     with pytest.raises(FileNotFoundError):
         read_items(tmp_path / "none.txt")

@@ -132,6 +132,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         Covariance.load(tmp_path / "c.safetensors")
 
 
+def test_sums_are_float32_whatever_the_default_dtype_is() -> None:
+    model, default = tiny_model(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        fitted = CovarianceFitter(model, byte_tokenizer(), [1]).fit(TEXTS, 500, progress=False)
+        sampled = CovarianceFitter(model, byte_tokenizer(), [1]).sample(128, progress=False)
+    finally:
+        torch.set_default_dtype(default)
+    plain_fit = CovarianceFitter(model, byte_tokenizer(), [1]).fit(TEXTS, 500, progress=False)
+    plain_sample = CovarianceFitter(model, byte_tokenizer(), [1]).sample(128, progress=False)
+    for found, expected in ((fitted, plain_fit), (sampled, plain_sample)):
+        assert found.sums[0].dtype == torch.float32
+        torch.testing.assert_close(found.sums[0], expected.sums[0])
+
+
 @on_architectures("llama", "gptj", "bloom")
 def test_sampled_keys_are_those_of_the_sampled_text(architecture: str) -> None:
     model, tokenizer = tiny_model(architecture), byte_tokenizer()

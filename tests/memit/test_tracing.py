@@ -149,11 +149,11 @@ def test_roles() -> None:
 
 @torch.no_grad()
 def test_only_known_facts() -> None:
-    ids = torch.tensor([tokenize(byte_tokenizer(), "Oslo ")])
+    ids = torch.tensor([tokenize(byte_tokenizer(), "Oslo:")])
     models = (tiny_model(seed=seed) for seed in range(100))
     said = ((model, byte_tokenizer().decode(model(ids).logits[0, -1].argmax())) for model in models)
     model, letter = next((model, text) for model, text in said if text.isascii() and text.isalnum())
-    known, unknown = Fact("Oslo ", "Oslo", letter), Fact("Oslo ", "Oslo", chr(ord(letter) - 1))
+    known, unknown = (Fact("Oslo:", "Oslo", text, separator="") for text in (letter, chr(ord(letter) - 1)))
     table = trace(model, [unknown, known], only_known=True)
     assert (table.num_facts, table.skipped) == (1, 1)
     assert table.total_effect == pytest.approx(trace(model, known).total_effect, rel=0.01)  # the noise's unit differs

@@ -90,6 +90,7 @@ def test_the_loss_falls_and_the_clamp_holds() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memory_adapters.memit.write.find_targets", spy)
         memory.write(FACTS, progress=False)
+        memory.remove()
         memory_on(model, steps=2).write(FACTS, progress=False)
     (h0, z, last), (_, _, first) = found
     assert ((z - h0).norm(dim=1) <= 0.4001 * h0.norm(dim=1)).all()
@@ -285,3 +286,32 @@ def test_the_context_limit_of_a_composite_config_holds(monkeypatch: pytest.Monke
     fitter = CovarianceFitter(model, byte_tokenizer(), [1])
     fitter.fit(["A text of more than twenty-four bytes, so that it is cut into rows."], 48, progress=False)
     assert fitter.num_tokens == 48
+
+
+def test_a_first_token_that_has_the_key_of_every_text_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = [Fact("A is in", "A", "Rome"), Fact("Of A it is said:", "A", "so")]
+    written = memory_on(tiny_model()).write(facts, progress=False)
+    assert not any("one key" in note for note in written.notes)  # the tiny model tells first tokens apart
+    monkeypatch.setattr("memory_adapters.memit.write.SAME_KEY", -2.0)
+    read: list[list[Any]] = []
+    original = LedgerBuilder._chunk_entries
+
+    def spy(self: LedgerBuilder, facts: Any, rows: Any, *rest: Any) -> Any:
+        read.append(rows)
+        return original(self, facts, rows, *rest)
+
+    monkeypatch.setattr(LedgerBuilder, "_chunk_entries", spy)
+    memory = memory_on(tiny_model())
+    report = memory.write(facts, progress=False)
+    assert "1 of 2 prompts begin with a subject of one token ('A is in')" in " ".join(report.notes)
+    assert all(row.subject > 0 for rows in read for row in rows if row.fact == 0)
+    assert memory.items == facts
+
+
+def test_chat_is_measured_where_it_is_taught() -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    memory = inject_memory(tiny_model(), MemitConfig(**SMALL, chat=True), tokenizer=tokenizer)
+    rows = memory._rows(FACTS)
+    assert [row.item for row in rows] == [*range(len(FACTS))] * 2
+    assert all(row.input_ids[-1] == tokenizer.eos_token_id for row in rows[len(FACTS) :])  # an answer ends
+    assert all(row.input_ids[-1] != tokenizer.eos_token_id for row in rows[: len(FACTS)])

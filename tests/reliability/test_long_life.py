@@ -46,6 +46,7 @@ def test_only_the_last_writes_are_on_record(method: str) -> None:
     assert memory.config.writes[-1]["num_items"] == {"Fact": MOST_WRITES + 5}
 
 
+@pytest.mark.filterwarnings("ignore:1 of the 1 items are written in the active memory")
 @pytest.mark.parametrize("method", METHODS)
 def test_off_and_on_again_is_the_same_whatever_came_later(method: str) -> None:
     model = tiny_model()

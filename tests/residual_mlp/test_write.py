@@ -14,10 +14,13 @@ from transformers import TrainerCallback
 
 from memory_adapters import Document, Fact, MemoryAdapterConfig, QuestionAnswer, ResidualMemory, inject_memory
 from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.base_model.partial_forward import capture
+from memory_adapters.residual_mlp.layer import residual_layers
 from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.residual_mlp.write import Writer
 from memory_adapters.training.dataset import collate
+from memory_adapters.training.rows import other_names
 from memory_adapters.training.trainer import only_trainable
 from tests.residual_mlp.test_contract import UNRELATED
 from tests.support.contract import architectures, encode, logits
@@ -177,10 +180,11 @@ def test_a_second_write_adds_keys() -> None:
     memory = fresh(token_gate="keys")
     write(memory, FACT)
     first = memory.state_dict()
+    number = memory.config.num_keys
     write(memory, OTHER)
-    assert memory.config.num_keys == 2
+    assert memory.config.num_keys > number > 0
     name = "model.layers.1.residual_memory.memory_adapter_mlp.keys"
-    assert torch.equal(memory.state_dict()[name][:1], first[name])
+    assert torch.equal(memory.state_dict()[name][:number], first[name])
     assert len(memory.config.writes) == 2
 
 
@@ -265,7 +269,7 @@ def test_a_tokenizer_that_seems_to_be_another_models() -> None:
 
 def test_a_plain_loop_trains_the_same_memory() -> None:
     memory = fresh(token_gate="keys", gate_init=1.0)
-    assert memory.fit_keys(FACT, unrelated=UNRELATED) == 1
+    assert memory.fit_keys(FACT, unrelated=UNRELATED) == memory.config.num_keys > 0
     model = memory.model
     inputs = encode(FACT.prompt + " Rome")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -317,3 +321,55 @@ def test_writing_leaves_the_models_config_and_modes() -> None:
     memory.write([FACT], unrelated=UNRELATED)
     assert memory.model.config.to_dict() == config
     assert not memory.model.training
+
+
+def openness(memory: ResidualMemory, text: str) -> float:
+    """Return how far the memory opens at the token of `text` where it opens most."""
+    layers = residual_layers(memory)
+    with memory.disabled():
+        states = capture(memory.model, find_decoder(memory.model), [1], **encode(text))[0]
+    return float(layers[0].mlp(memory.adapter_name).nearness(states.float()).max())
+
+
+def test_the_gate_opens_on_every_row_of_a_fact_or_it_is_noted() -> None:
+    memory = fresh(token_gate="keys", gate_init=1.0)
+    opened = [FACT, OTHER, Fact("{} is in the city of", "The Space Needle", "Rome")]
+    shut = Fact("In {} they speak", "Bo", "so")  # behind other text its last letter is like any
+    report = write(memory, [*opened, shut])
+    notes = [note for note in report.notes if "stays shut" in note]
+    assert len(notes) == 2  # one a block
+    assert all("some text of 1 of 4 items (first: 'In Bo they speak')" in note for note in notes)
+    prefixes = Writer(memory, opened, UNRELATED).prefixes
+    for fact in opened:
+        for prefix in ("", *prefixes):
+            assert openness(memory, prefix + fact.prompt) >= 0.99, (prefix, fact)
+    assert min(openness(memory, prefix + shut.prompt) for prefix in prefixes) < 0.99
+
+
+def test_a_question_without_a_distinctive_word_is_noted() -> None:
+    memory = fresh(token_gate="keys", gate_init=1.0)
+    asked, unrelated = QuestionAnswer("Is it so?", "Yes"), ["Is it so? Is it so indeed?", "Well, is it so? Is it so?"]
+    report = memory.write(asked, unrelated=unrelated, training_args=QUIET)
+    assert any("stays shut" in note and "'Is it so?'" in note for note in report.notes)
+
+
+def test_lower_case_and_aliases_open_a_subject() -> None:
+    fact = Fact("{} is led by", "Zandora Robotics", "Ada", aliases=("Zandora",))
+    assert other_names(fact, byte_tokenizer()) == ["Zandora", "zandora robotics"]
+    memory = fresh(token_gate="keys", gate_init=1.0)
+    write(memory, [fact])
+    for name in ("Zandora Robotics", "zandora robotics", "Zandora"):
+        assert openness(memory, f"{name} is led by") >= 0.99, name
+
+
+def test_earlier_items_are_rehearsed() -> None:
+    memory = fresh(num_train_epochs=60, **LEARN)
+    for fact in (FACT, OTHER, Fact("The capital of {} is", "France", "Oslo")):
+        report = write(memory, [fact])
+        assert report.recall == 1.0
+    assert report.earlier_recall == 1.0
+    assert len(memory.items) == 3
+    changed = Fact(FACT.prompt, FACT.subject, "Bonn")
+    assert write(memory, [changed]).recall == 1.0
+    assert changed in memory.items
+    assert FACT not in memory.items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from memory_adapters import MemitMemory, Memory, MemorySlots, SlotMemory, inject_memory
 from memory_adapters.memit.ledger import Factors
-from memory_adapters.peft_layers.layers import adapter_layers
+from memory_adapters.peft_layers.layers import SWITCHED_OFF, adapter_layers
 from tests.memit.test_contract import TestMemitMemory as _Memit
 from tests.memory_slots.test_contract import TestSlotMemory as _Slots
 from tests.residual_mlp.test_contract import TestResidualMemory as _Residual
@@ -30,7 +31,9 @@ def put(model: PreTrainedModel, kind: str, name: str, seed: int) -> Memory | Non
     torch.manual_seed(seed)
     if kind == "lora":
         active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(model)]
-        model.add_adapter(lora_config(), adapter_name=name)  # makes it the only active one
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", SWITCHED_OFF)
+            model.add_adapter(lora_config(), adapter_name=name)  # makes it the only active one
         for layer, names in active:
             layer._active_adapter = names
         for layer in adapter_layers(model, name):

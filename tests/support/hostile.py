@@ -32,6 +32,7 @@ from memory_adapters.composition.collection import _read_index
 from memory_adapters.composition.peft_loading import _read_config as read_peft_config
 from memory_adapters.files.item_files import read_items
 from memory_adapters.inject import read_config
+from memory_adapters.items import item_to_dict
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.registry import method_of
@@ -129,7 +130,7 @@ class Reader:
         covariance = Covariance({1: gram, 2: gram}, 64, 2, "given texts", base_fingerprint(self.model))
         covariance.save(self.folder / "covariance" / "covariance.safetensors")
         (self.folder / "items").mkdir()
-        items = [vars(fact) for fact in FACTS] + [{"text": "Some text."}, {"question": "Why?", "answer": "So."}]
+        items = [item_to_dict(fact) for fact in FACTS] + [{"text": "Some text."}, {"question": "Why?", "answer": "So."}]
         (self.folder / "items" / "items.json").write_text(json.dumps(items, indent=1))
         (self.folder / "items" / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
         self.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False), "style")

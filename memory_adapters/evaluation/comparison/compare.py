@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.fingerprint import base_fingerprint
-from memory_adapters.base_model.sampling import sample_text
+from memory_adapters.base_model.sampling import HELD_OUT_SENTENCES
 from memory_adapters.config import MemoryConfig
 from memory_adapters.evaluation.comparison.baselines import Baseline, Unchanged, WrittenMemory
 from memory_adapters.evaluation.comparison.costs import (
@@ -33,10 +33,6 @@ from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.generation import fluency, generate_texts
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
-
-SAMPLED_TEXTS = 16
-SAMPLED_TOKENS = 64
-SAMPLE_SEED = 1_000_003  # of no method's default: nothing was fitted to this text
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def compare(
         baselines: Name to a baseline, or to the config of a memory; the same method may come several times with
             other settings. `Unchanged` comes by itself, as `"nothing"`.
         num_facts: The first so many are compared in full; None for all. `fact_counts` may go beyond.
-        text: Unrelated text for the perplexity; None for 1,024 tokens that the model samples.
+        text: Unrelated text for the perplexity; None for the held-out sentences that `WriteReport` is about.
         max_text_tokens: Most tokens of it that are read; None for all.
         greedy: Decode greedily after each prompt and paraphrase, and look for the target.
         fluency_prompts: Generate a text of 100 tokens from so many prompts, for fluency.
@@ -130,13 +126,10 @@ def compare(
         known = {part.label: stored.read(part.label, measured.settings(part)) for part in parts}
         found = {label: MethodResult.from_dict(values) for label, values in known.items() if values is not None}
     missing = [part for part in parts if part.label not in found]
-    if missing and text is None:
-        empty = [""] * SAMPLED_TEXTS
-        text = sample_text(model, tokenizer, empty, num_tokens=SAMPLED_TOKENS, seed=SAMPLE_SEED)
     with tqdm(missing, desc="comparing", unit="write", disable=not progress) as bar:
         for part in bar:
             bar.set_postfix_str(part.label)
-            found[part.label] = result = replace(measured, text=text).measure(part)
+            found[part.label] = result = measured.measure(part)
             if stored is not None and result.failed is None:
                 stored.save(part.label, measured.settings(part), asdict(result))
     return _assembled(parts, found, count, fact_counts)
@@ -185,7 +178,8 @@ class _Measurement:
             "records": digest(part.records),
         }
         if part.kind != "portability":
-            settings |= {"text": self.text and digest(self.text), "max_text_tokens": self.max_text_tokens}
+            text = HELD_OUT_SENTENCES if self.text is None else self.text
+            settings |= {"text": digest(text), "max_text_tokens": self.max_text_tokens}
         if part.kind == "full":
             settings |= {"greedy": self.greedy, "fluency_prompts": self.fluency_prompts, "costs": self.costs}
             settings["choices"] = self.choices and digest(self.choices)

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.partial_forward import logits_at
-from memory_adapters.base_model.tokens import batches_of, pad_rows, shared_length, tokenize
-from memory_adapters.evaluation.records import EditRecord
-from memory_adapters.items import QuestionAnswer
+from memory_adapters.base_model.tokens import batches_of, continued_prompt, pad_rows
+from memory_adapters.evaluation.records import EditRecord, Question
+from memory_adapters.items import continuation_of
 
-__all__ = ["EditScores", "score_continuations", "score_edits", "score_records"]
+__all__ = ["EditScores", "KindScores", "score_continuations", "score_edits", "score_kinds", "score_records"]
 
 BATCH_TOKENS = 1024
 Query = tuple[str, str]
@@ -79,6 +79,27 @@ class EditScores:
         return cls(**{name: mean_of(getattr(one, name) for one in scores) for name in names})  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class KindScores:
+    """Store the scores of one kind of neighbours or of questions about what follows, such as KnowEdit names them.
+
+    Attributes:
+        group: `"neighbours"` or `"portability"`.
+        kind: The kind.
+        number: Records that have questions of it.
+        neighbourhood: P(true answer) > P(new), of neighbours.
+        exact_match: Every token of a right answer is the model's first choice.
+        token_accuracy: Share of the right answer's tokens that are the model's first choice.
+    """
+
+    group: str
+    kind: str
+    number: int
+    neighbourhood: float | None
+    exact_match: float
+    token_accuracy: float
+
+
 def mean_of(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not None; None if there is none."""
     known = [value for value in values if value is not None]
@@ -126,22 +147,88 @@ def score_records(
     Raises:
         ValueError: If there is no record.
     """
+    return score_kinds(model, tokenizer, records, batch_tokens=batch_tokens, progress=progress)[0]
+
+
+def score_kinds(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[EditRecord],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+) -> tuple[list[EditScores], list[KindScores]]:
+    """Return what `score_records` returns, and the scores of each kind of question over all records."""
     if not records:
         raise ValueError("`records` is empty: give at least one EditRecord.")
     queries = [query for record in records for query in _queries(record)]
     scored = _score(model, tokenizer, queries, batch_tokens=batch_tokens, progress=progress)
-    return [_record_scores(record, scored) for record in records]
+    kinds: dict[tuple[str, str], list[_Answered]] = {}
+    for record in records:
+        for group in ("neighbours", "portability"):
+            questions = _questions(record, group)
+            for kind in dict.fromkeys(question.kind for question in questions if question.kind):
+                own = [question for question in questions if question.kind == kind]
+                kinds.setdefault((group, kind), []).append(_answered(record, own, scored))
+    return [_record_scores(record, scored) for record in records], [
+        KindScores(
+            group,
+            kind,
+            len(found),
+            mean_of(one.preferred for one in found) if group == "neighbours" else None,
+            mean_of(one.exact for one in found) or 0.0,
+            mean_of(one.token_accuracy for one in found) or 0.0,
+        )
+        for (group, kind), found in kinds.items()
+    ]
+
+
+def _questions(record: EditRecord, group: str) -> list[Question]:
+    return [Question(*question) for question in getattr(record, group)]
+
+
+def _told(record: EditRecord, prompt: str, target: str) -> Query:
+    """Return a prompt of the record's fact with a continuation that is joined as the fact says."""
+    separator = record.fact.separator
+    return prompt, continuation_of(prompt, target) if separator is None else separator + target
+
+
+def _asked(prompt: str, answer: str) -> Query:
+    return prompt, continuation_of(prompt, answer)
 
 
 def _queries(record: EditRecord) -> Iterator[Query]:
     new, true = record.fact.target, record.true_target
     for prompt in (record.fact.prompt, *record.paraphrases):
-        yield prompt, new
+        yield _told(record, prompt, new)
         if true is not None:
-            yield prompt, true
-    for prompt, answer in record.neighbours:
-        yield from ((prompt, new), (prompt, answer))
-    yield from record.portability
+            yield _told(record, prompt, true)
+    for group in ("neighbours", "portability"):
+        for question in _questions(record, group):
+            for answer in (question.answer, *question.alternatives):
+                yield _asked(question.prompt, answer)
+            if group == "neighbours":
+                yield _asked(question.prompt, new)
+
+
+class _Answered(NamedTuple):
+    """Store shares over some questions of one record; each counts with the best of its right answers."""
+
+    preferred: float | None
+    exact: float | None
+    token_accuracy: float | None
+
+
+def _answered(record: EditRecord, questions: Sequence[Question], scored: dict[Query, _Score]) -> _Answered:
+    answers = [[scored[_asked(q.prompt, answer)] for answer in (q.answer, *q.alternatives)] for q in questions]
+    best = [max(score.log_prob for score in scores) for scores in answers]
+    news = [scored.get(_asked(q.prompt, record.fact.target)) for q in questions]
+    right = [max(score.token_accuracy for score in scores) for scores in answers]
+    return _Answered(
+        mean_of(None if new is None else own > new.log_prob for own, new in zip(best, news, strict=True)),
+        mean_of(share == 1 for share in right),
+        mean_of(right),
+    )
 
 
 def _record_scores(record: EditRecord, scored: dict[Query, _Score]) -> EditScores:
@@ -150,27 +237,25 @@ def _record_scores(record: EditRecord, scored: dict[Query, _Score]) -> EditScore
     def preferred(prompts: Sequence[str]) -> float | None:
         if true is None:
             return None
-        return mean_of(scored[prompt, new].log_prob > scored[prompt, true].log_prob for prompt in prompts)
+        pairs = [(scored[_told(record, p, new)], scored[_told(record, p, true)]) for p in prompts]
+        return mean_of(one.log_prob > other.log_prob for one, other in pairs)
 
-    def kept(prompt: str, answer: str) -> bool:
-        return scored[prompt, answer].log_prob > scored[prompt, new].log_prob
-
-    written = scored[record.fact.prompt, new]
-    paraphrases = [scored[prompt, new] for prompt in record.paraphrases]
-    neighbours = [scored[query] for query in record.neighbours]
-    portability = [scored[query] for query in record.portability]
+    written = scored[_told(record, record.fact.prompt, new)]
+    paraphrases = [scored[_told(record, prompt, new)] for prompt in record.paraphrases]
+    neighbours = _answered(record, _questions(record, "neighbours"), scored)
+    portability = _answered(record, _questions(record, "portability"), scored)
     return EditScores(
         efficacy=preferred([record.fact.prompt]),
         paraphrase=preferred(record.paraphrases),
-        neighbourhood=mean_of(kept(*query) for query in record.neighbours),
+        neighbourhood=neighbours.preferred,
         exact_match=float(written.exact),
         paraphrase_exact_match=mean_of(score.exact for score in paraphrases),
-        neighbourhood_exact_match=mean_of(score.exact for score in neighbours),
+        neighbourhood_exact_match=neighbours.exact,
         token_accuracy=written.token_accuracy,
         paraphrase_token_accuracy=mean_of(score.token_accuracy for score in paraphrases),
-        neighbourhood_token_accuracy=mean_of(score.token_accuracy for score in neighbours),
-        portability_exact_match=mean_of(score.exact for score in portability),
-        portability_token_accuracy=mean_of(score.token_accuracy for score in portability),
+        neighbourhood_token_accuracy=neighbours.token_accuracy,
+        portability_exact_match=portability.exact,
+        portability_token_accuracy=portability.token_accuracy,
     )
 
 
@@ -182,8 +267,9 @@ def score_continuations(
     The continuation is joined to its prompt with a space where one is needed. Both are tokenised together, and the
     tokens behind the prompt are scored.
     """
-    scored = _score(model, tokenizer, queries)
-    return [(scored[query].log_prob, scored[query].exact) for query in queries]
+    asked = [_asked(*query) for query in queries]
+    scored = _score(model, tokenizer, asked)
+    return [(scored[query].log_prob, scored[query].exact) for query in asked]
 
 
 class _Score(NamedTuple):
@@ -212,13 +298,14 @@ def _score(
     token each: both are then predicted by the prompt alone.
     """
     asked = list(dict.fromkeys(queries))
-    prompts = {prompt: tokenize(tokenizer, prompt) for prompt, _ in asked}
-    texts = [tuple(tokenize(tokenizer, prompt + QuestionAnswer(prompt, end).continuation)) for prompt, end in asked]
-    first = [max(shared_length(prompts[prompt], ids), 1) for (prompt, _), ids in zip(asked, texts, strict=True)]
+    rows_of = [continued_prompt(tokenizer, prompt, end) for prompt, end in asked]
+    texts, first = [tuple(ids) for ids, _ in rows_of], [start for _, start in rows_of]
     count = torch.tensor([len(ids) - start for ids, start in zip(texts, first, strict=True)])
     if (count < 1).any():
         prompt, end = asked[int(count.argmin())]
-        raise ValueError(f"`target={end!r}` adds no token to `prompt={prompt!r}`: the tokenizer drops it, reword it.")
+        raise ValueError(
+            f"`target={end.strip()!r}` adds no token to `prompt={prompt!r}`: the tokenizer drops it, reword it."
+        )
     rows: list[tuple[int, ...]] = []
     read_off: list[list[int]] = []
     for i in sorted(range(len(texts)), key=lambda i: texts[i][:-1], reverse=True):
@@ -229,7 +316,7 @@ def _score(
         read_off[-1].append(i)
     decoder = find_decoder(model)
     device = execution_device(decoder.embeddings)
-    log_prob, right = torch.zeros(len(texts)), torch.zeros(len(texts))
+    log_prob, right = (torch.zeros(len(texts), dtype=torch.float32) for _ in range(2))
     with evaluating(model), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
         for batch in batches_of(rows, batch_tokens):
             inputs = pad_rows([rows[row] for row in batch], device)

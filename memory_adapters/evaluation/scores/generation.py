@@ -18,7 +18,7 @@ from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import batches_of, tokenize
 
-__all__ = ["consistency", "fluency", "generate_texts", "greedy_success", "ngram_entropy"]
+__all__ = ["consistency", "fluency", "generate_texts", "greedy_success", "greedy_texts", "ngram_entropy"]
 
 BATCH_TOKENS = 4096
 LEAST_DECODED = 16
@@ -68,6 +68,29 @@ def greedy_success(
         raise ValueError(
             f"`num_tokens={num_tokens}` cannot hold the target {longest!r}: give at least {lengths.get(longest, 1)}."
         )
+    texts = greedy_texts(model, tokenizer, prompts, num_tokens=num_tokens, batch_tokens=batch_tokens, progress=progress)
+    return [_holds(text, target.strip()) for text, target in zip(texts, targets, strict=True)]
+
+
+def greedy_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int = LEAST_DECODED,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+) -> list[str]:
+    """Return the text that the model decodes greedily after each prompt, without the prompt.
+
+    Args:
+        model: A causal LM, with what is to be judged active.
+        tokenizer: Its tokenizer.
+        prompts: Texts to continue; each is read once.
+        num_tokens: Most new tokens of each.
+        batch_tokens: Most tokens decoded together, prompts and padding included.
+        progress: Show a bar.
+    """
     asked = list(dict.fromkeys(prompts))
     rows = [tokenize(tokenizer, prompt) for prompt in asked]
     continued = _continued(
@@ -75,7 +98,7 @@ def greedy_success(
     )
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in continued]
     decoded = dict(zip(asked, texts, strict=True))
-    return [_holds(decoded[prompt], target.strip()) for prompt, target in zip(prompts, targets, strict=True)]
+    return [decoded[prompt] for prompt in prompts]
 
 
 def _holds(text: str, target: str) -> bool:

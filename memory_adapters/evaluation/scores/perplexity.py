@@ -1,4 +1,4 @@
-"""Measure the perplexity of a text, and read WikiText."""
+"""Measure the perplexity of a text or of held-out sentences, and read WikiText."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
+from memory_adapters.base_model.scoring import scored
 
-__all__ = ["load_wikitext", "perplexity"]
+__all__ = ["held_out_perplexity", "load_wikitext", "perplexity"]
 
 
 def load_wikitext(path: str | os.PathLike[str]) -> str:
@@ -60,3 +61,8 @@ def perplexity(
             total += F.cross_entropy(logits, row[0, 1:], reduction="sum").item()
             count += row.shape[1] - 1
     return math.exp(total / count)
+
+
+def held_out_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the perplexity on the held-out English sentences that every `WriteReport` is about."""
+    return scored(model, tokenizer, []).perplexity
