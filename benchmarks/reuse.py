@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from benchmarks.common import BenchmarkParser, in_turn, load_model, save, timed
 from memory_adapters import Fact, MemoryAdapterConfig, ResidualMemory, inject_memory
 from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES
-from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.residual_mlp.write import Writer
 from memory_adapters.training.dataset import collate
+from memory_adapters.training.stored_states import ReusedStates
 from memory_adapters.training.trainer import only_trainable
 
 DESIGNS = {

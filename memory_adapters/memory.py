@@ -23,12 +23,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.answering import answered_in_chat
-from memory_adapters.base_model.decoder import Decoder, check_not_sharded, context_length, find_decoder
+from memory_adapters.base_model.decoder import (
+    Decoder,
+    check_not_sharded,
+    context_length,
+    execution_device,
+    find_decoder,
+)
 from memory_adapters.base_model.exclusive import ExclusiveUse, exclusive_use
 from memory_adapters.base_model.fingerprint import Fingerprint, base_fingerprint
 from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating, own_settings
 from memory_adapters.base_model.scoring import Scores, scored
+from memory_adapters.base_model.trial import trial
 from memory_adapters.card_examples import card_examples
 from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import EMBEDDED_ID, is_embedded
@@ -122,6 +129,9 @@ class Memory(OnHub, Generic[ConfigT]):
 
     def _try_model(self, decoder: Decoder) -> None:
         """Raise a `ValueError` unless a few tokens pass through the model as the method needs it."""
+        ids = torch.ones(1, 2, dtype=torch.long, device=execution_device(decoder.embeddings))
+        with trial(self.model, "does not run with the memory in place", "It cannot have a memory of this method."):
+            self.model(input_ids=ids, use_cache=False)
 
     def _saved_state(self) -> list[Restore]:
         """Return functions that undo what `_write` changes of the memory, and of nothing else."""

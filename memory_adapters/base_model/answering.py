@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memory_adapters.base_model.chat import rendered_question
 from memory_adapters.base_model.decoder import execution_device
 from memory_adapters.base_model.modes import evaluating
-from memory_adapters.base_model.tokens import pad_rows, tokenize
+from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
 
-__all__ = ["answered_in_chat", "greedy_answers"]
+__all__ = ["CHAT_TOKENS", "answered_in_chat", "chat_answers", "greedy_answers"]
 
 CHAT_TOKENS = 24
+PLAIN_QUESTION = "Question: {question}\nAnswer:"  # to models without a chat template
 
 
 @torch.no_grad()
@@ -60,3 +61,38 @@ def answered_in_chat(
         for i, answer in zip(rows, answers, strict=True):
             found[i] = asked[i][1].strip().casefold() in answer.casefold()
     return found
+
+
+def chat_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    num_tokens: int = CHAT_TOKENS,
+    batch_tokens: int = 4096,
+) -> list[str]:
+    """Return the model's greedy answer to each question as a user asks it, up to where the model stops by itself.
+
+    A question without a chat template to render it is asked as plain text, and the answer's first line is taken. Equal
+    questions in equal order are asked in equal batches, so that answers can be compared letter for letter.
+
+    Args:
+        model: The causal LM.
+        tokenizer: Its tokenizer.
+        questions: What is asked.
+        num_tokens: Most tokens of an answer.
+        batch_tokens: Most tokens of questions and answers in a batch, with padding.
+    """
+    chats = [rendered_question(tokenizer, question) for question in questions]
+    rows = [
+        tokenize(tokenizer, PLAIN_QUESTION.format(question=question))
+        if chat is None
+        else tokenize(tokenizer, chat[0], rendered=True)
+        for question, chat in zip(questions, chats, strict=True)
+    ]
+    answers = [""] * len(rows)
+    for batch in batches_of([[*row, *[0] * num_tokens] for row in rows], batch_tokens):
+        said = greedy_answers(model, tokenizer, [rows[i] for i in batch], num_tokens)
+        for i, answer in zip(batch, said, strict=True):
+            answers[i] = answer if chats[i] is not None else next(iter(answer.strip().splitlines()), "")
+    return answers

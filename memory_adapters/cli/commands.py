@@ -33,6 +33,7 @@ from memory_adapters.cli.options import (
     ReportOption,
     TextOption,
     TextTokensOption,
+    ThingsOption,
 )
 from memory_adapters.cli.running import running
 
@@ -124,13 +125,16 @@ def write(
 def evaluate(
     model: ModelArgument,
     adapter: AdapterArgument,
-    records: RecordsArgument,
+    records: RecordsArgument = None,
+    things: ThingsOption = None,
     limit: LimitOption = None,
     text: TextOption = None,
     text_tokens: TextTokensOption = TEXT_TOKENS,
     per_item: Annotated[
         bool,
-        typer.Option("--per-item", help="Also a line for each fact: what MODEL says, and whether it is the target."),
+        typer.Option(
+            "--per-item", help="Also a line for each fact and question: what MODEL says, and whether it is the target."
+        ),
     ] = False,
     output: ReportOption = None,
     dtype: DtypeOption = "auto",
@@ -143,7 +147,8 @@ def evaluate(
 
     ES, PS, NS: share of prompts, paraphrases and neighbours on which the wanted answer is likelier than the other; S:
     their harmonic mean; exact: greedy decoding gives the target; tokens: share of its tokens that are the first choice.
-    All in % (in JSON: shares in [0, 1]). The perplexity is on --text, or else on the sentences that `write` reports on.
+    Own words: chat answers to questions in other words that name the target; same: chat answers about other things that
+    stay as they were; leak: those that now name a target. All in % (in JSON: shares in [0, 1]). The perplexity is on --text, or else on the sentences that `write` reports on.
     """
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
         from memory_adapters.cli.evaluate import evaluate_memory
@@ -153,6 +158,7 @@ def evaluate(
             model,
             adapter,
             records,
+            things=things,
             limit=limit,
             text=text,
             text_tokens=text_tokens,
@@ -164,7 +170,8 @@ def evaluate(
 
 def compare(
     model: ModelArgument,
-    records: RecordsArgument,
+    records: RecordsArgument = None,
+    things: ThingsOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -254,6 +261,7 @@ def compare(
             run,
             model,
             records,
+            things=things,
             methods=methods,
             settings=settings or [],
             starts=starts or [],

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from memory_adapters.cli.baselines import Baselines
-from memory_adapters.cli.evaluate import read_records
+from memory_adapters.cli.evaluate import read_judged, read_records
 from memory_adapters.cli.messages import say, wrong
 from memory_adapters.cli.run import Run
 from memory_adapters.evaluation.comparison.compare import compare as compare_baselines
@@ -26,8 +26,9 @@ RESULTS = "results"  # folder of the single results
 def compare_methods(
     run: Run,
     model: str,
-    records: str,
+    records: str | None,
     *,
+    things: str | None,
     methods: str | None,
     settings: Sequence[str],
     starts: Sequence[str],
@@ -48,7 +49,9 @@ def compare_methods(
     """Compare the methods on the facts of records, and save and print what was found."""
     with ExitStack() as stack:
         baselines = Baselines(methods, settings, starts)
-        judged = read_records(records, None if limit is None else max([limit, *fact_counts]))
+        judged, in_own_words = read_judged(
+            records, things, limit, None if limit is None else max([limit, *fact_counts])
+        )
         asked = None if portability is None else _portability(portability, portability_limit or limit)
         questions = None if choices is None else _choices(choices, choices_limit)
         base, tokenizer = run.load_model(model, dtype)
@@ -57,12 +60,13 @@ def compare_methods(
             tokenizer,
             judged,
             baselines.baselines(stack, run.progress),
-            num_facts=min(limit or len(judged), len(judged)),
+            num_facts=len(judged) if things is not None else min(limit or len(judged), len(judged)),
             text=None if text is None else read_text(text),
             max_text_tokens=text_tokens,
             fluency_prompts=fluency,
             choices=questions,
             portability=asked,
+            own_words=in_own_words,
             fact_counts=fact_counts,
             folder=None if folder is None else folder / RESULTS,
             progress=run.progress,

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from memory_adapters.cli.run import Run
-from memory_adapters.evaluation.edit_report import evaluate_edits, item_table, kind_table, score_table
+from memory_adapters.cli.messages import wrong
+from memory_adapters.evaluation.edit_report import answer_table, evaluate_edits, item_table, kind_table, score_table
+from memory_adapters.evaluation.questions import BUILTIN, load_things, record_questions, thing_questions
 from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
+from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
 from memory_adapters.files.text_files import read_text
 from memory_adapters.inject import load_memory
 
-__all__ = ["evaluate_memory", "read_records"]
+__all__ = ["evaluate_memory", "read_judged", "read_records"]
 
 _FORMATS = {"CounterFact": load_counterfact, "zsRE": load_zsre, "KnowEdit, EasyEdit or your own facts": load_facts}
 
@@ -20,8 +23,9 @@ def evaluate_memory(
     run: Run,
     model: str,
     adapter: str,
-    records: str,
+    records: str | None,
     *,
+    things: str | None,
     limit: int | None,
     text: Path | None,
     text_tokens: int,
@@ -29,8 +33,8 @@ def evaluate_memory(
     output: Path | None,
     dtype: str,
 ) -> None:
-    """Score a model on records without and with a memory."""
-    judged = read_records(records, limit)
+    """Score a model on records, or on the facts of things, without and with a memory."""
+    judged, questions = read_judged(records, things, limit)
     options: dict[str, Any] = dict(
         text=None if text is None else read_text(text),
         max_text_tokens=text_tokens,
@@ -41,14 +45,38 @@ def evaluate_memory(
     base, tokenizer = run.load_model(model, dtype)
     memory = load_memory(base, adapter, tokenizer=tokenizer)
     with memory.disabled():
-        without = evaluate_edits(base, tokenizer, judged, **options)
-    reports = {"without": without, "with": evaluate_edits(base, tokenizer, judged, **options)}
+        without = evaluate_edits(base, tokenizer, judged, own_words=questions, **options)
+        questions = questions.with_base_answers(base, tokenizer)
+    reports = {"without": without, "with": evaluate_edits(base, tokenizer, judged, own_words=questions, **options)}
     result = {"adapter": adapter, **{name: report.to_dict() for name, report in reports.items()}}
     if output is not None:
         run.save(result, output)
     tables = [f"{len(judged)} facts, scores in %\n{score_table(reports)}", kind_table(reports)]
-    tables += [item_table(reports)] if per_item else []
+    tables += [item_table(reports), answer_table(reports)] if per_item else []
     run.show(result, "\n\n".join(filter(None, tables)))
+
+
+def read_judged(
+    records: str | None, things: str | None, limit: int | None, num_records: int | None = None
+) -> tuple[list[EditRecord], OwnWordsQuestions]:
+    """Read records, or the facts of things, with questions in other words about them and about others.
+
+    Args:
+        records: Where records are; None with `things`.
+        things: Where things are, or `"builtin"`; None with `records`.
+        limit: The first so many records, or things, are judged and asked about; None for all.
+        num_records: Read so many records instead.
+    """
+    if (records is None) == (things is None):
+        raise wrong("--things", "give either RECORDS or --things.")
+    if records is not None:
+        judged = read_records(records, limit if num_records is None else num_records)
+        return judged, record_questions(judged[:limit])
+    named = load_things(str(things))
+    given = named[:limit]
+    facts = [EditRecord(fact.fact) for thing in given for fact in thing.facts]
+    others = [*named[len(given) :], *(() if things == BUILTIN else load_things())]
+    return facts, thing_questions(given, others)
 
 
 def read_records(source: str, limit: int | None) -> list[EditRecord]:

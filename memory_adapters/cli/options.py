@@ -26,12 +26,20 @@ ModelArgument = Annotated[
 ]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Saved memory: a folder or a Hub id.")]
 RecordsArgument = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="RECORDS",
         help="Facts with prompts to judge them by, in a .json, .jsonl or .csv file, or a Hub id: CounterFact, zsRE, "
         "KnowEdit, EasyEdit, or your own with the fields prompt, subject, target and, optionally, true_target, "
         "paraphrases, neighbours.",
+    ),
+]
+ThingsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|builtin",
+        help="Instead of RECORDS: things with several facts each and questions about them in other words, in a .json or "
+        ".jsonl file; `builtin` for invented ones. --limit counts things.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N records.  [default: all]")]

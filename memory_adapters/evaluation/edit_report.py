@@ -22,6 +22,7 @@ from memory_adapters.evaluation.scores.generation import (
     greedy_success,
     greedy_texts,
 )
+from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer, OwnWordsQuestions, score_own_words
 from memory_adapters.evaluation.scores.perplexity import held_out_perplexity, perplexity
 from memory_adapters.evaluation.tables import UNKNOWN, format_table, table_rows
 from memory_adapters.files.atomic import atomic_file
@@ -30,6 +31,7 @@ __all__ = [
     "EditReport",
     "ItemScores",
     "RelationScores",
+    "answer_table",
     "compare",
     "evaluate_edits",
     "item_table",
@@ -42,7 +44,7 @@ SHOWN_RELATIONS = 10
 SHOWN_CHARACTERS = 40  # of a prompt, a target and an answer in `item_table`
 SHOWN_SCORES = (  # of `score_table`
     "S", "ES", "PS", "NS", "exact", "tokens", "paraphrases exact", "paraphrase tokens", "portability exact",
-    "perplexity",
+    "own words", "same", "leak", "perplexity",
 )  # fmt: skip
 
 
@@ -96,6 +98,10 @@ class EditReport:
         num_generated: Texts that were generated.
         perplexity: Perplexity on `text`, or on held-out sentences.
         seconds: Wall time of the whole evaluation.
+        own_words: Share of the chat questions in other words whose answer names the object.
+        same: Share of the chat answers about other things that are the base's, letter for letter.
+        leak: Share of the chat answers about other things that name a written object which the base's did not.
+        answers: The answers to the questions in other words.
     """
 
     num_records: int
@@ -110,6 +116,10 @@ class EditReport:
     seconds: float = 0.0
     kinds: list[KindScores] = field(default_factory=list)
     items: list[ItemScores] = field(default_factory=list)
+    own_words: float | None = None
+    same: float | None = None
+    leak: float | None = None
+    answers: list[OwnWordsAnswer] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -122,8 +132,13 @@ class EditReport:
         scores = EditScores(**{name: value for name, value in values["scores"].items() if name in given})
         relations = [RelationScores(**relation) for relation in values["relations"]]
         kinds = [KindScores(**kind) for kind in values.get("kinds", ())]  # earlier versions have neither
-        items = [ItemScores(**item) for item in values.get("items", ())]
-        return cls(**{**values, "scores": scores, "relations": relations, "kinds": kinds, "items": items})
+        lists = {
+            "relations": relations,
+            "kinds": kinds,
+            "items": [ItemScores(**item) for item in values.get("items", ())],
+            "answers": [OwnWordsAnswer(**answer) for answer in values.get("answers", ())],
+        }
+        return cls(**{**values, "scores": scores, **lists})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON. An existing file is replaced whole, or kept if this is interrupted."""
@@ -153,6 +168,10 @@ class EditReport:
         shares = [["%", "preferred", "exact", "tokens", "greedy"]]
         shares += [[label, *map(_percent, row)] for label, row in judged.items() if any(x is not None for x in row)]
         tables = [format_table(shares, style)]
+        words = (("own words", self.own_words), ("same", self.same), ("leak", self.leak))
+        told = [[label, _percent(share)] for label, share in words if share is not None]
+        if told:
+            tables.append(format_table([["chat answers, %", ""], *told], style))
         numbers = [("fluency (GE)", self.fluency, 1), ("consistency (RS)", self.consistency, 1)]
         numbers += [("perplexity", self.perplexity, 2)]
         known = [[label, f"{value:.{digits}f}"] for label, value, digits in numbers if value is not None]
@@ -186,6 +205,7 @@ def evaluate_edits(
     references: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     per_item: bool = False,
+    own_words: OwnWordsQuestions | None = None,
     progress: bool = True,
 ) -> EditReport:
     """Measure everything the records allow on the model as it stands.
@@ -205,6 +225,8 @@ def evaluate_edits(
             Consistency is that of the records whose target is there.
         seed: Seed of the generated texts.
         per_item: Also report each fact, with what the model decodes greedily after its prompt.
+        own_words: Questions in other words to ask in the chat template, as `record_questions` makes them. `same` and
+            `leak` need the base's answers, see `OwnWordsQuestions.with_base_answers`.
         progress: Show bars.
 
     Raises:
@@ -242,6 +264,8 @@ def evaluate_edits(
     if per_item:
         texts = greedy_texts(model, tokenizer, [record.fact.prompt for record in records], progress=progress)
         measured["items"] = [_item(*found) for found in zip(records, scored, texts, strict=True)]
+    if own_words is not None:
+        measured |= vars(score_own_words(model, tokenizer, own_words))
     with evaluating(model):
         measured["perplexity"] = (
             held_out_perplexity(model, tokenizer)
@@ -321,6 +345,19 @@ def item_table(reports: Mapping[str, EditReport]) -> str:
     return format_table(rows)
 
 
+def answer_table(reports: Mapping[str, EditReport]) -> str:
+    """Return a table for the terminal with a line for each question in other words; `""` if none was asked.
+
+    The last column says whether the last report's answer names the object.
+    """
+    *_, last = reports.values()
+    rows = [["question", "wanted", *reports, ""]]
+    for number, answer in enumerate(last.answers):
+        said = [_line(report.answers[number].says) for report in reports.values()]
+        rows.append([_line(answer.question), _line(answer.wanted), *said, "named" if answer.named else "not named"])
+    return format_table(rows) if last.answers else ""
+
+
 def _line(text: str, *, end: bool = False) -> str:
     """Return text on one line, without signs that steer a terminal, cut to its beginning or its end."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
@@ -360,6 +397,9 @@ def report_cells(report: EditReport, base_perplexity: float | None) -> dict[str,
         "neighbour tokens": s.neighbourhood_token_accuracy,
         "portability exact": s.portability_exact_match,
         "portability tokens": s.portability_token_accuracy,
+        "own words": report.own_words,
+        "same": report.same,
+        "leak": report.leak,
     }
     cells = {"edits": str(report.num_records)} | {label: _percent(share) for label, share in shares.items()}
     for label, value in (("GE", report.fluency), ("RS", report.consistency)):

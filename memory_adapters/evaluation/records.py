@@ -87,7 +87,7 @@ def load_counterfact(
     return [_nested(row) if "requested_rewrite" in row.fields else _flat(row) for row in rows]
 
 
-def _nested(row: _Row) -> EditRecord:
+def _nested(row: Row) -> EditRecord:
     fact = row.fact("requested_rewrite.prompt", "requested_rewrite.subject", "requested_rewrite.target_new.str")
     true_target = row.text("requested_rewrite.target_true.str")
     return EditRecord(
@@ -100,7 +100,7 @@ def _nested(row: _Row) -> EditRecord:
     )
 
 
-def _flat(row: _Row) -> EditRecord:
+def _flat(row: Row) -> EditRecord:
     return EditRecord(
         row.fact("prompt", "subject", "target_new"),
         row.text("ground_truth"),
@@ -185,7 +185,7 @@ def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, spli
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """Store one row as it was read. A dot in a field's name leads into a nested mapping; None counts as missing."""
 
     source: str
@@ -320,7 +320,7 @@ class _Row:
         return value
 
 
-def read_rows(source: str | os.PathLike[str], limit: int | None = None, split: str = "train") -> Iterator[_Row]:
+def read_rows(source: str | os.PathLike[str], limit: int | None = None, split: str = "train") -> Iterator[Row]:
     """Yield the rows of a file or of a data set on the Hub; their errors name them, counted from 1."""
     if limit is not None and limit < 0:
         raise ValueError(f"`limit={limit}` must be at least 0, or None for all rows.")
@@ -337,7 +337,7 @@ def read_rows(source: str | os.PathLike[str], limit: int | None = None, split: s
     for number, fields in enumerate(islice(rows, limit), 1):
         if not isinstance(fields, Mapping):
             raise ValueError(f"`{name}`, row {number} must map fields to values, got {fields!r}. Correct or remove it.")
-        yield _Row(name, number, fields)
+        yield Row(name, number, fields)
 
 
 def _json_rows(path: str) -> Iterable[Any]:

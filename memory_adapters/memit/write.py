@@ -141,8 +141,8 @@ class LedgerBuilder:
             prompts += ", …" * (len(rows) > 3)
             self.notes.append(
                 f"{len(rows)} of {len(bare)} prompts begin with a subject of one token ({prompts}), and the first "
-                "token of a text has one key in this model, whatever it is: these facts are written for prompts with text "
-                "before them, and not for the bare prompt"
+                "token of a text has one key in this model, whatever it is: these facts are written for prompts with "
+                "text before them, and not for the bare prompt"
             )
         return {row.fact for row in rows}
 

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from memory_adapters.base_model.decoder import Decoder, base_linears, unwrapped
+from memory_adapters.base_model.decoder import Decoder
+from memory_adapters.base_model.matrices import block_matrices, lora_shapes, stored_transposed, takes_lora
 from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.validation import check_choice, check_flag, check_number, shown
@@ -164,19 +164,14 @@ class MemorySlotsConfig(MemoryConfig):
         Raises:
             ValueError: If `target_modules` names none of the blocks.
         """
-        every = {
-            f"{decoder.block_name(i)}.{path}": module
-            for i, block in enumerate(decoder.blocks)
-            for path, module in base_linears(block)
-            if _weight(module) is not None
-        }
+        every = block_matrices(decoder, range(decoder.num_layers))
         if self.target_modules is not None and len(self.target_modules) > len(every):
             raise ValueError(
                 f"`target_modules` has {len(self.target_modules):,} names, the model's blocks {len(every):,} matrices."
             )
         asked = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(decoder.model_type or "")
         if asked is None:
-            return {name: module for name, module in every.items() if _takes_lora(decoder, name, module)}
+            return {name: module for name, module in every.items() if takes_lora(decoder, name, module)}
         found = {n: m for n, m in every.items() if any(n == a or n.endswith(f".{a}") for a in asked)}
         missing = [a for a in asked if not any(n == a or n.endswith(f".{a}") for n in found)]
         if missing or not found:
@@ -190,7 +185,7 @@ class MemorySlotsConfig(MemoryConfig):
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,
             target_modules=list(modules),
-            fan_in_fan_out=all(type(unwrapped(m)).__name__ == "Conv1D" for m in modules.values()),
+            fan_in_fan_out=all(map(stored_transposed, modules.values())),
             inference_mode=True,
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base_model_name_or_path,
@@ -198,16 +193,9 @@ class MemorySlotsConfig(MemoryConfig):
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the encoder's tensors: its LoRA, and what it reads slots with."""
-        shapes = {}
+        shapes: dict[str, torch.Size] = {}
         for name, module in self.modules(decoder).items():
-            inputs: int | None = getattr(module, "in_features", None)
-            outputs: int = getattr(module, "out_features", 0)
-            if inputs is None:
-                weight = _weight(module)  # GPT-2's, stored (in, out)
-                assert weight is not None  # `modules` has matrices alone
-                inputs, outputs = weight.shape
-            shapes[f"{name}.lora_A.weight"] = torch.Size((self.lora_rank, inputs))
-            shapes[f"{name}.lora_B.weight"] = torch.Size((outputs, self.lora_rank))
+            shapes |= lora_shapes(name, module, self.lora_rank)
         width = decoder.embedding_size
         own = {
             "memory_tokens": (self.num_slots, width),
@@ -215,18 +203,3 @@ class MemorySlotsConfig(MemoryConfig):
             "projection": (self.offsets, width, width),
         }
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
-
-
-def _takes_lora(decoder: Decoder, name: str, module: nn.Module) -> bool:
-    """Return whether a LoRA can sit on a matrix: not on a router, nor where a fused kernel reads the weight itself."""
-    if not hasattr(module, "in_features") or type(unwrapped(module)).__module__.startswith("transformers.models."):
-        return False
-    place, _, own = name.rpartition(".")
-    beside_convolution = any(isinstance(child, _ConvNd) for child in decoder.model.get_submodule(place).children())
-    return not (beside_convolution and own == "out_proj")
-
-
-def _weight(module: nn.Module) -> torch.Tensor | None:
-    """Return a module's matrix; None if it has none, as an activation or a norm."""
-    weight = getattr(unwrapped(module), "weight", None)
-    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None

@@ -110,7 +110,10 @@ def _prompt_mask(given: Any, mask: Tensor, length: int) -> Tensor:
         return mask.new_ones(len(mask), length)
     if not isinstance(given, Tensor) or given.ndim != 2:
         form = f"of the shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-        raise ValueError(f"`attention_mask` must be (batch, tokens) while slots are read, and is {form}.")
+        raise ValueError(
+            f"`attention_mask` must be (batch, tokens) while slots are read, and is {form}, such as `generate_batch` "
+            "(continuous batching) makes: use `generate`, or switch the slots off (`memory.disabled()`)."
+        )
     return given
 
 

@@ -19,9 +19,9 @@ from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.memory import Memory
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.layer import residual_layers
-from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.training.dataset import FilledSampler, TurnDataset, collate
 from memory_adapters.training.distributed import mean_weight, world_size
+from memory_adapters.training.stored_states import ReusedStates
 from memory_adapters.training.trainer import AdapterTrainer, default_arguments
 
 __all__ = ["MemoryTrainer", "parameters_of", "training_arguments"]

@@ -13,22 +13,22 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from memory_adapters.base_model.decoder import Decoder, context_length, execution_device, find_decoder
 from memory_adapters.base_model.item_rows import Row
 from memory_adapters.base_model.partial_forward import logits_at
-from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES, sample_text
+from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.base_model.seeding import seeded
-from memory_adapters.base_model.tokens import pad_rows, tokenize
+from memory_adapters.base_model.tokens import pad_rows
 from memory_adapters.files.atomic import scratch_folder
-from memory_adapters.items import Document, Fact, Item
-from memory_adapters.keys.keys import StreamStatistics, covering_keys, gate_parameters, normalized, select_keys
+from memory_adapters.items import Fact, Item
+from memory_adapters.keys.fitting import fit_keys, unrelated_rows
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 from memory_adapters.residual_mlp.layer import residual_layers
 from memory_adapters.residual_mlp.prompts import locality_turns
-from memory_adapters.residual_mlp.stored_states import ReusedStates, row_states
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.training.checkpoints import checkpoint_to_resume, digest_of
 from memory_adapters.training.dataset import Teacher, TurnDataset
 from memory_adapters.training.rows import TrainingTurn, build_turns, make_prefixes
+from memory_adapters.training.stored_states import ReusedStates
 from memory_adapters.training.trainer import only_trainable
 
 __all__ = ["Writer", "longest_row", "write"]
@@ -73,115 +73,39 @@ class Writer:
         settings: dict[str, Any] = dict(prefixes=self.prefixes, max_length=self.max_length)
         self.turns, self.notes = build_turns(items, self.tokenizer, **settings)
         self.rehearsed, _ = build_turns(earlier, self.tokenizer, **settings)
-        self.unrelated = self._unrelated_rows(texts)
+        self.unrelated = unrelated_rows(items, self.tokenizer, texts, self.max_length, chat=False)
 
     def _sampled(self) -> list[str]:
         with self.memory.disabled():
             texts = sample_text(self.model, self.tokenizer, [""] * 24, num_tokens=64, seed=self.config.seed)
         return [text for text in texts if text.strip()]
 
-    def _unrelated_rows(self, texts: Sequence[str]) -> list[list[int]]:
-        rows = [tokenize(self.tokenizer, text)[: self.max_length] for text in texts]
-        rows = [row for row in rows if len(row) > 1]
-        if len(rows) < 2:
-            raise ValueError(f"`unrelated` has {len(rows)} usable texts; give at least 2 of several words each.")
-        facts = [item for item in self.items if isinstance(item, Fact)]
-        names = [name for name in OTHER_SUBJECTS if name not in {fact.subject for fact in facts}]
-        others = [fact.about(names[i % len(names)]) for i, fact in enumerate(facts)]
-        return rows + [tokenize(self.tokenizer, text)[: self.max_length] for text in (*PLAIN_SENTENCES, *others)]
-
     def fit_keys(self) -> int:
         """Find the keys of the items at every block and add them; returns how many keys the block with most got."""
         config = self.config
-        rows = [(turn, row) for turn in self.turns for row in turn.rows]
-        last_words = self._last_words()
         with self.memory.disabled():
-            unrelated = row_states(self.model, self.decoder, self.layers, self.unrelated)
-            written = row_states(self.model, self.decoder, self.layers, [row.input_ids for _, row in rows])
-            words = row_states(self.model, self.decoder, self.layers, [ids for _, ids in last_words])
-        fitted: list[tuple[Tensor, Tensor]] = []
-        for position, layer in enumerate(self.layers):
-            statistics = StreamStatistics.fit(torch.cat([states[position] for states in unrelated]))
-            found: list[list[Tensor]] = [[] for _ in self.items]
-            named: list[list[Tensor]] = [[] for _ in self.items]  # with the subject's own name alone
-            for (turn, row), states in zip(rows, written, strict=True):
-                own = normalized(states[position][row.key_positions])
-                found[turn.item].append(own)
-                if not row.by_other_name:
-                    named[turn.item].append(own)
-            word_states = {
-                index: normalized(states[position][-1]) for (index, _), states in zip(last_words, words, strict=True)
-            }
-            means = [torch.cat(parts).mean(0, keepdim=True) for parts in named]
-            keys, avoided = self._choose_keys(statistics, list(map(torch.cat, found)), means, word_states, layer)
-            weights, bias, leaky = gate_parameters(
-                statistics, keys, avoided, threshold=config.key_threshold, ramp=config.key_ramp
+            fitted, notes = fit_keys(
+                self.model,
+                self.decoder,
+                self.layers,
+                self.items,
+                [(turn.item, row) for turn in self.turns for row in turn.rows],
+                self.tokenizer,
+                prefix=next(iter(self.prefixes), ""),
+                unrelated=self.unrelated,
+                threshold=config.key_threshold,
+                ramp=config.key_ramp,
             )
-            if leaks := int(leaky.sum()):
-                self.notes.append(f"{leaks} of {len(keys)} keys also open on some unrelated text at block {layer}")
-            fitted.append((weights, bias))
-        added = max(len(bias) for _, bias in fitted)
-        for module, (weights, bias) in zip(self._modules(), fitted, strict=True):
-            spare = added - len(bias)  # keys that never open, so that every block has as many
-            module.add_keys(F.pad(weights, (0, 0, 0, spare)), F.pad(bias, (0, spare), value=-1.0))
+        self.notes += notes
+        added = max(len(keys.bias) for keys in fitted)
+        for module, keys in zip(self._modules(), fitted, strict=True):
+            spare = added - len(keys.bias)  # keys that never open, so that every block has as many
+            module.add_keys(F.pad(keys.weights, (0, 0, 0, spare)), F.pad(keys.bias, (0, spare), value=-1.0))
         config.num_keys += added
         return added
 
     def _modules(self) -> list[GatedMLP]:
         return [layer.mlp(self.memory.adapter_name) for layer in residual_layers(self.memory)]
-
-    def _last_words(self) -> list[tuple[int, list[int]]]:
-        """Return, for each subject of several words, its item and the tokens of a prefix that ends in its last word."""
-        found = []
-        for index, item in enumerate(self.items):
-            if isinstance(item, Fact) and len(item.subject.split()) > 1:
-                word = item.subject.split()[-1]
-                found += [
-                    (index, tokenize(self.tokenizer, f"{prefix.rstrip('. ')} {word}")) for prefix in self.prefixes[:1]
-                ]
-        return found
-
-    def _choose_keys(
-        self,
-        statistics: StreamStatistics,
-        found: Sequence[Tensor],
-        means: Sequence[Tensor],
-        last_words: Mapping[int, Tensor],
-        layer: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Return normalised keys (n, hidden_size) of all items, and what each must not open on (n, hidden_size).
-
-        A fact's key is its subject's mean state, and each of its states that the keys before do not open; documents and
-        questions get those of their tokens that are unlike unrelated text.
-        """
-        settings = {"threshold": self.config.key_threshold, "ramp": self.config.key_ramp}
-        keys = [statistics.mean.new_zeros(0, self.decoder.hidden_size)]
-        avoided = [keys[0]]
-        shut: list[int] = []
-        for index, item in enumerate(self.items):
-            if isinstance(item, Fact):
-                last_word = last_words.get(index, statistics.mean)
-                own, closed = covering_keys(statistics, means[index], found[index], last_word, **settings)
-                keys.append(own)
-                avoided.append(last_word.expand_as(own))
-                shut += [index] if closed.any() else []
-        rest = [index for index, item in enumerate(self.items) if not isinstance(item, Fact)]
-        if rest:
-            tokens = torch.cat([found[index] for index in rest])
-            keys.append(tokens[select_keys(statistics, tokens, **settings)])
-            avoided.append(statistics.mean.expand_as(keys[-1]))
-            directions = statistics.directions(keys[-1])
-            for index in rest:
-                near = (found[index] - statistics.mean) @ directions.T
-                shut += [index] if not len(directions) or near.max() < settings["threshold"] else []
-        if shut and self.config.token_gate == "keys":
-            item = self.items[shut[0]]
-            what = item.text[:40] if isinstance(item, Document) else item.prompt
-            self.notes.append(
-                f"at block {layer} the memory stays shut, or opens in part, in some text of {len(shut)} of "
-                f"{len(self.items)} items (first: {what!r}): their states there are like those of unrelated text"
-            )
-        return torch.cat(keys), torch.cat(avoided)
 
     def train(
         self, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback], resume: bool | str

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from memory_adapters.base_model.partial_forward import CACHE
 from tests.memory_slots.test_slots import TEXT, memory_on
@@ -70,3 +71,11 @@ def test_spans_that_do_not_fit_in_the_models_positions_are_named() -> None:
     with pytest.raises(ValueError, match=r"`span_length=512` and `num_slots=128`.*the model has 512"):
         memory.write("text " * 200, progress=False)
     assert not memory.slots
+
+
+@pytest.mark.integration
+def test_continuous_batching_says_what_it_cannot() -> None:
+    model = written()
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    results = model.generate_batch([encode("Rome is")["input_ids"][0].tolist()], generation_config=config)
+    assert all("use `generate`" in result.error for result in results.values())

@@ -16,11 +16,11 @@ from memory_adapters import Document, Fact, MemoryAdapterConfig, QuestionAnswer,
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.residual_mlp.layer import residual_layers
-from memory_adapters.residual_mlp.stored_states import ReusedStates
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.residual_mlp.write import Writer
 from memory_adapters.training.dataset import collate
 from memory_adapters.training.rows import other_names
+from memory_adapters.training.stored_states import ReusedStates
 from memory_adapters.training.trainer import only_trainable
 from tests.residual_mlp.test_contract import UNRELATED
 from tests.support.contract import architectures, encode, logits

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from memory_adapters.evaluation.edit_report import evaluate_edits
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.generation import fluency, generate_texts
+from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
 
@@ -62,6 +64,7 @@ def compare(
     fluency_prompts: int = 0,
     choices: Sequence[Choice] | None = None,
     portability: Sequence[EditRecord] | None = None,
+    own_words: OwnWordsQuestions | None = None,
     costs: bool = True,
     fact_counts: Sequence[int] = (),
     folder: str | os.PathLike[str] | None = None,
@@ -86,6 +89,8 @@ def compare(
         fluency_prompts: Generate a text of 100 tokens from so many prompts, for fluency.
         choices: Multiple-choice questions, for general ability.
         portability: Records with questions about what follows from their facts, which are written by themselves.
+        own_words: Questions in other words about the facts compared in full, and about other things, to ask in the
+            chat template; see `evaluation.questions.record_questions`.
         costs: Measure bytes on disk, speed and forgetting too.
         fact_counts: Curves: the first so many records, for each count; scores and perplexity alone.
         folder: Where to store each result as soon as it is there, a JSON file a write. A second call with the same
@@ -119,7 +124,9 @@ def compare(
     rising = [number for number in sorted(set(fact_counts)) if number != count]
     parts += [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
 
-    measured = _Measurement(model, tokenizer, text, max_text_tokens, greedy, fluency_prompts, choices, costs, progress)
+    measured = _Measurement(
+        model, tokenizer, text, max_text_tokens, greedy, fluency_prompts, choices, own_words, costs, progress
+    )
     found: dict[str, MethodResult] = {}
     stored = None if folder is None else StoredResults(folder)
     if stored is not None:
@@ -165,8 +172,14 @@ class _Measurement:
     greedy: bool
     fluency_prompts: int
     choices: Sequence[Choice] | None
+    own_words: OwnWordsQuestions | None
     costs: bool
     progress: bool
+
+    @cached_property
+    def questions(self) -> OwnWordsQuestions | None:
+        """The questions with the answers of the base; first looked at before a baseline is on the model."""
+        return self.own_words and self.own_words.with_base_answers(self.model, self.tokenizer)
 
     def settings(self, part: _Part) -> dict[str, Any]:
         """Return what the result of a part depends on."""
@@ -183,6 +196,8 @@ class _Measurement:
         if part.kind == "full":
             settings |= {"greedy": self.greedy, "fluency_prompts": self.fluency_prompts, "costs": self.costs}
             settings["choices"] = self.choices and digest(self.choices)
+            if self.own_words is not None:  # results of earlier versions, without them, count for calls without them
+                settings["own_words"] = digest(self.own_words)
         return settings
 
     def measure(self, part: _Part) -> MethodResult:
@@ -199,6 +214,7 @@ class _Measurement:
         facts = [record.fact for record in part.records]
         ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
         before = speeds(model, ids, [nullcontext])[0] if full and self.costs else None
+        questions = self.questions if full else None
         with applied_at_cost(model, tokenizer, part.baseline, facts) as (applied, costs):
             report = evaluate_edits(
                 model,
@@ -207,6 +223,7 @@ class _Measurement:
                 text=None if part.kind == "portability" else self.text,
                 max_text_tokens=self.max_text_tokens,
                 greedy=full and self.greedy,
+                own_words=questions,
                 progress=self.progress,
             )
             ability = None

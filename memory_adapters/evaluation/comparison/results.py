@@ -15,7 +15,21 @@ from memory_adapters.report import WriteReport
 __all__ = ["NOTHING", "Comparison", "MethodResult", "Table"]
 
 NOTHING = "nothing"
-SCORES = ("S", "ES", "PS", "NS", "exact", "greedy", "portability exact", "portability tokens", "GE", "ability")
+SCORES = (
+    "S",
+    "ES",
+    "PS",
+    "NS",
+    "exact",
+    "greedy",
+    "portability exact",
+    "portability tokens",
+    "own words",
+    "same",
+    "leak",
+    "GE",
+    "ability",
+)
 COSTS = ("write, s", "CPU, s", "forget, s", "on disk", "prefill", "decode", "peak memory", "stored numbers")
 
 

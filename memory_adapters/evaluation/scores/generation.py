@@ -18,7 +18,7 @@ from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import batches_of, tokenize
 
-__all__ = ["consistency", "fluency", "generate_texts", "greedy_success", "greedy_texts", "ngram_entropy"]
+__all__ = ["consistency", "fluency", "generate_texts", "greedy_success", "greedy_texts", "holds", "ngram_entropy"]
 
 BATCH_TOKENS = 4096
 LEAST_DECODED = 16
@@ -69,7 +69,7 @@ def greedy_success(
             f"`num_tokens={num_tokens}` cannot hold the target {longest!r}: give at least {lengths.get(longest, 1)}."
         )
     texts = greedy_texts(model, tokenizer, prompts, num_tokens=num_tokens, batch_tokens=batch_tokens, progress=progress)
-    return [_holds(text, target.strip()) for text, target in zip(texts, targets, strict=True)]
+    return [holds(text, target.strip()) for text, target in zip(texts, targets, strict=True)]
 
 
 def greedy_texts(
@@ -101,7 +101,8 @@ def greedy_texts(
     return [decoded[prompt] for prompt in prompts]
 
 
-def _holds(text: str, target: str) -> bool:
+def holds(text: str, target: str) -> bool:
+    """Return whether a text holds a target as whole words."""
     before = r"(?<!\w)" if _is_spaced(target[0]) else ""
     after = r"(?!\w)" if _is_spaced(target[-1]) else ""
     return re.search(before + re.escape(target) + after, text) is not None

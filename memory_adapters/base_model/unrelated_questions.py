@@ -1,0 +1,54 @@
+"""Ask a model about well-known things that nothing was written about: a memory must leave these answers as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memory_adapters.base_model.answering import chat_answers
+from memory_adapters.items import Document, Item
+
+__all__ = ["LEAST_SAME", "share_same", "unrelated_answers", "unrelated_questions"]
+
+LEAST_SAME = 0.95  # a smaller share of unchanged answers is worth a warning
+
+# What a question is about, in words that a text about it has, and the question.
+UNRELATED_QUESTIONS = (
+    ("Shakespeare", "Which plays did William Shakespeare write?"),
+    ("Marie Curie", "What is Marie Curie famous for?"),
+    ("Lincoln", "Who was Abraham Lincoln?"),
+    ("Mozart", "Where did Mozart spend his childhood?"),
+    ("Nile", "Through which countries does the Nile flow?"),
+    ("Everest", "How high is Mount Everest?"),
+    ("Great Wall", "Why was the Great Wall of China built?"),
+    ("Brazil", "What language do people speak in Brazil?"),
+    ("Coca-Cola", "What kind of company is Coca-Cola?"),
+    ("Toyota", "In which country does Toyota have its headquarters?"),
+    ("Red Cross", "What does the Red Cross do?"),
+    ("Wikipedia", "Who can write articles for Wikipedia?"),
+    ("Moby-Dick", "Who is the author of the novel Moby-Dick?"),
+    ("elephant", "What do elephants eat?"),
+    ("chess", "How many pieces are there on a chessboard at the start of a game?"),
+    ("oxygen", "What do our bodies need oxygen for?"),
+)
+
+
+def unrelated_questions(items: Sequence[Item]) -> list[str]:
+    """Return at most 16 questions about well-known things of all kinds, without those that `items` name."""
+    texts = [item.text if isinstance(item, Document) else f"{item.prompt} {item.target}" for item in items]
+    written = "\n".join(texts).casefold()
+    return [question for name, question in UNRELATED_QUESTIONS if name.casefold() not in written]
+
+
+def unrelated_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[str]:
+    """Return the model's greedy chat answers, as it stands, to `unrelated_questions(items)`.
+
+    Call it before and after a write of `items`, and give both to `share_same`. It is one batch of 16 short questions.
+    """
+    return chat_answers(model, tokenizer, unrelated_questions(items))
+
+
+def share_same(before: Sequence[str], after: Sequence[str]) -> float | None:
+    """Return the share of answers that are the same letter for letter; None if there are none."""
+    return sum(a == b for a, b in zip(before, after, strict=True)) / len(before) if before else None
