@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from memory_adapters.cli.run import Run
 from memory_adapters.cli.messages import wrong
+from memory_adapters.cli.run import Run
 from memory_adapters.evaluation.edit_report import answer_table, evaluate_edits, item_table, kind_table, score_table
 from memory_adapters.evaluation.questions import BUILTIN, load_things, record_questions, thing_questions
 from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre

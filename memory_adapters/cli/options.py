@@ -38,8 +38,8 @@ ThingsOption = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|builtin",
-        help="Instead of RECORDS: things with several facts each and questions about them in other words, in a .json or "
-        ".jsonl file; `builtin` for invented ones. --limit counts things.",
+        help="Instead of RECORDS: things with several facts each and questions about them in other words, in a .json "
+        "or .jsonl file; `builtin` for invented ones. --limit counts things.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N records.  [default: all]")]

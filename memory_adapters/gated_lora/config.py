@@ -33,7 +33,8 @@ class GatedLoraConfig(MemoryConfig):
         target_modules: Names of the matrices it sits on, such as `["q_proj", "down_proj"]`; by default all of the
             blocks above `key_layer`. Resolved to full names at injection.
         key_threshold: Similarity to a key (1 at the key, about 0 on unrelated text) above which a row opens.
-        num_keys: Keys stored. Grows with `write`; leave it at 0.
+        key_owners: For each key, the index in `names` of the subject that it is of; -1 for none. Filled in by `write`.
+        names: For each subject, the token ids of its spellings. Filled in by `write`.
         learning_rate: Peak learning rate of AdamW, which falls to 0 linearly.
         num_train_epochs: Most passes over the rows.
         target_loss: Training ends after an epoch whose mean loss is below this; 0 to make all passes.
@@ -60,7 +61,8 @@ class GatedLoraConfig(MemoryConfig):
     lora_alpha: int = 16
     target_modules: list[str] | None = None
     key_threshold: float = 0.6
-    num_keys: int = field(default=0, metadata=STATE)
+    key_owners: list[int] = field(default_factory=list, repr=False, metadata=STATE)
+    names: list[list[list[int]]] = field(default_factory=list, repr=False, metadata=STATE)
     learning_rate: float = field(default=1e-3, metadata=TRAINING)
     num_train_epochs: float = field(default=20, metadata=TRAINING)
     target_loss: float = field(default=0.02, metadata=TRAINING)
@@ -85,7 +87,7 @@ class GatedLoraConfig(MemoryConfig):
         check_number("lora_rank", self.lora_rank, low=1, integer=True)
         check_number("lora_alpha", self.lora_alpha, low=0, open_low=True)
         check_number("key_threshold", self.key_threshold, low=0, high=1, open_low=True)
-        check_number("num_keys", self.num_keys, low=0, integer=True)
+        _check_names(self.key_owners, self.names)
         check_number("learning_rate", self.learning_rate, low=0, open_low=True)
         check_number("num_train_epochs", self.num_train_epochs, low=0, open_low=True)
         check_number("target_loss", self.target_loss, low=0)
@@ -159,11 +161,21 @@ class GatedLoraConfig(MemoryConfig):
 
     def key_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the keys' tensors."""
-        return {"keys": torch.Size((self.num_keys, decoder.hidden_size)), "key_bias": torch.Size((self.num_keys,))}
+        number = len(self.key_owners)
+        return {"keys": torch.Size((number, decoder.hidden_size)), "key_bias": torch.Size((number,))}
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the LoRA's tensors, and of the keys."""
         return {**self.lora_shapes(decoder), **self.key_shapes(decoder)}
+
+
+def _check_names(owners: Any, names: Any) -> None:
+    """Raise a `ValueError` unless keys have owners among names, which are lists of lists of token ids."""
+    nested = isinstance(names, list) and all(isinstance(x, list) and all(isinstance(y, list) for y in x) for x in names)
+    if not nested or not all(type(i) is int and i >= 0 for own in names for ids in own for i in ids):
+        raise ValueError(f"`names` must be a list of lists of lists of token ids, got {shown(names)}.")
+    if not isinstance(owners, list) or not all(type(i) is int and -1 <= i < len(names) for i in owners):
+        raise ValueError(f"`key_owners` must be a list of indices of `names`, or -1, got {shown(owners)}.")
 
 
 def _ends(name: str) -> list[str]:

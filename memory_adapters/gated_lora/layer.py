@@ -1,12 +1,16 @@
 """The gate of a LoRA: where it is open is found at one block, and used by the LoRA's matrices above it.
 
-A row opens at its first token that is near a key, and stays open, also in later passes that continue its cache. Three
-hooks work together: on the decoder stack, which has the cache and the mask; on the block that the keys are compared
-with; and on the LoRA's B matrices, whose outputs are set to 0 where the row is not open.
+A row opens at its first token that is near a key, and stays open, also in later passes that continue its cache. States
+of things that share a part of their name are alike, so a second witness is asked: most tokens of the subject's name
+must stand there. Three hooks work together: on the decoder stack, which has the tokens, the cache and the mask; on the
+block that the keys are compared with; and on the LoRA's B matrices, whose outputs are set to 0 where the row is not
+open.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from types import MethodType
@@ -26,24 +30,32 @@ from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer, adapter
 
 __all__ = ["GateState", "KeyReader", "KeySet", "gate_lora", "lora_parameters", "loras_of", "reader_of"]
 
-MARK = "_gated_lora"  # attribute of a cache: which of its rows are open, by adapter name
+MARK = "_gated_lora"  # attribute of a cache: which of its rows are open, by adapter name, and their last tokens
+SHARE = 0.6  # of a name's tokens that must stand in a text
+SLACK = 3  # tokens more than the name has, in which they must stand
+LAST_TOKENS = 32  # of a row, that its cache keeps
 GATE = "_memory_gate"  # attribute of a LoRA's B matrix: the reader that gates it, and the adapter's name
 
 
 def begin_pass(stack: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
     """Note what a pass continues: the forward pre-hook of the decoder stack."""
     cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-    opened = getattr(cache, MARK, {}) if cache is not None and cache.get_seq_length() > 0 else {}
+    ids = kwargs.get("input_ids", _args[0] if _args else None)
+    continued = cache is not None and cache.get_seq_length() > 0
+    opened, last = getattr(cache, MARK, ({}, None)) if continued else ({}, None)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    GateState.of(stack).begin(_Pass(mask, dict(opened)))
+    if ids is not None and last is not None and len(ids) == len(last):
+        ids = torch.cat([last, ids], 1)
+    GateState.of(stack).begin(_Pass(mask, dict(opened), ids))
 
 
 def end_pass(stack: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Let the cache keep which rows are open: the forward hook of the decoder stack."""
     cache = output.get(CACHE) if hasattr(output, "get") else kwargs.get(CACHE)
-    opened = GateState.of(stack).now().open
-    if cache is not None and opened and not torch.compiler.is_compiling():
-        setattr(cache, MARK, {name: gate[:, -1] for name, gate in opened.items()})
+    now = GateState.of(stack).now()
+    if cache is not None and now.open and not torch.compiler.is_compiling():
+        last = None if now.ids is None else now.ids[:, -LAST_TOKENS:]
+        setattr(cache, MARK, ({name: gate[:, -1] for name, gate in now.open.items()}, last))
         cache.reorder_cache = MethodType(_reorder, cache)
 
 
@@ -62,17 +74,26 @@ def gate_output(linear: nn.Module, _args: Any, output: Tensor) -> Tensor:
 def _reorder(cache: Any, beam_idx: Tensor) -> None:
     """Do as the cache's own `reorder_cache`, and reorder which rows are open."""
     type(cache).reorder_cache(cache, beam_idx)
-    marked = getattr(cache, MARK)
-    setattr(cache, MARK, {name: rows.index_select(0, beam_idx.to(rows.device)) for name, rows in marked.items()})
+    opened, last = getattr(cache, MARK)
+    reordered = {name: rows.index_select(0, beam_idx.to(rows.device)) for name, rows in opened.items()}
+    setattr(cache, MARK, (reordered, None if last is None else last.index_select(0, beam_idx.to(last.device))))
 
 
 @dataclass
 class _Pass:
-    """Store a pass in progress: its attention mask, which rows were open before it, and where they are open in it."""
+    """Store a pass in progress.
+
+    Attributes:
+        mask: Its attention mask (rows, tokens), if it has one.
+        opened: Which rows were open before it (rows,), by adapter.
+        ids: Its tokens, behind the last of what it continues; None if it was given embeddings.
+        open: Where rows are open in it (rows, tokens), by adapter.
+    """
 
     mask: Tensor | None = None
-    opened: dict[str, Tensor] = field(default_factory=dict)  # each (rows,)
-    open: dict[str, Tensor] = field(default_factory=dict)  # each (rows, tokens)
+    opened: dict[str, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
+    open: dict[str, Tensor] = field(default_factory=dict)
 
 
 class GateState(MemoryLayer):
@@ -104,28 +125,68 @@ class GateState(MemoryLayer):
 
 
 class KeySet(nn.Module):
-    """Store one memory's keys (num_keys, hidden_size) and biases (num_keys,), as `BlockKeys` has them; buffers."""
+    """Store one memory's keys (num_keys, hidden_size) and biases (num_keys,), as `BlockKeys` has them; buffers.
+
+    Attributes:
+        owners: For each key, the index in `names` of the subject it is of; -1 for none.
+        names: For each subject, the token ids of its spellings.
+    """
 
     keys: Tensor
     key_bias: Tensor
 
-    def __init__(self, hidden_size: int, num_keys: int) -> None:
+    def __init__(self, hidden_size: int, owners: Sequence[int], names: Sequence[Sequence[Sequence[int]]]) -> None:
         super().__init__()
-        self.register_buffer("keys", torch.zeros(num_keys, hidden_size, dtype=torch.float32))
-        self.register_buffer("key_bias", torch.zeros(num_keys, dtype=torch.float32))
+        self.owners, self.names = list(owners), [[list(ids) for ids in spellings] for spellings in names]
+        self.register_buffer("keys", torch.zeros(len(owners), hidden_size, dtype=torch.float32))
+        self.register_buffer("key_bias", torch.zeros(len(owners), dtype=torch.float32))
 
-    def add(self, new: BlockKeys) -> None:
-        """Add keys to those that rows are compared with."""
+    def add(self, new: BlockKeys, names: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Add keys to those that rows are compared with; `names` are those of the subjects that own them."""
         self.keys = torch.cat([self.keys, new.weights.to(self.keys)])
         self.key_bias = torch.cat([self.key_bias, new.bias.to(self.key_bias)])
+        self.owners += [owner if owner < 0 else owner + len(self.names) for owner in new.owners]
+        self.names += [[list(ids) for ids in spellings] for spellings in names]
 
-    def nearness(self, x: Tensor) -> Tensor:
-        """Return max_k (s_k(x) − θ_k) / ramp (...), in float32, at each token of x (..., hidden_size)."""
+    def similarities(self, x: Tensor) -> Tensor:
+        """Return (s_k(x) − θ_k) / ramp (..., num_keys), in float32, at each token of x (..., hidden_size)."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            if len(self.keys) == 0:
-                return x.new_full(x.shape[:-1], -1.0)
-            return F.linear(F.layer_norm(x, x.shape[-1:]), self.keys.float(), self.key_bias.float()).amax(-1)
+            return F.linear(F.layer_norm(x, x.shape[-1:]), self.keys.float(), self.key_bias.float())
+
+    def nearness(self, x: Tensor) -> Tensor:
+        """Return max_k (s_k(x) − θ_k) / ramp (...) at each token of x (..., hidden_size)."""
+        return self.similarities(x).amax(-1) if len(self.keys) else x.new_full(x.shape[:-1], -1.0)
+
+    def opens(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """Return where x (rows, tokens, hidden_size) is near a key whose subject's name stands there (rows, tokens).
+
+        Args:
+            x: The stream.
+            ids: Token ids, whose last are those of x; None if they are not known: then names are not asked for.
+        """
+        if len(self.keys) == 0:
+            return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        near = self.similarities(x) > 0  # (rows, tokens, keys)
+        if ids is None or torch.compiler.is_compiling() or not any(self.names):
+            return near.any(-1)
+        opened = torch.zeros(x.shape[:-1], dtype=torch.bool)
+        texts = ids.tolist()
+        offset = ids.shape[1] - x.shape[1]
+        for row, token, key in near.nonzero().tolist():
+            if not opened[row, token]:
+                opened[row, token] = self._named(self.owners[key], texts[row], offset + token)
+        return opened.to(x.device)
+
+    def _named(self, owner: int, ids: Sequence[int], place: int) -> bool:
+        """Return whether most tokens of one of a subject's spellings stand up to a place in a row."""
+        if owner < 0:
+            return True
+        for spelling in self.names[owner]:
+            window = Counter(ids[max(0, place - len(spelling) - SLACK) : place + 1])
+            if sum((Counter(spelling) & window).values()) >= SHARE * len(spelling):
+                return True
+        return not self.names[owner]
 
 
 class KeyReader(KeyedLayer):
@@ -165,7 +226,7 @@ class KeyReader(KeyedLayer):
         now = self.pass_state.now()
         names = [] if self._disable_adapters else [*self._active_adapter, *(self.rows or [])]
         for name in dict.fromkeys(name for name in names if name in self.key_sets):
-            near = self.nearness(name, x) > 0
+            near = self.key_set(name).opens(x, now.ids)
             if now.mask is not None:
                 tokens = min(now.mask.shape[1], near.shape[1])
                 near = near & F.pad(now.mask[:, -tokens:].bool(), (near.shape[1] - tokens, 0)).to(near.device)

@@ -66,7 +66,7 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
         state = GateState.attach(self.model.get_submodule(decoder.stack_path))
         state.gated[self.adapter_name] = nn.Identity()
         reader = KeyReader.attach(block, state)
-        keys = KeySet(decoder.hidden_size, self._config.num_keys)
+        keys = KeySet(decoder.hidden_size, self._config.key_owners, self._config.names)
         reader.key_sets[self.adapter_name] = keys.to(execution_device(block))
         for layer in loras_of(self):
             gate_lora(layer, self.adapter_name, reader)
@@ -75,11 +75,12 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
     def _try_model(self, decoder: Decoder) -> None:
         """Read a few tokens with all rows open, in parts with a cache and as a whole."""
         keys, device = self._keys(), execution_device(decoder.embeddings)
-        before = keys.keys, keys.key_bias
+        before = keys.keys, keys.key_bias, keys.owners
         ids = torch.tensor([[5, 6, 7]], device=device) % decoder.vocab_size
         with trial(self.model, "does not run a gated LoRA in the same way with a cache and without", REMEDY):
             try:
                 keys.keys, keys.key_bias = keys.keys.new_zeros(1, decoder.hidden_size), keys.key_bias.new_ones(1)
+                keys.owners = [-1]
                 whole = self.model(input_ids=ids, use_cache=False).logits[:, -1]
                 mask = torch.ones_like(ids)
                 first = self.model(input_ids=ids[:, :2], **positioned(self.model, mask[:, :2]), use_cache=True)
@@ -89,7 +90,7 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
                 if differs(self.model(input_ids=ids[:, 2:], **rest, use_cache=True).logits[:, -1], whole):
                     raise ValueError("other logits")
             finally:
-                keys.keys, keys.key_bias = before
+                keys.keys, keys.key_bias, keys.owners = before
 
     def _keys(self) -> KeySet:
         return reader_of(self).key_set(self.adapter_name)
@@ -127,9 +128,13 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
 
     def _saved_state(self) -> list[Restore]:
         keys = self._keys()
-        before = dict(keys._buffers)
-        tensors = saved_tensors(lora_parameters(self).values())
-        return [*super()._saved_state(), tensors, lambda: keys._buffers.update(before)]
+        before, owners, names = dict(keys._buffers), list(keys.owners), list(keys.names)
+
+        def restore_keys() -> None:  # they are replaced, not written into
+            keys._buffers.update(before)
+            keys.owners, keys.names = owners, names
+
+        return [*super()._saved_state(), saved_tensors(lora_parameters(self).values()), restore_keys]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the LoRA's tensors by their names on the model, as PEFT saves them; keys are saved beside them."""

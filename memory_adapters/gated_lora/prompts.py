@@ -9,47 +9,78 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, fact_row, plain_rows
-from memory_adapters.base_model.tokens import last_token_of
+from memory_adapters.base_model.tokens import last_token_of, tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 from memory_adapters.training.rows import TrainingTurn, other_names
 
-__all__ = ["build_turns", "key_rows", "phrasings"]
+__all__ = ["build_turns", "key_rows", "phrasings", "spellings"]
 
-# What a fact's prompt, without its subject, is turned into. `{}` is the subject; the words in brackets are kept.
-_FORMS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        r"(?:The|the) (.+) of {} (is|was|are|were)",
-        ("What {1} the {0} of {{}}?", "Tell me the {0} of {{}}.", "{{}}: who or what {1} the {0}?"),
-    ),
-    (
-        r"{}['’]s? (.+) (is|was|are|were)",
-        ("What {1} the {0} of {{}}?", "Tell me {{}}'s {0}.", "{{}}: who or what {1} the {0}?"),
-    ),
-    (
-        r"{} (is|was|are|were) (.*\b(?:in|at|from|near|on))(?: the (?:city|town|country|state|region) of)?",
-        ("Where {0} {{}} {1}?", "In what place {0} {{}} {1}?", "Can you tell me where {{}} {0} {1}?"),
-    ),
-    (
-        r"{} (is|was|are|were) (.*\b(?:by|with|for|to|as|of))",
-        ("Who or what {0} {{}} {1}?", "{{}} {0} {1} whom or what?", "Can you tell me who or what {{}} {0} {1}?"),
-    ),
-    (
-        r"{} (.+?)(?: the)?",
-        ("What comes after this: {{}} {0}?", "Whom or what do people mean who say that {{}} {0} it?"),
-    ),
-)
-_ANY = ("Please complete: {prompt}", "{prompt} what?", "I forgot something. {prompt} who, what or where?")
+_AUXILIARY = re.compile(r"(is|was|are|were|has|had|can|will)\b(.*)")
+_LAST_PREPOSITION = re.compile(r"\s+(?:in|at|on|from|by|to|for|with|of|as|since)$")
+_REQUESTS = ("{}", "Can you tell me this? {}", "I would like to know: {}", "{} Please answer in a few words.")
 
 
 def phrasings(fact: Fact) -> list[str]:
-    """Return questions that a fact answers, made of its prompt; each names the subject as it does."""
+    """Return English questions that a fact answers, made of its prompt; each names the subject as it does.
+
+    "The ships of X run on" becomes "What do the ships of X run on?", "X was founded by" "Who founded X?". What the
+    rules do not fit is asked by completing the prompt.
+    """
+    asked = [question.replace("{}", fact.subject) for question in _questions(fact)]
+    varied = [request.format(question) for question in asked for request in _REQUESTS[:2]]
+    varied += [request.format(question) for question in asked[:1] for request in _REQUESTS[2:]]
+    return [*varied, f"Please complete: {fact.prompt}", f"{fact.prompt} …?"]
+
+
+def _questions(fact: Fact) -> list[str]:
+    """Return questions with `{}` for the subject."""
+    before, _, after = fact.template.partition("{}")
+    before, after = before.strip(), re.sub(r"(?:\s+(?:the|a|an))+$", "", after).strip()
+    possessive = re.match(r"['’]s?\s+(.+?)\s+(is|was|are|were)\b(.*)", after)
+    # The sentence is: `lead`, what it is about (`noun`), and what is said of it (`said`).
+    lead, noun, said = "", "{}", after
+    if possessive:
+        noun, said = f"{{}}'s {possessive[1]}", possessive[2] + possessive[3]
+    elif re.search(r"\b(?:of|for|in|at)(?: the)?$", before) or before.casefold() in ("the", "a", "an"):
+        noun = f"{before[:1].lower()}{before[1:]} {{}}"
+    else:
+        lead = f" {before[:1].lower()}{before[1:]}".rstrip(", ") if before else ""
+    if not said or not said[0].isalnum() or "?" in fact.template:
+        return []
+    words = _question_words(fact.target)
     found = []
-    for pattern, questions in _FORMS:
-        match = re.fullmatch(pattern, fact.template)
-        if match:
-            found += [question.format(*match.groups()).replace("{}", fact.subject) for question in questions]
-            break
-    return [*found, *(text.format(prompt=fact.prompt) for text in _ANY)]
+    auxiliary = _AUXILIARY.fullmatch(said)
+    if auxiliary and (passive := re.fullmatch(r"\s+(\w+) by", auxiliary[2])):
+        found += [f"Who {passive[1]} {noun}{lead}?", f"By whom {auxiliary[1]} {noun} {passive[1]}{lead}?"]
+    for word in words:
+        if auxiliary:
+            verb, rest = auxiliary[1], auxiliary[2].rstrip()
+        else:
+            own, _, rest = said.partition(" ")
+            plural = not own.endswith("s")
+            past = own.endswith("ed")
+            verb = "did" if past else "do" if plural else "does"
+            rest = f" {_base_form(own)} {rest}".rstrip()
+        if word in ("Where", "When"):
+            rest = _LAST_PREPOSITION.sub("", rest)
+        found.append(f"{word} {verb} {noun}{rest}{lead}?")
+    return found
+
+
+def _question_words(target: str) -> list[str]:
+    if re.search(r"\b(?:1\d|20)\d\d\b", target):
+        return ["When", "In what year", "What"]
+    if target[:1].isupper():
+        return ["Who", "Where", "What"] if " " in target else ["Where", "What", "Who"]
+    return ["What", "How", "When"]
+
+
+def _base_form(verb: str) -> str:
+    """Return the base form of an English verb in the third person or a regular past tense, by its ending."""
+    for ending, instead in (("ied", "y"), ("ies", "y"), ("ed", ""), ("sses", "ss"), ("shes", "sh"), ("ches", "ch")):
+        if verb.endswith(ending):
+            return verb[: -len(ending)] + instead
+    return verb[:-1] if verb.endswith("s") else verb
 
 
 def build_turns(
@@ -119,6 +150,15 @@ def _named(row: Row, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     ids = row.input_ids[: row.first_label]
     places = [min(last_token_of(tokenizer, prompt, end, ids, rendered=True), row.first_label - 1) for end in ends]
     return replace(row, key_positions=places)
+
+
+def spellings(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the token ids of a fact's subject, at the beginning of a text and within one; none for other items."""
+    if not isinstance(item, Fact):
+        return []
+    names = [item.subject, *other_names(item, tokenizer)]
+    found = [tokenize(tokenizer, text, rendered=True) for name in names for text in (f" {name}", name)]
+    return list(map(list, dict.fromkeys(tuple(ids) for ids in found if ids)))
 
 
 def key_rows(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, Row]]:

@@ -19,7 +19,7 @@ from memory_adapters.base_model.seeding import seeded
 from memory_adapters.files.atomic import scratch_folder
 from memory_adapters.gated_lora.config import GatedLoraConfig
 from memory_adapters.gated_lora.layer import lora_parameters, reader_of
-from memory_adapters.gated_lora.prompts import build_turns, key_rows
+from memory_adapters.gated_lora.prompts import build_turns, key_rows, spellings
 from memory_adapters.items import Item
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
 from memory_adapters.memory import Memory, Outcome
@@ -120,8 +120,8 @@ def write(
                 ramp=RAMP,
             )
         key_set = reader_of(memory).key_set(memory.adapter_name)
-        key_set.add(keys)
-        config.num_keys = len(key_set.key_bias)
+        key_set.add(keys, [spellings(item, tokenizer) for item in items])
+        config.key_owners, config.names = list(key_set.owners), list(key_set.names)
         turns += rehearsed
         ids = [row.input_ids for turn in turns for row in turn.rows]
         reuse, states = None, None

@@ -28,10 +28,12 @@ class BlockKeys:
     Attributes:
         weights: (keys, hidden_size), float32.
         bias: (keys,), float32.
+        owners: For each key, the index of the fact whose subject it is of; -1 for keys of questions and documents.
     """
 
     weights: Tensor
     bias: Tensor
+    owners: list[int]
 
 
 def unrelated_rows(
@@ -121,6 +123,7 @@ def fit_keys(
         last_words = {i: normalized(s[position][-1]) for (i, _), s in zip(words, states_of["words"], strict=True)}
         keys = [statistics.mean.new_zeros(0, decoder.hidden_size)]
         avoided = [keys[0]]
+        owners: list[int] = []
         shut: list[int] = []
         for index, item in enumerate(items):
             if isinstance(item, Fact):
@@ -130,12 +133,14 @@ def fit_keys(
                 chosen, closed = covering_keys(statistics, mean, torch.cat(own[index]), last_word, **settings)
                 keys.append(chosen)
                 avoided.append(last_word.expand_as(chosen))
+                owners += [index] * len(chosen)
                 shut += [index] if closed.any() else []
         rest = [index for index, item in enumerate(items) if not isinstance(item, Fact)]
         if rest:
             tokens = torch.cat([torch.cat(own[index]) for index in rest])
             keys.append(tokens[select_keys(statistics, tokens, threshold=threshold, ramp=ramp)])
             avoided.append(statistics.mean.expand_as(keys[-1]))
+            owners += [-1] * len(keys[-1])
             directions = statistics.directions(torch.cat(keys), torch.cat(avoided))
             for index in rest:
                 near = (torch.cat(own[index]) - statistics.mean) @ directions.T
@@ -151,5 +156,5 @@ def fit_keys(
         weights, bias, leaky = gate_parameters(statistics, every, torch.cat(avoided), threshold=threshold, ramp=ramp)
         if leaks := int(leaky.sum()):
             notes.append(f"{leaks} of {len(every)} keys also open on some unrelated text at block {layer}")
-        found.append(BlockKeys(weights, bias))
+        found.append(BlockKeys(weights, bias, owners))
     return found, notes

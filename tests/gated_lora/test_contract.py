@@ -37,8 +37,9 @@ class TestGatedLoraMemory(MemoryContract):
         assert isinstance(memory, GatedLoraMemory)
         generator = torch.Generator().manual_seed(1)
         width = memory._keys().keys.shape[1]
-        memory._keys().add(BlockKeys(torch.randn(2, width, generator=generator), torch.tensor([-2.0, -3.0])))
-        memory.config.num_keys = 2
+        weights = torch.randn(2, width, generator=generator)
+        memory._keys().add(BlockKeys(weights, torch.tensor([-2.0, -3.0]), [-1, -1]), [])
+        memory.config.key_owners = [-1, -1]
         with torch.no_grad():
             for parameter in lora_parameters(memory).values():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
