@@ -202,8 +202,9 @@ def written(model: Any, tokenizer: Any, method: Written | InMessage | None, aske
 
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Format all rows as a table."""
-    lines = []
-    for name, row in rows.items():
+    lines, order = [], {method: place for place, method in enumerate(METHODS)}
+    for name in sorted(rows, key=lambda name: (name.partition(": ")[0], order.get(name.partition(": ")[2], 0))):
+        row = rows[name]
         shares = [row.get(column) for column in COLUMNS]
         seconds = row.get("seconds")
         cells = ["–" if share is None else f"{share:.2f}" for share in shares]

@@ -36,6 +36,7 @@ from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating, own_settings
 from memory_adapters.base_model.scoring import Scores, scored
 from memory_adapters.base_model.trial import trial
+from memory_adapters.base_model.unrelated_questions import LEAST_SAME, share_same, unrelated_answers
 from memory_adapters.card_examples import card_examples
 from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import EMBEDDED_ID, is_embedded
@@ -178,6 +179,7 @@ class Memory(OnHub, Generic[ConfigT]):
             with self._taking_part(), rollback_on_error(*self._saved_state()):
                 with evaluating(self.model):
                     before = self._scores(rows)
+                    others = self._unrelated_answers(written)
                 if before.perplexity > find_decoder(self.model, self._config.layers_path).vocab_size:
                     notes.append(
                         "the base model finds plain English harder than random tokens (perplexity "
@@ -188,6 +190,7 @@ class Memory(OnHub, Generic[ConfigT]):
                 with evaluating(self.model):
                     after = self._scores(rows)
                     results = self._results([*written, *earlier], len(written), before, after)
+                    same = share_same(others, self._unrelated_answers(written))
                 self._set_items(written)
                 rebuilt_before, rebuilt = outcome.reconstruction or (None, None)
                 new, old = range(len(written)), range(len(written), len(written) + len(earlier))
@@ -204,14 +207,21 @@ class Memory(OnHub, Generic[ConfigT]):
                     reconstruction_before=rebuilt_before,
                     perplexity=after.perplexity,
                     perplexity_before=before.perplexity,
+                    same=same,
                     losses=outcome.losses,
                     num_parameters=self.num_parameters(),
                     seconds=time.perf_counter() - start,
-                    notes=[*notes, *outcome.notes, *_missed(results)],
+                    notes=[*notes, *outcome.notes, *_missed(results), *_changed(same)],
                     results=results,
                 )
                 self._config.record(report)
         return report
+
+    def _unrelated_answers(self, written: Sequence[Item]) -> list[str]:
+        """Return the model's chat answers about well-known things that the items do not name."""
+        tokenizer = self._require_tokenizer()
+        longest = context_length(self.model) - self._num_virtual_tokens()
+        return unrelated_answers(self.model, tokenizer, written, longest) if tokenizer.chat_template else []
 
     def _kept(self, written: Sequence[Item]) -> list[Item]:
         """Return the items of earlier writes that these do not replace."""
@@ -571,6 +581,16 @@ def _missed(results: Sequence[ItemResult]) -> list[str]:
     lost = sum(result.earlier for result in missed)
     earlier = f", {lost} of them from earlier writes" if lost else ""
     return [f"{len(missed)} of {len(results)} facts and questions are not recalled{earlier}: see the lines below"]
+
+
+def _changed(same: float | None) -> list[str]:
+    """Return a note if too many answers about other things are not what they were."""
+    if same is None or same >= LEAST_SAME:
+        return []
+    return [
+        f"{1 - same:.0%} of the model's answers about well-known other things changed: the memory acts where nothing "
+        "was written"
+    ]
 
 
 def replace_memory(staging: Path, folder: Path) -> None:

@@ -56,6 +56,8 @@ class WriteReport:
         reconstruction_before: The same before the slots were refined.
         perplexity: Perplexity on held-out English sentences, the same for all methods.
         perplexity_before: The same before the write.
+        same: Share of chat answers about well-known other things that the write left as they were, letter for letter;
+            None where the tokenizer has no chat template.
         losses: Mean training loss of each epoch or step; empty for methods that do not train.
         num_parameters: How many numbers the memory stores.
         seconds: Wall time of the whole write.
@@ -75,6 +77,7 @@ class WriteReport:
     reconstruction_before: float | None = None
     perplexity: float | None = None
     perplexity_before: float | None = None
+    same: float | None = None
     losses: list[float] = field(default_factory=list)
     num_parameters: int = 0
     seconds: float = 0.0
@@ -99,6 +102,8 @@ class WriteReport:
         ):
             if before is not None and after is not None:
                 rows.append((label, f"{form.format(before)} → {form.format(after)}"))
+        if self.same is not None:
+            rows.append(("answers about other things as before", f"{self.same:.0%}"))
         if self.losses:
             rows.append(("training loss", f"{self.losses[0]:.3f} → {self.losses[-1]:.3f} ({len(self.losses)} epochs)"))
         rows += [("parameters", f"{self.num_parameters:,}"), ("seconds", f"{self.seconds:.1f}")]

@@ -95,6 +95,8 @@ def test_a_report_has_a_line_for_each_fact(method: str) -> None:
     assert [(result.prompt, result.target) for result in report.results] == [(f.prompt, f.target) for f in FACTS]
     assert report.recall == sum(result.recalled for result in report.results) / 2
     assert all(isinstance(result.answered_in_chat, bool) for result in report.results)
+    assert 0 <= report.same <= 1
+    assert any("about well-known other things changed" in note for note in report.notes) is (report.same < 0.95)
     assert report.nothing_learned is (report.recall == 0)
     assert "'The capital of France is' → 'Lyon'" in repr(report)
     assert WriteReport.from_dict(report.to_dict()) == report

@@ -12,7 +12,7 @@ from memory_adapters.base_model.decoder import execution_device
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
 
-__all__ = ["CHAT_TOKENS", "answered_in_chat", "chat_answers", "greedy_answers"]
+__all__ = ["CHAT_TOKENS", "answered_in_chat", "asked_row", "chat_answers", "greedy_answers"]
 
 CHAT_TOKENS = 24
 PLAIN_QUESTION = "Question: {question}\nAnswer:"  # to models without a chat template
@@ -83,16 +83,19 @@ def chat_answers(
         num_tokens: Most tokens of an answer.
         batch_tokens: Most tokens of questions and answers in a batch, with padding.
     """
-    chats = [rendered_question(tokenizer, question) for question in questions]
-    rows = [
-        tokenize(tokenizer, PLAIN_QUESTION.format(question=question))
-        if chat is None
-        else tokenize(tokenizer, chat[0], rendered=True)
-        for question, chat in zip(questions, chats, strict=True)
-    ]
+    asked = [asked_row(tokenizer, question) for question in questions]
+    rows = [row for row, _ in asked]
     answers = [""] * len(rows)
     for batch in batches_of([[*row, *[0] * num_tokens] for row in rows], batch_tokens):
         said = greedy_answers(model, tokenizer, [rows[i] for i in batch], num_tokens)
         for i, answer in zip(batch, said, strict=True):
-            answers[i] = answer if chats[i] is not None else next(iter(answer.strip().splitlines()), "")
+            answers[i] = answer if asked[i][1] else next(iter(answer.strip().splitlines()), "")
     return answers
+
+
+def asked_row(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[list[int], bool]:
+    """Return the tokens of a question up to where the model answers, and whether they are in the chat template."""
+    chat = rendered_question(tokenizer, question)
+    if chat is None:
+        return tokenize(tokenizer, PLAIN_QUESTION.format(question=question)), False
+    return tokenize(tokenizer, chat[0], rendered=True), True

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.answering import chat_answers
+from memory_adapters.base_model.answering import CHAT_TOKENS, asked_row, chat_answers
 from memory_adapters.items import Document, Item
 
 __all__ = ["LEAST_SAME", "share_same", "unrelated_answers", "unrelated_questions"]
@@ -41,12 +41,23 @@ def unrelated_questions(items: Sequence[Item]) -> list[str]:
     return [question for name, question in UNRELATED_QUESTIONS if name.casefold() not in written]
 
 
-def unrelated_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[str]:
-    """Return the model's greedy chat answers, as it stands, to `unrelated_questions(items)`.
+def unrelated_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], longest: int | None = None
+) -> list[str]:
+    """Return the greedy chat answers of the model as it stands to questions about things that `items` do not name.
 
     Call it before and after a write of `items`, and give both to `share_same`. It is one batch of 16 short questions.
+
+    Args:
+        model: The causal LM.
+        tokenizer: Its tokenizer.
+        items: What is written.
+        longest: Most tokens of a question with its answer; a longer one is not asked. None for any length.
     """
-    return chat_answers(model, tokenizer, unrelated_questions(items))
+    asked = unrelated_questions(items)
+    if longest is not None:
+        asked = [question for question in asked if len(asked_row(tokenizer, question)[0]) + CHAT_TOKENS <= longest]
+    return chat_answers(model, tokenizer, asked)
 
 
 def share_same(before: Sequence[str], after: Sequence[str]) -> float | None:

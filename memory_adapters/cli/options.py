@@ -10,8 +10,20 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-METHODS = ("memit", "slots", "residual")
-BASELINES = ("memit", "alphaedit", "emmet", "encoder", "slots", "prompt", "residual", "lora", "full", "nothing")
+METHODS = ("gated_lora", "memit", "slots", "residual")
+BASELINES = (
+    "gated_lora",
+    "memit",
+    "alphaedit",
+    "emmet",
+    "encoder",
+    "slots",
+    "prompt",
+    "residual",
+    "lora",
+    "full",
+    "nothing",
+)
 COVARIANCE_TOKENS = 16_384
 TEXT_TOKENS = 10_000
 

@@ -23,6 +23,9 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
     header, with commas or semicolons. Each has the fields of a fact ("prompt", "subject" and "target"), of a question
     ("question" and "answer") or of a document ("text"). A `.txt` file is one document.
 
+    A thing with several facts, {"subject", "facts": [{"prompt", "target"}, ...]}, gives all of its facts; the questions
+    about them are passed over.
+
     Rows of data sets for knowledge editing are facts too: KnowEdit, EasyEdit, CounterFact and zsRE, which name the
     target otherwise. What is there to judge a fact by, such as "true_target", "paraphrases" or "locality", is passed
     over, and so are other columns of a CSV file and other fields of a row of a data set.
@@ -35,7 +38,9 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
     file = Path(path)
     if file.suffix.lower() not in _READERS:
         raise ValueError(f"`{file}` has an unknown type: its name must end in {', '.join(_READERS)}.")
-    items = [_item(value, place) for place, value in _READERS[file.suffix.lower()](file)]
+    items = [
+        _item(value, place) for place, given in _READERS[file.suffix.lower()](file) for value in _facts_of_thing(given)
+    ]
     if not items:
         raise ValueError(f"`{file}` has no items: give at least one.")
     return items
@@ -50,10 +55,18 @@ _DATA_SETS = (
     ("prompt", "subject", "target_new"),  # KnowEdit, EasyEdit, CounterFact in flat form
 )
 _JUDGING = {"true_target", "ground_truth", "relation", "portability", "locality", "rephrase", "rephrase_prompt"}
+_JUDGING |= {"questions", "training_questions", "alternatives"}
 _JUDGING |= {"paraphrases", "paraphrase", "neighbours", "neighbour", "neighbors", "neighbor"}
 _KINDS = (("prompt", "subject", "target"), ("question", "answer"), ("text",))
 _OPTIONAL = ("separator", "aliases")
 _BETWEEN = re.compile(r"[\s,]*")
+
+
+def _facts_of_thing(value: Any) -> list[Any]:
+    """Return the facts of a thing that has several, each with the thing as its subject; else the value itself."""
+    if not isinstance(value, Mapping) or "subject" not in value or not isinstance(value.get("facts"), list):
+        return [value]
+    return [{**fact, "subject": value["subject"]} if isinstance(fact, Mapping) else fact for fact in value["facts"]]
 
 
 def _item(value: Any, place: str) -> Item:

@@ -184,6 +184,10 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         with self._first_row_alone():
             return super()._scores(rows)
 
+    def _unrelated_answers(self, written: Sequence[Item]) -> list[str]:
+        with self._first_row_alone():
+            return super()._unrelated_answers(written)
+
     def _answered_in_chat(self, items: Sequence[Fact | QuestionAnswer]) -> list[bool | None]:
         with self._first_row_alone():
             return super()._answered_in_chat(items)

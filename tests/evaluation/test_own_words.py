@@ -111,6 +111,8 @@ def test_questions_about_what_is_written_are_not_unrelated(tiny: tuple[Any, Any]
     answers = unrelated_answers(*tiny, written)
     assert len(answers) == 13
     assert share_same(answers, unrelated_answers(*tiny, written)) == 1
+    assert 0 < len(unrelated_answers(*tiny, [], longest=80)) < 16
+    assert unrelated_answers(*tiny, [], longest=24) == []
 
 
 @pytest.mark.parametrize(

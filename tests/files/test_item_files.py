@@ -124,6 +124,19 @@ def test_what_facts_are_judged_by_is_passed_over(tmp_path: Path) -> None:
     assert read_items(listed) == ITEMS[:1]
 
 
+def test_a_thing_gives_all_of_its_facts(tmp_path: Path) -> None:
+    file = tmp_path / "things.jsonl"
+    facts = [{"prompt": "{} sails from", "target": "Lisbon", "questions": ["Where is {}?"], "alternatives": []}]
+    facts += [{"prompt": "The ship of {} is", "target": "red"}]
+    thing = {"subject": "Ferry", "kind": "company", "facts": facts}
+    file.write_text(f"{json.dumps(thing)}\n{json.dumps({'text': 'Rome'})}")
+    expected = [Fact("{} sails from", "Ferry", "Lisbon"), Fact("The ship of {} is", "Ferry", "red"), Document("Rome")]
+    assert read_items(file) == expected
+    file.write_text(json.dumps({"subject": "Ferry", "facts": ["Ferry is red"]}))
+    with pytest.raises(ValueError, match="line 1 has 'Ferry is red'"):
+        read_items(file)
+
+
 def test_aliases(tmp_path: Path) -> None:
     table, listed = tmp_path / "facts.csv", tmp_path / "facts.json"
     table.write_text("prompt,subject,target,aliases\n{} is in,The Louvre,Rome,Louvre | Palais du Louvre\n")
