@@ -120,6 +120,7 @@ def test_what_is_written_is_stored_in_file_format_2() -> None:
             "earlier_recall_before",
             "token_accuracy",
             "token_accuracy_before",
+            "same",
             "reconstruction",
             "reconstruction_before",
         ]

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
 
 from memory_adapters.base_model.decoder import Decoder, resolve_layers
-from memory_adapters.base_model.matrices import block_matrices, lora_shapes, stored_transposed, takes_lora
+from memory_adapters.base_model.matrices import block_matrices, lora_shapes, takes_lora
 from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
+from memory_adapters.peft_layers.lora_config import check_target_modules, lora_config
 from memory_adapters.validation import check_flag, check_number, checked_layers, shown
 
 __all__ = ["GatedLoraConfig"]
@@ -81,9 +82,7 @@ class GatedLoraConfig(MemoryConfig):
         self.task_type = "CAUSAL_LM"
         if len(checked_layers(self.key_layer)) != 1:
             raise ValueError(f"`key_layer` must be one block or depth, got {shown(self.key_layer)}.")
-        names = self.target_modules
-        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-            raise ValueError(f"`target_modules` must be a list of module names, got {shown(names)}.")
+        check_target_modules(self.target_modules)
         check_number("lora_rank", self.lora_rank, low=1, integer=True)
         check_number("lora_alpha", self.lora_alpha, low=0, open_low=True)
         check_number("key_threshold", self.key_threshold, low=0, high=1, open_low=True)
@@ -141,15 +140,11 @@ class GatedLoraConfig(MemoryConfig):
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:
         """Return the config of the LoRA."""
-        modules = self.modules(decoder)
-        return LoraConfig(
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            target_modules=list(modules),
-            fan_in_fan_out=all(map(stored_transposed, modules.values())),
-            inference_mode=True,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=self.base_model_name_or_path,
+        return lora_config(
+            self.modules(decoder),
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            base_model=self.base_model_name_or_path,
         )
 
     def lora_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from memory_adapters.base_model.decoder import Decoder
-from memory_adapters.base_model.matrices import block_matrices, lora_shapes, stored_transposed, takes_lora
+from memory_adapters.base_model.matrices import block_matrices, lora_shapes, takes_lora
 from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
 from memory_adapters.memory_slots.slots import MemorySlots
+from memory_adapters.peft_layers.lora_config import check_target_modules, lora_config
 from memory_adapters.validation import check_choice, check_flag, check_number, shown
 
 __all__ = ["MemorySlotsConfig"]
@@ -99,9 +100,7 @@ class MemorySlotsConfig(MemoryConfig):
         check_number("encoder_steps", self.encoder_steps, low=0, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
         check_flag("has_slots", self.has_slots)
-        names = self.target_modules
-        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-            raise ValueError(f"`target_modules` must be a list of module names, got {shown(names)}.")
+        check_target_modules(self.target_modules)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config, and the slots beside it: transformers and PEFT, which save an adapter so, save both.
@@ -180,15 +179,11 @@ class MemorySlotsConfig(MemoryConfig):
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:
         """Return the config of the encoder's LoRA."""
-        modules = self.modules(decoder)
-        return LoraConfig(
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            target_modules=list(modules),
-            fan_in_fan_out=all(map(stored_transposed, modules.values())),
-            inference_mode=True,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=self.base_model_name_or_path,
+        return lora_config(
+            self.modules(decoder),
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            base_model=self.base_model_name_or_path,
         )
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
