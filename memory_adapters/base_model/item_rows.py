@@ -12,7 +12,17 @@ from memory_adapters.base_model.chat import rendered_question
 from memory_adapters.base_model.tokens import continued_prompt, last_token_of, shared_length, tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 
-__all__ = ["IGNORED", "Row", "ScoredRow", "chat_row", "document_rows", "fact_row", "plain_rows", "question_row"]
+__all__ = [
+    "IGNORED",
+    "Row",
+    "ScoredRow",
+    "chat_row",
+    "document_rows",
+    "fact_row",
+    "keys_at_names",
+    "plain_rows",
+    "question_row",
+]
 
 IGNORED = -100
 
@@ -130,3 +140,17 @@ def document_rows(item: Document, tokenizer: PreTrainedTokenizerBase, max_length
     ids = tokenize(tokenizer, item.text)
     windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
     return [Row(window, 1, list(range(len(window))), window, True) for window in windows if len(window) > 1]
+
+
+def keys_at_names(row: Row, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Return a question's row whose keys lie at the names that its question has; the row itself if it has none.
+
+    The other words of a question are those of every question: keys there would open on all of them.
+    """
+    prompt = str(tokenizer.decode(row.input_ids[: row.first_label]))
+    ends = sorted({prompt.rindex(name) + len(name) for name in names if name in prompt})
+    if not ends:
+        return row
+    ids = row.input_ids[: row.first_label]
+    places = [min(last_token_of(tokenizer, prompt, end, ids, rendered=True), row.first_label - 1) for end in ends]
+    return replace(row, key_positions=places)

@@ -37,10 +37,10 @@ LAST_TOKENS = 32  # of a row, that its cache keeps
 GATE = "_memory_gate"  # attribute of a LoRA's B matrix: the reader that gates it, and the adapter's name
 
 
-def begin_pass(stack: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+def begin_pass(stack: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Note what a pass continues: the forward pre-hook of the decoder stack."""
     cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-    ids = kwargs.get("input_ids", _args[0] if _args else None)
+    ids = kwargs.get("input_ids", args[0] if args else None)
     continued = cache is not None and cache.get_seq_length() > 0
     opened, last = getattr(cache, MARK, ({}, None)) if continued else ({}, None)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, fact_row, plain_rows
-from memory_adapters.base_model.tokens import last_token_of, tokenize
+from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, fact_row, keys_at_names, plain_rows
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
-from memory_adapters.training.rows import TrainingTurn, other_names
+from memory_adapters.training.rows import TrainingTurn, known_names, other_names
 
 __all__ = ["build_turns", "key_rows", "phrasings", "spellings"]
 
@@ -111,7 +110,7 @@ def build_turns(
     """
     turns: list[TrainingTurn] = []
     notes: list[str] = []
-    names = [name for item in known if isinstance(item, Fact) for name in (item.subject, *item.aliases)]
+    names = known_names(known)
     for index, item in enumerate(items):
         if isinstance(item, Document):
             windows = document_rows(item, tokenizer, max_length)
@@ -120,7 +119,7 @@ def build_turns(
                 notes.append(f"document {index} was split into {len(windows)} windows")
             continue
         rows = [
-            _named(row, names, tokenizer) if isinstance(item, QuestionAnswer) else row
+            keys_at_names(row, names, tokenizer) if isinstance(item, QuestionAnswer) else row
             for row in plain_rows([item], tokenizer, max_length)
         ]
         chats: list[Row | None] = [chat_row(item, tokenizer)]
@@ -130,7 +129,7 @@ def build_turns(
             asked = phrasings(item) if rephrase else []
             chats += [_about(chat_row(QuestionAnswer(text, item.target), tokenizer), item, tokenizer) for text in asked]
         else:
-            chats = [None if chats[0] is None else _named(chats[0], names, tokenizer)]
+            chats = [None if chats[0] is None else keys_at_names(chats[0], names, tokenizer)]
         rows += [row for row in chats if row is not None]
         kind = "fact" if isinstance(item, Fact) else "question"
         turns += [TrainingTurn(kind, index, [row]) for row in rows if len(row.input_ids) <= max_length]
@@ -138,18 +137,7 @@ def build_turns(
 
 
 def _about(row: Row | None, fact: Fact, tokenizer: PreTrainedTokenizerBase) -> Row | None:
-    return None if row is None else _named(row, [fact.subject], tokenizer)
-
-
-def _named(row: Row, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Row:
-    """Return a row whose keys lie at the names that its question has, if it has some."""
-    prompt = str(tokenizer.decode(row.input_ids[: row.first_label]))
-    ends = sorted({prompt.rindex(name) + len(name) for name in names if name in prompt})
-    if not ends:
-        return row
-    ids = row.input_ids[: row.first_label]
-    places = [min(last_token_of(tokenizer, prompt, end, ids, rendered=True), row.first_label - 1) for end in ends]
-    return replace(row, key_positions=places)
+    return None if row is None else keys_at_names(row, [fact.subject], tokenizer)
 
 
 def spellings(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -17,7 +17,7 @@ from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import pad_rows
 from memory_adapters.files.atomic import scratch_folder
-from memory_adapters.items import Fact, Item
+from memory_adapters.items import Fact, Item, QuestionAnswer
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
@@ -27,7 +27,7 @@ from memory_adapters.residual_mlp.prompts import locality_turns
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.training.checkpoints import checkpoint_to_resume, digest_of
 from memory_adapters.training.dataset import Teacher, TurnDataset
-from memory_adapters.training.rows import TrainingTurn, build_turns, make_prefixes
+from memory_adapters.training.rows import TrainingTurn, build_turns, known_names, make_prefixes
 from memory_adapters.training.stored_states import ReusedStates
 from memory_adapters.training.trainer import only_trainable
 
@@ -70,10 +70,12 @@ class Writer:
         self.max_length = longest_row(self.model, self.config)
         texts = list(unrelated) if unrelated is not None else self._sampled()
         self.prefixes = make_prefixes(texts, self.config.num_prefixes, self.config.seed)
-        settings: dict[str, Any] = dict(prefixes=self.prefixes, max_length=self.max_length)
+        names = known_names([*earlier, *items])
+        settings: dict[str, Any] = dict(prefixes=self.prefixes, max_length=self.max_length, names=names)
         self.turns, self.notes = build_turns(items, self.tokenizer, **settings)
         self.rehearsed, _ = build_turns(earlier, self.tokenizer, **settings)
-        self.unrelated = unrelated_rows(items, self.tokenizer, texts, self.max_length, chat=False)
+        asked = any(isinstance(item, QuestionAnswer) for item in items)
+        self.unrelated = unrelated_rows(items, self.tokenizer, texts, self.max_length, chat=asked)
 
     def _sampled(self) -> list[str]:
         with self.memory.disabled():

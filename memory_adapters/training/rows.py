@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, fact_row, plain_rows
+from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, fact_row, keys_at_names, plain_rows
 from memory_adapters.base_model.tokens import tokenize
-from memory_adapters.items import Document, Fact, Item
+from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 
-__all__ = ["TrainingTurn", "build_turns", "make_prefixes"]
+__all__ = ["TrainingTurn", "build_turns", "known_names", "make_prefixes"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ class TrainingTurn:
 
 
 def build_turns(
-    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, *, prefixes: Sequence[str], max_length: int
+    items: Sequence[Item],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefixes: Sequence[str],
+    max_length: int,
+    names: Sequence[str] = (),
 ) -> tuple[list[TrainingTurn], list[str]]:
     """Tokenise items for training.
 
@@ -44,6 +49,7 @@ def build_turns(
         tokenizer: The model's tokenizer.
         prefixes: Texts to put before facts, so that they hold outside their own prompt.
         max_length: Longest row in tokens.
+        names: What facts are about: where a question has one of these, its keys lie there.
 
     Returns:
         The turns, and notes for the user.
@@ -63,13 +69,16 @@ def build_turns(
                 notes.append(f"document {index} of {tokens} tokens was split into {len(windows)} windows")
             continue
         kind = "fact" if isinstance(item, Fact) else "question"
-        turns.append(TrainingTurn(kind, index, plain_rows([item], tokenizer, max_length)))
+        rows = plain_rows([item], tokenizer, max_length)
+        if isinstance(item, QuestionAnswer):
+            rows = [keys_at_names(row, names, tokenizer) for row in rows]
+        turns.append(TrainingTurn(kind, index, rows))
         if isinstance(item, Fact):
             varied = [fact_row(item, tokenizer, prefix) for prefix in prefixes]
             varied += [fact_row(item, tokenizer, alias=name) for name in other_names(item, tokenizer)]
         else:
             chat = chat_row(item, tokenizer)
-            varied = [] if chat is None else [chat]
+            varied = [] if chat is None else [keys_at_names(chat, names, tokenizer)]
             not_rendered += chat is None and bool(tokenizer.chat_template)
         if varied := [row for row in varied if len(row.input_ids) <= max_length]:
             turns.append(TrainingTurn(kind, index, varied))
@@ -79,6 +88,11 @@ def build_turns(
             "them as they are written"
         )
     return turns, notes
+
+
+def known_names(items: Sequence[Item]) -> list[str]:
+    """Return the subjects of facts, and their aliases."""
+    return [name for item in items if isinstance(item, Fact) for name in (item.subject, *item.aliases)]
 
 
 def other_names(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> list[str]:
