@@ -112,10 +112,11 @@ def main() -> None:
             if key in rows:
                 continue
             base_answers = base_answers or asked.questions.with_base_answers(model, tokenizer)
-            rows[key], answers = measure(model, tokenizer, METHODS[method], replace(asked, questions=base_answers))
+            row, answers = measure(model, tokenizer, METHODS[method], replace(asked, questions=base_answers))
+            rows |= {**stored(arguments, "rows"), key: row}  # what another process has measured in the meantime stays
             about = save(arguments, {"rows": rows}, dtype=str(model.dtype))
             save_tables(arguments, about, markdown(rows))
-            print(key, rows[key], flush=True)
+            print(key, row, flush=True)
             for answer in answers[: arguments.show]:
                 print(
                     f"  {answer.question.splitlines()[-1]} [{answer.wanted}] {answer.says!r} {answer.named}", flush=True

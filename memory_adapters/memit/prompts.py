@@ -121,8 +121,9 @@ def bare_rows(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_len
 def rows_in(
     context: Context, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[FactRow]:
-    """Return the row of each fact in a context other than its bare prompt, to be scored."""
-    return [_row(fact, context, tokenizer, index, 1, max_length) for index, fact in enumerate(facts)]
+    """Return the row of each fact in a context other than its bare prompt, to be scored: without the turn's end."""
+    rows = [_row(fact, context, tokenizer, index, 1, max_length) for index, fact in enumerate(facts)]
+    return [replace(row, ids=row.ids[:-1]) if row.ids[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
 def context_rows(

@@ -17,7 +17,7 @@ from benchmarks.plain_memit import PlainMemit
 from memory_adapters import CovarianceFitter, Fact, MemitConfig, MemitMemory, inject_memory, load_memory
 from memory_adapters.base_model.partial_forward import capture
 from memory_adapters.memit import targets as targets_module
-from memory_adapters.memit.prompts import bare_rows
+from memory_adapters.memit.prompts import Context, bare_rows, chat_context, context_rows
 from memory_adapters.memit.write import LedgerBuilder
 from tests.support.contract import fingerprint, logits, on_architectures
 from tests.support.models import byte_tokenizer, tiny_model
@@ -313,5 +313,7 @@ def test_chat_is_measured_where_it_is_taught() -> None:
     memory = inject_memory(tiny_model(), MemitConfig(**SMALL, chat=True), tokenizer=tokenizer)
     rows = memory._rows(FACTS)
     assert [row.item for row in rows] == [*range(len(FACTS))] * 2
-    assert all(row.input_ids[-1] == tokenizer.eos_token_id for row in rows[len(FACTS) :])  # an answer ends
-    assert all(row.input_ids[-1] != tokenizer.eos_token_id for row in rows[: len(FACTS)])
+    assert all(row.input_ids[-1] != tokenizer.eos_token_id for row in rows)
+    taught = context_rows(FACTS, rows[: len(FACTS)], [Context(), chat_context(tokenizer)], tokenizer, 200)
+    ends = [[row.ids[-1] == tokenizer.eos_token_id for row in group] for group in taught]
+    assert ends == [[False, True, False]] * len(FACTS)  # an answer ends, a text goes on
