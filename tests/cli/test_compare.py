@@ -18,6 +18,7 @@ from tests.support.models import byte_tokenizer, tiny_model
 
 TRAINING = ["learning_rate=0.01", "min_steps=2", "num_train_epochs=1", "num_prefixes=1"]
 COMPARED = {
+    "gated_lora": ("lora_rank=2", "num_train_epochs=2", "num_prefixes=1"),
     "residual": QUICK["residual"],
     **dict.fromkeys(("memit", "alphaedit", "emmet"), QUICK["memit"]),
     "slots": QUICK["slots"],
