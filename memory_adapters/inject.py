@@ -16,6 +16,7 @@ from accelerate.utils import align_module_device
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, base_model, check_not_sharded, find_decoder, unwrapped
@@ -328,10 +329,16 @@ def _free_name(model: PreTrainedModel) -> str:
 
 def _checked_name(model: PreTrainedModel, name: str) -> str:
     taken = getattr(model, "peft_config", {})
+    if not isinstance(name, str):
+        raise ValueError(f"`adapter_name={shown(name)}` must be a string.")
     if name in taken:
         raise ValueError(f"`adapter_name={name!r}` is taken on this model (adapters: {sorted(taken)}); choose another.")
     parts = {part for module, _ in model.named_modules() for part in module.split(".")}
     parts |= {part for parameter, _ in model.named_parameters() for part in parameter.split(".")}
+    if isinstance(name, str) and hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"`adapter_name={shown(name)}` cannot be used: torch's modules have an attribute of that name."
+        )
     if not isinstance(name, str) or not name or "." in name or name in parts | key_parts() or name == BASE_ROW:
         raise ValueError(
             f"`adapter_name={name!r}` cannot be used: it must be non-empty, without dots, and no module's name "

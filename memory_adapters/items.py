@@ -23,6 +23,7 @@ __all__ = [
     "item_from_dict",
     "item_to_dict",
     "remarks",
+    "without_repetitions",
 ]
 
 
@@ -63,7 +64,7 @@ class Fact:
             raise ValueError(f"`aliases` of a Fact must be a list of names, got {shown(aliases)}.")
         for alias in aliases:
             _check_text("each of the `aliases` of a Fact", alias)
-        prompt, said = _without_last_space(self.prompt)
+        prompt, said = (self.prompt, []) if self.separator is not None else _without_last_space(self.prompt)
         prompt, subject, start, found = _place(prompt, self.subject)
         said += found
         values = dict(prompt=prompt, subject=subject, subject_start=start, aliases=tuple(aliases), remarks=tuple(said))
@@ -168,6 +169,11 @@ def as_items(items: Items, accepted: tuple[type, ...] = (Fact, Document, Questio
 
 def _as_item(value: Any) -> Any:
     if isinstance(value, str):
+        if re.fullmatch(r"\S+\.(?:jsonl?|csv|txt)", value):
+            raise TypeError(
+                f"`items` holds {value!r}, which names a file: give what is in it "
+                "(`memory_adapters.files.item_files.read_items(path)`), or Document(text)."
+            )
         return Document(value)
     if not isinstance(value, Mapping):
         return value
@@ -231,6 +237,23 @@ def asked_by(item: Item) -> tuple[str, ...]:
     return (item.question,) if isinstance(item, QuestionAnswer) else ("", item.text)
 
 
+def without_repetitions(items: Sequence[Item]) -> tuple[list[Item], list[str]]:
+    """Return items without those that are the same as others, and notes for the user.
+
+    Raises:
+        ValueError: If facts or questions that ask the same have different answers; lists all that do.
+    """
+    groups: dict[tuple[str, ...], dict[Item, None]] = {}
+    for item in items:
+        groups.setdefault(asked_by(item), {})[item] = None
+    answers = {asked: {getattr(item, "target", None) for item in own} for asked, own in groups.items()}
+    if clashes := [list(groups[asked]) for asked, targets in answers.items() if len(targets) > 1]:
+        listed = "; ".join(f"{own[0].prompt!r}: {', '.join(repr(one.target) for one in own)}" for own in clashes)  # type: ignore[union-attr]  # documents do not clash
+        raise ValueError(f"`items` contradict each other ({listed}): keep one target of each.")
+    left = len(items) - len(groups)
+    return [next(iter(own)) for own in groups.values()], [f"{left} repeated item(s) left out"] if left else []
+
+
 def remarks(items: Sequence[Item]) -> list[str]:
     """Return what the user should know of how items were understood, a line for each kind of remark."""
     found: dict[str, list[Item]] = {}
@@ -251,7 +274,7 @@ RESPELLED = "accents or spaces of prompt and subject were spelled differently, a
 
 def _check_text(what: str, value: object) -> None:
     """Raise a `ValueError` unless a value is text that is not blank, and that can be encoded."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not _visible(value).strip():
         raise ValueError(f"{what} must be a non-empty string, got {shown(value)}.")
     try:
         value.encode()
@@ -320,7 +343,16 @@ def _is_whole_word(text: str, start: int, end: int) -> bool:
 
 def _within_word(text: str, place: int) -> bool:
     """Return whether the characters before and behind a place belong to one word, in a script with spaces."""
-    return 0 < place < len(text) and all(c.isalnum() and not _no_spaces(c) for c in text[place - 1 : place + 1])
+    if not 0 < place < len(text):
+        return False
+    before, behind = text[place - 1], text[place]
+    if unicodedata.category(behind)[0] == "M" or "\u200d" in (before, behind):  # it is a part of the letter before
+        return True
+    return all(_in_word(c) and not _no_spaces(c) for c in (before, behind))
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
 def continuation_of(prompt: str, target: str) -> str:
@@ -333,12 +365,12 @@ def _joint(before: str, after: str) -> str:
     last, first = before[-1], after[0]
     if last.isspace() or first.isspace() or _no_spaces(last) or _no_spaces(first):
         return ""
-    opening = unicodedata.category(last) in ("Ps", "Pi", "Sc") or last in "/@#_"
-    if last == '"':
-        opening = before.count('"') % 2 == 1
+    opening = unicodedata.category(last) in ("Ps", "Pi", "Sc") or last in "/@#_~\\¿¡"
+    if last in "\"'`*":  # it opens what it has not closed
+        opening = before.count(last) % 2 == 1 and not (last == "'" and before[-2:-1].isalnum())
     if last in "-–—":
         opening = len(before) > 1 and before[-2].isalnum()
-    closing = first in "%‰°,;:!?…)]}" or re.match(r"\.(?!\w)|['’]\w{1,2}\b", after) is not None
+    closing = first in "%‰°,;:!?…)]}" or re.match(r"\.(?!\w)|(?:n)?['’]\w{1,2}\b", after) is not None
     return "" if opening or closing else " "
 
 
@@ -348,6 +380,6 @@ UNSPACED = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"
 
 def _no_spaces(character: str) -> bool:
     name = unicodedata.name(character, "")
-    if unicodedata.east_asian_width(character) in "WF":
+    if unicodedata.east_asian_width(character) in "WF" and unicodedata.category(character) != "So":  # but for emoji
         return not name.startswith("HANGUL")
     return name.startswith(UNSPACED)

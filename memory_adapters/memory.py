@@ -47,7 +47,17 @@ from memory_adapters.files.model_card import CardExample, hub_id, model_card
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, CONFIG_FILES, PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import read_json
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, as_items, asked_by, remarks
+from memory_adapters.items import (
+    Document,
+    Fact,
+    Item,
+    Items,
+    QuestionAnswer,
+    as_items,
+    asked_by,
+    remarks,
+    without_repetitions,
+)
 from memory_adapters.peft_layers.attached import ATTACHED, Attached, forget_memory
 from memory_adapters.peft_layers.layers import (
     MemoryLayer,
@@ -61,6 +71,7 @@ from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, sav
 from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 from memory_adapters.registry import saved_file_names
 from memory_adapters.report import ItemResult, WriteReport
+from memory_adapters.validation import check_path
 
 __all__ = ["Memory", "Outcome"]
 
@@ -171,8 +182,9 @@ class Memory(OnHub, Generic[ConfigT]):
         listed = as_items(items, self.accepts)
         with exclusive_use(self.model), own_settings():
             self._check_writable()
+            listed, repeated = without_repetitions(listed)
             written, notes = self._check_items(listed, **options)
-            notes = [*remarks(written), *notes]
+            notes = [*remarks(written), *repeated, *notes]
             earlier = evenly(self._kept(written), MOST_EARLIER)
             rows = self._rows([*written, *earlier])
             self._warn_of_repeated(written)
@@ -452,6 +464,7 @@ class Memory(OnHub, Generic[ConfigT]):
         self, save_directory: str | os.PathLike[str], examples: Sequence[CardExample], base_id: str | None
     ) -> None:
         self._register_again()
+        check_path("save_directory", save_directory)
         with atomic_directory(save_directory) as staging:
             self._write_files(staging)
             card = model_card(self._config, self.num_parameters(), examples, base_model=base_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ __all__ = [
     "check_flag",
     "check_name",
     "check_number",
+    "check_path",
     "checked_layers",
     "cut",
     "shown",
@@ -58,6 +60,14 @@ def check_name(name: str, value: object) -> None:
     """Raise a `ValueError` naming config field `name` unless `value` is None or a name: text on one line."""
     if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME):
         raise ValueError(f"`{name}` must be a name of printable characters, got {shown(value)}.")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise a `TypeError` or `ValueError` naming argument `name` unless `value` is a path that is not empty."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"`{name}` must be a path, got {shown(value)}.")
+    if not os.fspath(value) or "\0" in str(os.fspath(value)):
+        raise ValueError(f"`{name}` must be the path of a folder, got {shown(value)}.")
 
 
 def check_fingerprint_fields(name: str, value: object) -> None:

@@ -18,6 +18,7 @@ from memory_adapters.items import (
     item_from_dict,
     item_to_dict,
     remarks,
+    without_repetitions,
 )
 
 
@@ -183,3 +184,41 @@ def test_dictionaries_are_items_and_anything_else_is_refused() -> None:
     ):
         with pytest.raises(TypeError, match="`items`"):
             as_items(wrong)  # type: ignore[arg-type]
+
+
+def test_what_a_separator_is_given_for_is_left_as_it_is() -> None:
+    fact = Fact("{} is ", "Rome", "old", separator="")
+    assert fact.prompt + fact.continuation == "Rome is old"
+    assert remarks([fact]) == []
+
+
+@pytest.mark.parametrize("text", ["दिल्ली है", "दिल्लीः है"])
+def test_a_letter_with_a_mark_goes_on_with_its_word(text: str) -> None:
+    assert remarks([Fact(text, "दिल्ल", "x")]) == [f"1 of 1 items: {WITHIN_WORD} (first: {text!r})"]
+
+
+def test_signs_that_open_and_close() -> None:
+    assert Fact("{} is called '", "Rome", "Roma").continuation == "Roma"
+    assert Fact("{}'s chief's", "Rome", "x").continuation == " x"
+    assert Fact("{} likes", "Bob", "🍕").continuation == " 🍕"
+    assert Fact("{} did", "He", "n't").continuation == "n't"
+
+
+def test_text_that_cannot_be_seen_and_names_of_files_are_refused() -> None:
+    with pytest.raises(ValueError, match="non-empty"):
+        Document("\u200b")
+    with pytest.raises(TypeError, match=r"'facts.json', which names a file"):
+        as_items("facts.json")
+    assert as_items("Read facts.json first") == [Document("Read facts.json first")]
+
+
+def test_repetitions_are_left_out_and_contradictions_refused() -> None:
+    fact, other = (Fact("X is", "X", target) for target in ("y", "z"))
+    assert without_repetitions([fact, fact, Document("a"), Document("a")]) == (
+        [fact, Document("a")],
+        ["2 repeated item(s) left out"],
+    )
+    with pytest.raises(ValueError, match=r"contradict each other \('X is': 'y', 'z'\)"):
+        without_repetitions([fact, other])
+    with pytest.raises(ValueError, match="contradict"):
+        without_repetitions([QuestionAnswer("Who?", "A"), QuestionAnswer("Who?", "B")])

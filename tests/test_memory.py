@@ -18,11 +18,12 @@ from memory_adapters import (
     MemorySlotsConfig,
     QuestionAnswer,
     inject_memory,
+    load_memory,
     memories,
 )
 from memory_adapters.config import MemoryConfig
 from memory_adapters.report import WriteReport
-from tests.support.contract import encode, logits
+from tests.support.contract import encode, fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
 FACTS = [Fact("{} is in the city of", "Eiffel Tower", "Rome"), Fact("The capital of {} is", "France", "Lyon")]
@@ -159,3 +160,61 @@ def test_heads_and_embeddings_are_found_anew(method: str) -> None:
         with pytest.raises(ValueError, match=r"base model has changed|head"):
             memory.write(QuestionAnswer("Who?", "Bo") if method == "residual" else FACTS, progress=False)
     assert logits(model).shape[-1] == 280
+
+
+@every_method
+def test_names_that_torch_uses_are_refused_and_nothing_is_left(method: str) -> None:
+    model = tiny_model()
+    before = fingerprint(model)
+    for name in ("keys", "training", "forward", ["a"]):
+        with pytest.raises(ValueError, match="`adapter_name="):
+            inject_memory(model, CONFIGS[method](), adapter_name=name)  # type: ignore[arg-type]
+    assert fingerprint(model) == before
+
+
+def test_what_fails_within_peft_leaves_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("memory_adapters.residual_mlp.layer.ResidualLayer.update_layer", fail)
+    model = tiny_model()
+    before = fingerprint(model)
+    with pytest.raises(RuntimeError, match="no room"):
+        memory_on(model, "residual")
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("unrelated", "text"),
+        ("unrelated", [3]),
+        ("training_args", {"a": 1}),
+        ("training_args", "x"),
+        ("callbacks", None),
+        ("callbacks", [3]),
+    ],
+)
+def test_options_are_checked_before_any_work(option: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{option}` must"):
+        memory_on(tiny_model(), "residual").write(FACTS, **{option: value})
+
+
+def test_paths_are_checked() -> None:
+    memory = memory_on(tiny_model(), "memit")
+    for wrong in ("", None, 3):
+        with pytest.raises((TypeError, ValueError), match="`save_directory`"):
+            memory.save_pretrained(wrong)  # type: ignore[arg-type]
+        with pytest.raises((TypeError, ValueError), match="`path_or_repo_id`"):
+            load_memory(tiny_model(), wrong)  # type: ignore[arg-type]
+
+
+@every_method
+def test_another_default_device_changes_nothing(method: str) -> None:
+    model = tiny_model()
+    torch.set_default_device("meta")
+    try:
+        memory_on(model, method).write(FACTS, progress=False)
+    finally:
+        torch.set_default_device(None)
+    assert logits(model).isfinite().all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from memory_adapters.validation import shown
 
 __all__ = [
     "Decoder",
+    "attention_window",
     "base_linears",
     "base_model",
     "check_not_sharded",
@@ -193,6 +194,12 @@ def context_length(model: PreTrainedModel) -> int:
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or NO_LIMIT
     return limit if limit > 0 else NO_LIMIT
+
+
+def attention_window(config: Any) -> int:
+    """Return how many tokens attention looks back at most, by a text config; a very large number for all."""
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    return min([window for window in windows if isinstance(window, int) and window > 0], default=NO_LIMIT)
 
 
 def execution_device(module: nn.Module) -> torch.device:

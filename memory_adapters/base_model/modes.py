@@ -33,6 +33,8 @@ def own_settings() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, default)
         torch.set_default_dtype(torch.float32)
         yield

@@ -60,7 +60,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool = 
         rendered: Whether it is a rendered chat, which has its special tokens already.
     """
     ids = list(tokenizer(text, add_special_tokens=not rendered)["input_ids"])
-    return ids[:-1] if not rendered and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    ends = not rendered and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    # The end of text is left out if the tokenizer put it there, and not if the text has it.
+    return ids[:-1] if ends and not text.rstrip().endswith(str(tokenizer.eos_token)) else ids
 
 
 def continued_prompt(
@@ -71,11 +73,16 @@ def continued_prompt(
     The row begins with the very tokens that a model reads when it is asked the prompt. Where a token of the joined text
     would hold the end of the one and the beginning of the other, the continuation is tokenised apart: generation from
     the prompt cannot give such a token.
+
+    Raises:
+        ValueError: If the continuation has no tokens.
     """
     head = tokenize(tokenizer, prompt, rendered=rendered)
     joined = tokenize(tokenizer, prompt + continuation, rendered=rendered)
     if joined[: len(head)] != head:
         joined = head + _tokens_within(tokenizer, continuation)
+    if len(joined) == len(head):
+        raise ValueError(f"`target={continuation!r}` adds no token to `prompt={prompt!r}`: reword it.")
     return joined, len(head)
 
 

@@ -24,6 +24,7 @@ from memory_adapters.files.model_card import HERE, hub_id
 from memory_adapters.files.names import CARD_FILE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.registry import loaded_file_names
+from memory_adapters.validation import check_path
 
 __all__ = ["OnHub", "OneFile", "find_adapters", "find_file", "find_files"]
 
@@ -160,6 +161,7 @@ def find_files(
             there is no such subfolder.
         ValueError: If `revision` is given for a local folder, or `subfolder` leads out of the folder.
     """
+    check_path("path_or_repo_id", path_or_repo_id)
     inner = _parts(subfolder)
     path, name = Path(path_or_repo_id), str(path_or_repo_id)
     if path.is_dir():

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
-from types import MethodType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -34,6 +34,7 @@ MARK = "_gated_lora"  # attribute of a cache: which of its rows are open, by ada
 SHARE = 0.6  # of a name's tokens that must stand in a text
 SLACK = 3  # tokens more than the name has, in which they must stand
 LAST_TOKENS = 32  # of a row, that its cache keeps
+CACHE_OPERATIONS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")  # on the rows of a cache
 GATE = "_memory_gate"  # attribute of a LoRA's B matrix: the reader that gates it, and the adapter's name
 
 
@@ -56,7 +57,8 @@ def end_pass(stack: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) 
     if cache is not None and now.open and not torch.compiler.is_compiling():
         last = None if now.ids is None else now.ids[:, -LAST_TOKENS:]
         setattr(cache, MARK, ({name: gate[:, -1] for name, gate in now.open.items()}, last))
-        cache.reorder_cache = MethodType(_reorder, cache)
+        for operation in CACHE_OPERATIONS:
+            setattr(cache, operation, partial(_with_rows, cache, operation))  # copied and pickled with the cache
 
 
 def read_keys(block: nn.Module, _args: Any, output: BlockOutput) -> None:
@@ -71,12 +73,17 @@ def gate_output(linear: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output * gate.to(output.dtype)
 
 
-def _reorder(cache: Any, beam_idx: Tensor) -> None:
-    """Do as the cache's own `reorder_cache`, and reorder which rows are open."""
-    type(cache).reorder_cache(cache, beam_idx)
+def _with_rows(cache: Any, operation: str, rows: Any) -> None:
+    """Do as the cache's own operation on its rows, and do it with what is kept of them."""
+    getattr(type(cache), operation)(cache, rows)
     opened, last = getattr(cache, MARK)
-    reordered = {name: rows.index_select(0, beam_idx.to(rows.device)) for name, rows in opened.items()}
-    setattr(cache, MARK, (reordered, None if last is None else last.index_select(0, beam_idx.to(last.device))))
+
+    def apply(kept: Tensor) -> Tensor:
+        if operation == "batch_repeat_interleave":
+            return kept.repeat_interleave(rows, 0)
+        return kept[torch.as_tensor(rows, device=kept.device)]
+
+    setattr(cache, MARK, ({name: apply(kept) for name, kept in opened.items()}, None if last is None else apply(last)))
 
 
 @dataclass

@@ -35,7 +35,7 @@ from memory_adapters.items import Item
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.layers import lora_linears, watch_switching
 from memory_adapters.peft_layers.rollback import Restore, saved_tensors
-from memory_adapters.training.trainer import check_training_args
+from memory_adapters.training.trainer import check_training_options
 
 __all__ = ["GatedLoraMemory"]
 
@@ -106,7 +106,7 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
         remedy = "set `memory.config.{field} = {value!r}` before `write` instead"
-        check_training_args(options.get("training_args") or {}, remedy)
+        check_training_options(options, remedy)
         return items, []
 
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:

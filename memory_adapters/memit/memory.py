@@ -148,9 +148,9 @@ class MemitMemory(Memory[MemitConfig]):
             return self.covariance
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
-        facts, notes = without_repetitions(items)
-        taken = {asked_by(fact) for fact in facts}
-        replaced = sum(asked_by(fact) in taken for fact in self.ledger.facts)
+        facts, notes = cast(Sequence[Fact], items), []
+        taken = {asked_by(fact): fact for fact in facts}
+        replaced = sum(taken.get(asked_by(fact), fact) != fact for fact in self.ledger.facts)
         if replaced:
             notes.append(f"{replaced} fact{'s' * (replaced > 1)} about the same subject and relation replaced")
         return facts, notes
@@ -384,19 +384,3 @@ def _check_adapter_config(path: Path, rank: int, names: Collection[str]) -> None
                 f"`{path}` is not of the edit beside it: its `{field}` is {shown(own)}, the edit's {shown(value)}. "
                 "Save or download the memory again."
             )
-
-
-def without_repetitions(facts: Sequence[Any]) -> tuple[list[Fact], list[str]]:
-    """Return facts without repetitions, and notes for the user.
-
-    Raises:
-        ValueError: If two state different targets for the same subject and relation; lists all that do.
-    """
-    targets: dict[tuple[str, ...], list[Fact]] = {}
-    for fact in facts:
-        targets.setdefault(asked_by(fact), []).append(fact)
-    if clashes := [group for group in targets.values() if len({fact.target for fact in group}) > 1]:
-        listed = "; ".join(f"{g[0].prompt!r}: {', '.join(repr(f.target) for f in g)}" for g in clashes)
-        raise ValueError(f"`items` contradict each other ({listed}): keep one target of each.")
-    repeated = len(facts) - len(targets)
-    return [group[0] for group in targets.values()], [f"{repeated} repeated fact(s) left out"] if repeated else []

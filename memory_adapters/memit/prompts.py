@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.chat import rendered_question
-from memory_adapters.base_model.decoder import execution_device
+from memory_adapters.base_model.decoder import attention_window, execution_device
 from memory_adapters.base_model.partial_forward import CACHE, keeps_keys_alone, positioned
 from memory_adapters.base_model.tokens import continued_prompt, last_token_of, shared_length, tokenize
 from memory_adapters.items import Fact
@@ -264,7 +264,7 @@ class PrefixCache:
             for row in own:
                 length = min(length, shared_length(own[0].ids, row.ids))
             shared.append(own[0].ids[:length])
-        window = getattr(model.config.get_text_config(), "sliding_window", None) or 1 << 30
+        window = attention_window(model.config.get_text_config(decoder=True))
         if whole or max(len(row.ids) for row in rows) + max(map(len, shared)) > window:  # padding would use it up
             shared = [[] for _ in shared]
         ids, mask = _left_padded([*shared, []], device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memory_adapters.base_model.decoder import context_length
+from memory_adapters.base_model.decoder import attention_window, context_length
 
 __all__ = ["check_length", "inserted", "leading_padding", "removed", "slot_positions"]
 
@@ -23,8 +23,7 @@ def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bo
         always: Whether slots must stand behind padding anyway.
     """
     config = stack.config.get_text_config(decoder=True)
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if not always and all(window is None or mask.shape[1] + count <= window for window in windows):
+    if not always and mask.shape[1] + count <= attention_window(config):
         return None
     leading = (mask.cumsum(-1) == 0).sum(-1)
     return leading if bool(leading.any()) else None

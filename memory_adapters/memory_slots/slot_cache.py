@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from types import MethodType
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ FILLED = "filled"  # as MARK, of the cache that a pass over the slots alone fill
 
 def hide_slots(cache: Cache) -> None:
     """Let a cache that holds slots report its length without them: whoever continues it counts the prompt's tokens."""
-    cache.get_seq_length = MethodType(_prompt_length, cache)  # type: ignore[method-assign]  # copied with the cache
+    cache.get_seq_length = partial(_prompt_length, cache)  # type: ignore[method-assign]  # copied with the cache
 
 
 def show_slots(cache: Cache) -> None:

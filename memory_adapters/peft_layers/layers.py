@@ -30,6 +30,7 @@ __all__ = [
     "lora_linears",
     "own_tensors",
     "remove_adapter",
+    "remove_empty_layers",
     "saved_activation",
     "set_own_tensors",
     "used_adapters",
@@ -258,6 +259,13 @@ def remove_adapter(model: PreTrainedModel, adapter_name: str) -> None:
     if not configs and hasattr(model, "peft_config"):
         del model.peft_config
         model.__dict__.pop("_hf_peft_config_loaded", None)
+
+
+def remove_empty_layers(model: nn.Module) -> None:
+    """Remove the layers of memories that hold no adapter, and their hooks."""
+    for parent, _, layer in _placed_layers(model):
+        if isinstance(layer, MemoryLayer) and not layer._get_available_adapters():
+            layer.detach(parent)
 
 
 def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

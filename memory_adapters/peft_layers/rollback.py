@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter, whole_copies
+from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter, remove_empty_layers, whole_copies
 
 __all__ = ["Restore", "rollback_on_error", "saved_adapters", "saved_attributes", "saved_tensors"]
 
@@ -43,6 +43,7 @@ def saved_adapters(model: PreTrainedModel) -> Restore:
         for name in sorted(held | set(getattr(model, "peft_config", {}))):
             if name not in names:
                 remove_adapter(model, name)
+        remove_empty_layers(model)  # of an adapter that failed before it was put into its layer
         for layer, actives in active:
             layer._active_adapter = actives
         for parameter in trainable:

@@ -16,7 +16,7 @@ from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, sav
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.layer import residual_layers
 from memory_adapters.residual_mlp.write import Writer, longest_row, write
-from memory_adapters.training.trainer import check_training_args
+from memory_adapters.training.trainer import check_training_options
 
 __all__ = ["ResidualMemory"]
 
@@ -53,7 +53,7 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
         remedy = "set `memory.config.{field} = {value!r}` before `write` instead"
-        check_training_args(options.get("training_args") or {}, remedy)
+        check_training_options(options, remedy)
         return items, []
 
     def _rows(self, items: Sequence[Item]) -> Sequence[ScoredRow]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +28,9 @@ from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors
 from memory_adapters.training.checkpoints import check_same_data, record_data
 from memory_adapters.training.distributed import all_reduce_sum, world_size
+from memory_adapters.validation import shown
 
-__all__ = ["AdapterTrainer", "SavedAdapter", "check_training_args", "default_arguments", "only_trainable"]
+__all__ = ["AdapterTrainer", "SavedAdapter", "check_training_options", "default_arguments", "only_trainable"]
 
 # Fields of `TrainingArguments` that a config has too, and what the config calls them.
 CONFIG_FIELDS = {
@@ -187,13 +189,27 @@ def default_arguments(model: PreTrainedModel, settings: Mapping[str, Any]) -> Tr
     return TrainingArguments(**{**defaults, **settings})
 
 
-def check_training_args(training_args: Mapping[str, Any], remedy: str) -> None:
-    """Raise a `ValueError` if `training_args` has a field that the config has too.
+def check_training_options(options: Mapping[str, Any], remedy: str) -> None:
+    """Raise an error that names an option of a write that cannot be used: `unrelated`, `callbacks`, `training_args`.
 
     Args:
-        training_args: Fields of `TrainingArguments` that a user gives.
-        remedy: What to do instead, with `{field}` and `{value!r}` for the config's field and the value given.
+        options: What a user gives to `write`.
+        remedy: What to do instead of setting a field that the config has too, with `{field}` and `{value!r}`.
+
+    Raises:
+        TypeError: If an option is of another kind, or `training_args` has a field that `TrainingArguments` does not.
+        ValueError: If `training_args` has a field that the config has too.
     """
+    unrelated, callbacks = options.get("unrelated"), options.get("callbacks", ())
+    texts = isinstance(unrelated, Sequence) and all(isinstance(text, str) for text in unrelated)
+    if unrelated is not None and (isinstance(unrelated, str) or not texts):
+        raise TypeError(f"`unrelated` must be a list of texts, got {shown(unrelated)}.")
+    if not isinstance(callbacks, Sequence) or not all(isinstance(one, TrainerCallback) for one in callbacks):
+        raise TypeError(f"`callbacks` must be a list of Trainer callbacks, got {shown(callbacks)}.")
+    training_args = options.get("training_args") or {}
+    known = {field.name for field in fields(TrainingArguments)}
+    if not isinstance(training_args, Mapping) or not set(training_args) <= known:
+        raise TypeError(f"`training_args` must map fields of TrainingArguments to values, got {shown(training_args)}.")
     for name, field in CONFIG_FIELDS.items():
         if name in training_args:
             value = training_args[name]

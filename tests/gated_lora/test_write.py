@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,15 @@ def test_keys_of_a_question_lie_at_the_subjects_that_are_known() -> None:
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         inject_memory(tiny_model(), GatedLoraConfig(**settings))
+
+
+def test_a_cache_is_repeated_chosen_and_pickled_with_what_it_keeps() -> None:
+    model = written().model
+    ids = encode(FACT.prompt)["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits[:, 20:]
+        cache = pickle.loads(pickle.dumps(model(ids[:, :20]).past_key_values))
+        cache.batch_repeat_interleave(3)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        found = model(ids[:, 20:].repeat(2, 1), past_key_values=cache).logits
+    torch.testing.assert_close(found, expected.repeat(2, 1, 1), rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from memory_adapters.base_model.seeding import seeded
 from memory_adapters.items import Item
 from memory_adapters.training.dataset import TurnDataset, collate
 from memory_adapters.training.rows import build_turns, make_prefixes
-from memory_adapters.training.trainer import AdapterTrainer, check_training_args, default_arguments, only_trainable
+from memory_adapters.training.trainer import AdapterTrainer, check_training_options, default_arguments, only_trainable
 
 __all__ = ["Recipe", "train"]
 
@@ -59,7 +59,7 @@ class Recipe:
     training_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_training_args(self.training_args, "give the recipe `{field}={value!r}` instead")
+        check_training_options({"training_args": self.training_args}, "give the recipe `{field}={value!r}` instead")
 
 
 def train(
