@@ -151,6 +151,8 @@ class MemitMemory(Memory[MemitConfig]):
         facts, notes = cast(Sequence[Fact], items), []
         taken = {asked_by(fact): fact for fact in facts}
         replaced = sum(taken.get(asked_by(fact), fact) != fact for fact in self.ledger.facts)
+        if again := sum(taken.get(asked_by(fact)) == fact for fact in self.ledger.facts):
+            notes.append(f"{again} fact(s) written already are written anew")
         if replaced:
             notes.append(f"{replaced} fact{'s' * (replaced > 1)} about the same subject and relation replaced")
         return facts, notes

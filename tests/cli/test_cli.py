@@ -102,7 +102,7 @@ def test_write_more(here: Path, tmp_path: Path) -> None:
     first = ["write", here / "model", here / "one.jsonl", "--output", target]
     run(*first, "--method", "memit", *quick("memit"), *ANY_RECALL)
     more = ["write", here / "model", here / "facts.json", "--output", target, "--adapter", target, *ANY_RECALL]
-    assert "1 fact about the same subject" in run(*more, "--set", "steps=1").stdout
+    assert "1 fact(s) written already" in run(*more, "--set", "steps=1").stdout
     known = said("info", target)
     assert [fact["target"] for fact in known["items"]] == ["Rome", "piano"]
     assert known["settings"] == {"layers": [1], "covariance_tokens": 128, "num_prefixes": 1, "steps": 1}

@@ -94,5 +94,7 @@ def test_compared(here: Path) -> None:
     # The second variant has a remark of its own, which what is set for the method does not change.
     remarks = [[note for note in own if note.startswith("remark: ")] for own in notes]
     assert remarks == [["remark: 'of the method'"], ["remark: 'more'"]]
-    assert all("replaced" in " ".join(own) for own in notes), "both start from the saved memory, which has the fact"
+    assert all("written already" in " ".join(own) for own in notes), (
+        "both start from the saved memory, which has the fact"
+    )
     assert found["toy"]["report"]["perplexity"] != found["nothing"]["report"]["perplexity"]
