@@ -264,7 +264,12 @@ class Memory(OnHub, Generic[ConfigT]):
         chats = dict(zip(tried, self._answered_in_chat([asked[i] for i in tried]), strict=True))
         return [
             ItemResult(
-                item.prompt, item.target, after.recalled[i], before.recalled[i], chats.get(i), earlier=i >= num_written
+                item.prompt,
+                item.target,
+                after.recalled[i][0],
+                before.recalled[i][0],
+                chats.get(i),
+                earlier=i >= num_written,
             )
             for i, item in asked.items()
         ]

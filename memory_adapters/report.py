@@ -46,7 +46,8 @@ class WriteReport:
     Attributes:
         method: The method's name.
         num_items: Number of items by kind, such as `{"Fact": 20}`.
-        recall: Share of the facts and questions of this write whose every target token is the model's first choice.
+        recall: Share of the facts and questions of this write whose every target token is the model's first choice
+            behind the prompt; of edits with `chat=True`, the mean of that and of the same in the chat template.
         recall_before: The same before the write.
         earlier_recall: The same for items of earlier writes (256 of them, where there are more).
         earlier_recall_before: The same before the write.

@@ -23,18 +23,19 @@ class Scores:
     """Store how a model does on what is written and on held-out text; see the fields of `WriteReport`.
 
     Attributes:
-        recalled: For each fact and question, by the index of the item, whether all of its rows are recalled.
+        recalled: For each fact and question, by the index of the item, whether each of its rows is recalled: first its
+            prompt as it is, then, if that was taught, in the chat template.
         token_accuracy: Share of the documents' tokens.
         perplexity: On held-out sentences.
     """
 
-    recalled: dict[int, bool]
+    recalled: dict[int, list[bool]]
     token_accuracy: float | None
     perplexity: float
 
     def recall(self, items: range) -> float | None:
-        """Return the share of these items that is recalled; None if none is a fact or a question."""
-        own = [right for item, right in self.recalled.items() if item in items]
+        """Return the share of the rows of these items that is recalled; None if none is a fact or a question."""
+        own = [right for item, rows in self.recalled.items() if item in items for right in rows]
         return sum(own) / len(own) if own else None
 
 
@@ -56,10 +57,10 @@ def scored(
     check_scores(found, model, decoder, ids)
     documents = torch.tensor([row.is_document for row in rows], dtype=torch.bool)
     right, count = found.right[: len(rows)], found.count[: len(rows)]
-    recalled: dict[int, bool] = {}
+    recalled: dict[int, list[bool]] = {}
     for row, hit in zip(rows, (right == count).tolist(), strict=True):
         if not row.is_document:
-            recalled[row.item] = recalled.get(row.item, True) and hit
+            recalled.setdefault(row.item, []).append(hit)
     loss = -found.log_prob[len(rows) :].sum() / found.count[len(rows) :].sum()
     return Scores(
         recalled=recalled,
