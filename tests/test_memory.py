@@ -218,3 +218,9 @@ def test_another_default_device_changes_nothing(method: str) -> None:
     finally:
         torch.set_default_device(None)
     assert logits(model).isfinite().all()
+
+
+def test_a_misspelt_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="`eiffel-towr` is no folder here"):
+        load_memory(tiny_model(), "eiffel-towr", local_files_only=True)

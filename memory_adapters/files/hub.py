@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
 
@@ -182,6 +182,10 @@ def find_files(
                 error.errno,
                 f"{os.strerror(error.errno)}: `{name}` cannot be kept in the Hub's cache, `{cache}`. Free space on its "
                 "disk, make it writable, or set `cache_dir` or HF_HOME to another folder.",
+            ) from error
+        if isinstance(error, LocalEntryNotFoundError):  # which does not say of what
+            raise LocalEntryNotFoundError(
+                f"`{name}` is no folder here, and could not be downloaded from the Hub: check its spelling. ({error})"
             ) from error
         if hasattr(error, "add_note"):
             error.add_note(f"There is no local folder `{name}` either.")
