@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -9,8 +10,23 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from memory_adapters.base_model.decoder import Decoder, base_linears, unwrapped
+from memory_adapters.base_model.partial_forward import CACHE
 
-__all__ = ["block_matrices", "lora_shapes", "stored_transposed", "takes_lora"]
+__all__ = ["block_matrices", "lora_shapes", "mixes_tokens", "mlp_matrices", "stored_transposed", "takes_lora"]
+
+# What the `forward` of attention, state spaces and convolutions over tokens takes, and that of an MLP does not.
+TOKEN_MIXING = {
+    "attention_mask",
+    "cache_params",
+    "cache_position",
+    "layer_past",
+    "past_key_value",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "state",
+    CACHE,
+}
 
 
 def block_matrices(decoder: Decoder, layers: Iterable[int]) -> dict[str, nn.Module]:
@@ -21,6 +37,22 @@ def block_matrices(decoder: Decoder, layers: Iterable[int]) -> dict[str, nn.Modu
         for path, module in base_linears(decoder.blocks[layer])
         if _weight(module) is not None
     }
+
+
+def mlp_matrices(decoder: Decoder, layers: Iterable[int]) -> dict[str, nn.Module]:
+    """Return the matrices of these blocks' MLPs that a LoRA can sit on, by full name; all of a block without any."""
+    found: dict[str, nn.Module] = {}
+    for layer in layers:
+        name, block = decoder.block_name(layer), decoder.blocks[layer]
+        every = {path: m for path, m in block_matrices(decoder, [layer]).items() if takes_lora(decoder, path, m)}
+        mixers = tuple(f"{name}.{path}." for path, child in block.named_children() if mixes_tokens(unwrapped(child)))
+        found |= {path: module for path, module in every.items() if not f"{path}.".startswith(mixers)} or every
+    return found
+
+
+def mixes_tokens(child: nn.Module) -> bool:
+    """Return whether a block's child looks at other tokens, as attention does and an MLP does not."""
+    return bool(TOKEN_MIXING & set(inspect.signature(child.forward).parameters))
 
 
 def takes_lora(decoder: Decoder, name: str, module: nn.Module) -> bool:

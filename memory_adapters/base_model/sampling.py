@@ -12,7 +12,7 @@ from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import origin
 from memory_adapters.base_model.seeding import seeded
 
-__all__ = ["HELD_OUT_SENTENCES", "OTHER_SUBJECTS", "PLAIN_SENTENCES", "sample_text", "start_token"]
+__all__ = ["HELD_OUT_SENTENCES", "OTHER_SUBJECTS", "PLAIN_QUESTIONS", "PLAIN_SENTENCES", "sample_text", "start_token"]
 
 # Other subjects to put in a fact's prompt, and sentences whose openings many texts share. They only have to be
 # ordinary: the memory learns to stay closed on them.
@@ -22,6 +22,28 @@ OTHER_SUBJECTS = (
     "Lake Geneva", "the Danube", "Mount Fuji", "Siemens", "General Electric", "Toyota Corolla", "Windows XP",
     "Adobe Photoshop", "Sony Walkman", "Real Madrid", "Oxford University", "The Godfather", "War and Peace",
     "Abbey Road", "The Economist", "Sesame Street", "Boeing 747", "Trans-Siberian Railway", "Roman Empire",
+)  # fmt: skip
+PLAIN_QUESTIONS = (
+    "How do I cook rice for four people?", "How can I get from the airport to the old town?",
+    "What do I need to renew my licence?", "What should I do if my phone is lost?", "How does it work?",
+    "What is the best way to learn a language?", "Which one is better for a beginner?", "What does this word mean?",
+    "Can you tell me how long the flight takes?", "Could you explain the rules to me?", "Is it safe to eat this?",
+    "Are there any shops open on Sunday?", "Do you know when the film begins?", "Does the price include breakfast?",
+    "Did they win the match last night?", "Has anyone seen my keys?", "Have you ever been to the mountains?",
+    "Will it rain tomorrow?", "Would you like a cup of tea?", "Should I take the bus or the train?",
+    "Who is the head of the department?", "Who runs this place, and who owns it?", "Whose idea was it?",
+    "Where can I find a good doctor?", "Where does the river begin?", "Where do they make these shoes?",
+    "When is the office open?", "When does the next course start?", "In what year did it happen?",
+    "How much does a ticket cost?", "How many people work there?", "How often do I have to water the plants?",
+    "How old is the building?", "How far is it to the sea?", "Why did the company change its name?",
+    "What kind of music do they play?", "What colour are the walls?", "What time is it?", "What is it made of?",
+    "What are the main products of the factory?", "What are three reasons to go there?",
+    "Which city is larger, and which country is it in?", "Which team does he play for?", "By whom was it built?",
+    "To whom should I send the letter?", "For what is she known?", "On which day of the week is the market?",
+    "Please tell me a joke.", "Tell me a story about a dog.", "Give me an example, please.",
+    "Name the largest animals in the zoo.", "Describe the picture in a few words.",
+    "Write an email to my landlord about the heating.", "I would like to know more about the job.",
+    "Summarise the text in one sentence.", "Translate this sentence, please.", "Let us talk about food.",
 )  # fmt: skip
 PLAIN_SENTENCES = (
     "What is the capital of this country, and how many people live there?",

@@ -1,283 +1,203 @@
-"""The gate of a LoRA: where it is open is found at one block, and used by the LoRA's matrices above it.
+"""The LoRAs of all things in one adapter: which of its ranks act at a token is what the gate says of their things.
 
-A row opens at its first token that is near a key, and stays open, also in later passes that continue its cache. States
-of things that share a part of their name are alike, so a second witness is asked: most tokens of the subject's name
-must stand there. Three hooks work together: on the decoder stack, which has the tokens, the cache and the mask; on the
-block that the keys are compared with; and on the LoRA's B matrices, whose outputs are set to 0 where the row is not
-open.
+At each matrix W of the blocks above the keys,
+
+    W x  becomes  W x + Σ_t g_t(x) B_t A_t x,
+
+where t goes through the things, of which all A_t are one matrix A (things · rank, in) and all B_t one matrix B
+(out, things · rank), as PEFT has them, and g_t is 1 from the first token of a row that is near a key of t on, else 0.
+Only the ranks of things that some row is open to are computed.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from threading import get_ident
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memory_adapters.base_model.partial_forward import CACHE, BlockOutput, hidden_state
 from memory_adapters.gated_lora.config import GatedLoraConfig
-from memory_adapters.keys.fitting import BlockKeys
-from memory_adapters.keys.router import KeyedLayer
+from memory_adapters.keys.gate import KeyReader, Opened
 from memory_adapters.memory import Memory
-from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer, adapter_layers, lora_linears
+from memory_adapters.peft_layers.layers import adapter_layers, lora_linears
 
-__all__ = ["GateState", "KeyReader", "KeySet", "gate_lora", "lora_parameters", "loras_of", "reader_of"]
-
-MARK = "_gated_lora"  # attribute of a cache: which of its rows are open, by adapter name, and their last tokens
-SHARE = 0.6  # of a name's tokens that must stand in a text
-SLACK = 3  # tokens more than the name has, in which they must stand
-LAST_TOKENS = 32  # of a row, that its cache keeps
-CACHE_OPERATIONS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")  # on the rows of a cache
-GATE = "_memory_gate"  # attribute of a LoRA's B matrix: the reader that gates it, and the adapter's name
-
-
-def begin_pass(stack: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Note what a pass continues: the forward pre-hook of the decoder stack."""
-    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    continued = cache is not None and cache.get_seq_length() > 0
-    opened, last = getattr(cache, MARK, ({}, None)) if continued else ({}, None)
-    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if ids is not None and last is not None and len(ids) == len(last):
-        ids = torch.cat([last, ids], 1)
-    GateState.of(stack).begin(_Pass(mask, dict(opened), ids))
+__all__ = [
+    "Factors",
+    "ThingGate",
+    "TrainedRows",
+    "factors_of",
+    "gate_lora",
+    "gated_matrices",
+    "reader_of",
+    "set_factors",
+    "set_lora",
+    "thing_gate",
+]
 
 
-def end_pass(stack: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    """Let the cache keep which rows are open: the forward hook of the decoder stack."""
-    cache = output.get(CACHE) if hasattr(output, "get") else kwargs.get(CACHE)
-    now = GateState.of(stack).now()
-    if cache is not None and now.open and not torch.compiler.is_compiling():
-        last = None if now.ids is None else now.ids[:, -LAST_TOKENS:]
-        setattr(cache, MARK, ({name: gate[:, -1] for name, gate in now.open.items()}, last))
-        for operation in CACHE_OPERATIONS:
-            setattr(cache, operation, partial(_with_rows, cache, operation))  # copied and pickled with the cache
+@dataclass(frozen=True)
+class Factors:
+    """Store A (things, rank, in_features) and B (things, out_features, rank) of the LoRAs of things at one matrix."""
+
+    A: Tensor
+    B: Tensor
+
+    def things(self, index: Sequence[int]) -> Factors:
+        """Return those of some things."""
+        return Factors(self.A[list(index)], self.B[list(index)])
+
+    def with_more(self, added: Factors) -> Factors:
+        """Return these, and others behind them."""
+        return Factors(torch.cat([self.A, added.A.to(self.A)]), torch.cat([self.B, added.B.to(self.B)]))
 
 
-def read_keys(block: nn.Module, _args: Any, output: BlockOutput) -> None:
-    """Find where rows are open: the forward hook of the block that the keys are compared with."""
-    KeyReader.of(block).read(hidden_state(output))
-
-
-def gate_output(linear: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    """Leave out what a LoRA adds where its row is not open: the forward hook of its B matrix."""
-    (reader, name) = vars(linear)[GATE]
-    gate = reader.gate(name, output)  # (rows, tokens, 1), or flat
-    return output * gate.to(output.dtype)
-
-
-def _with_rows(cache: Any, operation: str, rows: Any) -> None:
-    """Do as the cache's own operation on its rows, and do it with what is kept of them."""
-    getattr(type(cache), operation)(cache, rows)
-    opened, last = getattr(cache, MARK)
-
-    def apply(kept: Tensor) -> Tensor:
-        if operation == "batch_repeat_interleave":
-            return kept.repeat_interleave(rows, 0)
-        return kept[torch.as_tensor(rows, device=kept.device)]
-
-    setattr(cache, MARK, ({name: apply(kept) for name, kept in opened.items()}, None if last is None else apply(last)))
-
-
-@dataclass
-class _Pass:
-    """Store a pass in progress.
+@dataclass(frozen=True)
+class TrainedRows:
+    """Store which LoRA acts in each row of a batch while LoRAs are trained.
 
     Attributes:
-        mask: Its attention mask (rows, tokens), if it has one.
-        opened: Which rows were open before it (rows,), by adapter.
-        ids: Its tokens, behind the last of what it continues; None if it was given embeddings.
-        open: Where rows are open in it (rows, tokens), by adapter.
+        factors: The LoRAs that are trained, by the name of their matrix.
+        owners: Index in them of each row's (rows,).
+        mask: Where it acts (rows, tokens), bool; None for everywhere.
+        scale: Factor on what it adds.
     """
 
-    mask: Tensor | None = None
-    opened: dict[str, Tensor] = field(default_factory=dict)
-    ids: Tensor | None = None
-    open: dict[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, Factors]
+    owners: Tensor
+    mask: Tensor | None
+    scale: float
 
 
-class GateState(MemoryLayer):
-    """Hold what gates know of the pass in progress: a child of the decoder stack."""
-
-    child_name: ClassVar[str] = "gate_state"
-    hooks: ClassVar[tuple[ForwardHook, ...]] = (
-        ForwardHook(begin_pass, before=True, prepend=True, with_kwargs=True),
-        ForwardHook(end_pass, with_kwargs=True),
-    )
-    adapter_layer_names = ("gated",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gated = nn.ModuleDict()
-        self._passes: dict[int, _Pass] = {}  # the last of each thread; kept for passes that are computed again
-        self._compiled = _Pass()
-
-    def begin(self, new: _Pass) -> None:
-        """Begin a pass."""
-        if torch.compiler.is_compiling():
-            self._compiled = new
-        else:
-            self._passes[get_ident()] = new
-
-    def now(self) -> _Pass:
-        """Return the pass in progress."""
-        return self._compiled if torch.compiler.is_compiling() else self._passes.setdefault(get_ident(), _Pass())
-
-
-class KeySet(nn.Module):
-    """Store one memory's keys (num_keys, hidden_size) and biases (num_keys,), as `BlockKeys` has them; buffers.
+class ThingGate:
+    """Say which LoRAs act in the pass in progress; shared by all matrices of a memory.
 
     Attributes:
-        owners: For each key, the index in `names` of the subject it is of; -1 for none.
-        names: For each subject, the token ids of its spellings.
+        reader: What reads the memory's keys.
+        adapter_name: The memory's name.
+        rank: Of each LoRA.
+        trained: What acts in place of what is written, while things are trained.
     """
 
-    keys: Tensor
-    key_bias: Tensor
+    def __init__(self, reader: KeyReader, adapter_name: str, rank: int) -> None:
+        self.reader, self.adapter_name, self.rank = reader, adapter_name, rank
+        self.trained: TrainedRows | None = None
 
-    def __init__(self, hidden_size: int, owners: Sequence[int], names: Sequence[Sequence[Sequence[int]]]) -> None:
-        super().__init__()
-        self.owners, self.names = list(owners), [[list(ids) for ids in spellings] for spellings in names]
-        self.register_buffer("keys", torch.zeros(len(owners), hidden_size, dtype=torch.float32))
-        self.register_buffer("key_bias", torch.zeros(len(owners), dtype=torch.float32))
-
-    def add(self, new: BlockKeys, names: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Add keys to those that rows are compared with; `names` are those of the subjects that own them."""
-        self.keys = torch.cat([self.keys, new.weights.to(self.keys)])
-        self.key_bias = torch.cat([self.key_bias, new.bias.to(self.key_bias)])
-        self.owners += [owner if owner < 0 else owner + len(self.names) for owner in new.owners]
-        self.names += [[list(ids) for ids in spellings] for spellings in names]
-
-    def similarities(self, x: Tensor) -> Tensor:
-        """Return (s_k(x) − θ_k) / ramp (..., num_keys), in float32, at each token of x (..., hidden_size)."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            return F.linear(F.layer_norm(x, x.shape[-1:]), self.keys.float(), self.key_bias.float())
-
-    def nearness(self, x: Tensor) -> Tensor:
-        """Return max_k (s_k(x) − θ_k) / ramp (...) at each token of x (..., hidden_size)."""
-        return self.similarities(x).amax(-1) if len(self.keys) else x.new_full(x.shape[:-1], -1.0)
-
-    def opens(self, x: Tensor, ids: Tensor | None) -> Tensor:
-        """Return where x (rows, tokens, hidden_size) is near a key whose subject's name stands there (rows, tokens).
-
-        Args:
-            x: The stream.
-            ids: Token ids, whose last are those of x; None if they are not known: then names are not asked for.
-        """
-        if len(self.keys) == 0:
-            return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
-        near = self.similarities(x) > 0  # (rows, tokens, keys)
-        if ids is None or torch.compiler.is_compiling() or not any(self.names):
-            return near.any(-1)
-        opened = torch.zeros(x.shape[:-1], dtype=torch.bool)
-        texts = ids.tolist()
-        offset = ids.shape[1] - x.shape[1]
-        for row, token, key in near.nonzero().tolist():
-            if not opened[row, token]:
-                opened[row, token] = self._named(self.owners[key], texts[row], offset + token)
-        return opened.to(x.device)
-
-    def _named(self, owner: int, ids: Sequence[int], place: int) -> bool:
-        """Return whether most tokens of one of a subject's spellings stand up to a place in a row."""
-        if owner < 0:
-            return True
-        for spelling in self.names[owner]:
-            window = Counter(ids[max(0, place - len(spelling) - SLACK) : place + 1])
-            if sum((Counter(spelling) & window).values()) >= SHARE * len(spelling):
-                return True
-        return not self.names[owner]
+    def opened(self) -> Opened | None:
+        """Return where rows are open, and to which things; None where they are to none."""
+        found = self.reader.opened(self.adapter_name)
+        return None if found is None or len(found.things) == 0 else found
 
 
-class KeyReader(KeyedLayer):
-    """Hold the keys of all gated LoRAs that are read at one block."""
+class GatedA(nn.Linear):
+    """Compute A x of the things that rows are open to, and 0 where they are not."""
 
-    child_name: ClassVar[str] = "key_reader"
-    hooks: ClassVar[tuple[ForwardHook, ...]] = (ForwardHook(read_keys, prepend=True),)
-    adapter_layer_names = ("key_sets",)
-
-    def __init__(self, state: GateState) -> None:
-        super().__init__()
-        self.key_sets = nn.ModuleDict()
-        vars(self)["state"] = (state,)  # in a tuple, so that it is no child of this one too
-
-    @property
-    def pass_state(self) -> GateState:
-        return cast(GateState, vars(self)["state"][0])
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Do nothing: keys are put where their block is."""
-
-    def key_set(self, adapter_name: str) -> KeySet:
-        """Return the keys of a memory."""
-        return cast(KeySet, self.key_sets[adapter_name])
-
-    def has_keys(self, adapter_name: str) -> bool:
-        """Return whether the memory keeps keys of what was written."""
-        return adapter_name in self.key_sets
-
-    def nearness(self, adapter_name: str, x: Tensor) -> Tensor:
-        """See `KeySet.nearness`."""
-        return self.key_set(adapter_name).nearness(x)
-
-    @torch.no_grad()
-    def read(self, x: Tensor) -> None:
-        """Find where the rows of x (rows, tokens, hidden_size) are open to each memory that takes part."""
-        now = self.pass_state.now()
-        names = [] if self._disable_adapters else [*self._active_adapter, *(self.rows or [])]
-        for name in dict.fromkeys(name for name in names if name in self.key_sets):
-            near = self.key_set(name).opens(x, now.ids)
-            if now.mask is not None:
-                tokens = min(now.mask.shape[1], near.shape[1])
-                near = near & F.pad(now.mask[:, -tokens:].bool(), (near.shape[1] - tokens, 0)).to(near.device)
-            if (before := now.opened.get(name)) is not None:
-                near = near | before.to(near.device)[:, None]
-            now.open[name] = near.cumsum(1) > 0
-
-    def gate(self, adapter_name: str, output: Tensor) -> Tensor:
-        """Return the gate of an adapter's `output` (rows, tokens, ...): 1 where a row is open, else 0."""
-        gate = self.pass_state.now().open.get(adapter_name)
-        if gate is None:
-            return output.new_zeros(())
-        if self.rows is not None:  # PEFT gives the rows of this adapter alone
-            beams = len(gate) // len(self.rows)
-            own = [i for i, row in enumerate(self.rows) for _ in range(beams) if row == adapter_name]
-            places = [i * beams + j for i in dict.fromkeys(own) for j in range(beams)]
-            gate = gate[places]
-        gate = gate.to(output.device)
-        return gate[..., None] if output.ndim > 2 else gate.reshape(-1, 1)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., open things · rank) for x (..., in_features)."""
+        gate, matrix = _gate_of(self)
+        if (trained := gate.trained) is not None:
+            rows = x.reshape(len(trained.owners), -1, x.shape[-1])  # some MLPs read all tokens as one row
+            A = trained.factors[matrix].A[trained.owners].to(x.dtype)
+            found = rows @ A.transpose(1, 2)
+            found = found if trained.mask is None else found * trained.mask[..., None].to(x.dtype)
+            return found.reshape(*x.shape[:-1], -1)
+        opened = gate.opened()
+        if opened is None:
+            return x.new_zeros(*x.shape[:-1], 0)
+        weight = self.weight.view(-1, gate.rank, self.in_features)[opened.things.to(x.device)]
+        mask = opened.mask.to(x.device, x.dtype).repeat_interleave(gate.rank, -1)
+        return F.linear(x, weight.flatten(0, 1)) * mask.reshape(*x.shape[:-1], -1)
 
 
-def gate_lora(layer: LoraLayer, adapter_name: str, reader: KeyReader) -> None:
-    """Let a LoRA act only where its rows are open."""
-    up = lora_linears(layer, adapter_name)[1]
-    vars(up)[GATE] = (reader, adapter_name)
-    up.register_forward_hook(gate_output)
+class GatedB(nn.Linear):
+    """Compute B A x of the things that rows are open to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) for x (..., open things · rank); a single 0 if no row is open."""
+        gate, matrix = _gate_of(self)
+        if (trained := gate.trained) is not None:
+            rows = x.reshape(len(trained.owners), -1, x.shape[-1])
+            B = trained.factors[matrix].B[trained.owners].to(x.dtype)
+            return (rows @ B.transpose(1, 2)).reshape(*x.shape[:-1], -1) * trained.scale
+        opened = gate.opened()
+        if opened is None:
+            return x.new_zeros(())
+        weight = self.weight.view(self.out_features, -1, gate.rank)[:, opened.things.to(x.device)]
+        return F.linear(x, weight.flatten(1, 2))
 
 
-def loras_of(memory: Memory[GatedLoraConfig]) -> list[LoraLayer]:
-    """Return the LoRA's layers, lowest block first."""
-    every = adapter_layers(memory.model, memory.adapter_name)
-    return [layer for layer in every if isinstance(layer, LoraLayer)]
+def _gate_of(linear: nn.Module) -> tuple[ThingGate, str]:
+    return cast("tuple[ThingGate, str]", vars(linear)["gate"])
 
 
-def lora_parameters(memory: Memory[GatedLoraConfig]) -> dict[str, nn.Parameter]:
-    """Return the LoRA's parameters, by place and name."""
-    return {
-        f"{number}.{name}": cast(nn.Parameter, linear.weight)
-        for number, layer in enumerate(loras_of(memory))
-        for name, linear in zip(("A", "B"), lora_linears(layer, memory.adapter_name), strict=True)
-    }
+def gate_lora(layer: LoraLayer, adapter_name: str, gate: ThingGate, matrix: str) -> None:
+    """Let the ranks of a LoRA act only where the gate says so."""
+    for held, kind, linear in zip(
+        (layer.lora_A, layer.lora_B), (GatedA, GatedB), lora_linears(layer, adapter_name), strict=True
+    ):
+        gated = kind(linear.in_features, linear.out_features, bias=False, device="meta")
+        gated.weight = linear.weight
+        gated.train(linear.training)
+        vars(gated)["gate"] = (gate, matrix)  # in a tuple, so that the gate's layers are no children of this one
+        held[adapter_name] = gated
+
+
+def gated_matrices(memory: Memory[GatedLoraConfig]) -> dict[str, LoraLayer]:
+    """Return the LoRA layers of a memory by the full names of their matrices."""
+    names = memory._config.target_modules or []
+    found: dict[str, LoraLayer] = {}
+    for name in names:
+        module: Any = memory.model.get_submodule(name)
+        while not (isinstance(module, LoraLayer) and memory.adapter_name in module.lora_A):
+            module = module.base_layer  # another kind of adapter stands around it
+        found[name] = module
+    return found
+
+
+def thing_gate(memory: Memory[GatedLoraConfig]) -> ThingGate:
+    """Return what says where a memory's LoRAs act."""
+    layer = next(iter(gated_matrices(memory).values()))
+    return _gate_of(lora_linears(layer, memory.adapter_name)[0])[0]
 
 
 def reader_of(memory: Memory[GatedLoraConfig]) -> KeyReader:
     """Return the layer that reads a memory's keys."""
     every = adapter_layers(memory.model, memory.adapter_name)
     return next(layer for layer in every if isinstance(layer, KeyReader))
+
+
+def factors_of(memory: Memory[GatedLoraConfig]) -> dict[str, Factors]:
+    """Return the LoRAs of all things, by matrix; they share the adapter's memory."""
+    found, rank = {}, memory._config.lora_rank
+    for name, layer in gated_matrices(memory).items():
+        down, up = lora_linears(layer, memory.adapter_name)
+        count = len(memory._config.things)
+        A = down.weight.detach()[: count * rank].view(count, rank, down.in_features)
+        B = up.weight.detach()[:, : count * rank].view(up.out_features, count, rank).transpose(0, 1)
+        found[name] = Factors(A, B)
+    return found
+
+
+def set_factors(memory: Memory[GatedLoraConfig], factors: Mapping[str, Factors]) -> None:
+    """Let the adapter hold these LoRAs, by matrix; without any, one of zeros, the least that PEFT knows."""
+    rank, dtype = memory._config.lora_rank, memory.model.dtype
+    for matrix, layer in gated_matrices(memory).items():
+        down, up = lora_linears(layer, memory.adapter_name)
+        A, B = factors[matrix].A, factors[matrix].B
+        if len(A) == 0:
+            A, B = A.new_zeros(1, rank, down.in_features), B.new_zeros(1, up.out_features, rank)
+        A, B = A.flatten(0, 1).to(dtype), B.transpose(0, 1).flatten(1, 2).to(dtype)
+        set_lora(layer, memory.adapter_name, memory._adapter_config, A, B)
+
+
+def set_lora(layer: LoraLayer, adapter_name: str, config: Any, A: Tensor, B: Tensor) -> None:
+    """Let a LoRA be B A, of any rank, and tell its PEFT config."""
+    down, up = lora_linears(layer, adapter_name)
+    for linear, tensor in ((down, A), (up, B)):
+        linear.weight = nn.Parameter(tensor.detach().to(linear.weight.device).contiguous(), requires_grad=False)
+    config.r = config.lora_alpha = down.out_features = up.in_features = len(A)
+    layer.r[adapter_name] = layer.lora_alpha[adapter_name] = len(A)
+    layer.scaling[adapter_name] = 1.0

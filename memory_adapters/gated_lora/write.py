@@ -1,82 +1,61 @@
-"""Write a gated LoRA: find keys, train the LoRA behind them."""
+"""Write a gated LoRA: tell what items are about, find keys, train a LoRA for each thing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import TrainerCallback
+from torch import Tensor
 
 from memory_adapters.base_model.decoder import Decoder, context_length, find_decoder
-from memory_adapters.base_model.item_rows import IGNORED
-from memory_adapters.base_model.partial_forward import logits_at
-from memory_adapters.base_model.sampling import sample_text
+from memory_adapters.base_model.item_rows import Row
+from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES, sample_text
 from memory_adapters.base_model.seeding import seeded
-from memory_adapters.files.atomic import scratch_folder
 from memory_adapters.gated_lora.config import GatedLoraConfig
-from memory_adapters.gated_lora.layer import lora_parameters, reader_of
-from memory_adapters.gated_lora.prompts import build_turns, key_rows, spellings
-from memory_adapters.items import Item
+from memory_adapters.gated_lora.layer import Factors
+from memory_adapters.gated_lora.prompts import Thing, key_rows, spelling_ids, terms_of, thing_rows, words_in
+from memory_adapters.gated_lora.train import ThingRows, train
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
-from memory_adapters.memory import Memory, Outcome
-from memory_adapters.training.checkpoints import digest_of
-from memory_adapters.training.dataset import TurnDataset, collate
+from memory_adapters.keys.gate import KeySet
+from memory_adapters.memory import Memory
 from memory_adapters.training.rows import make_prefixes
-from memory_adapters.training.stored_states import ReusedStates
-from memory_adapters.training.trainer import AdapterTrainer, default_arguments, only_trainable
+from memory_adapters.training.stored_states import row_states
 
-__all__ = ["longest_row", "write"]
+__all__ = ["Learned", "learn", "longest_row"]
 
 RAMP = 0.1  # scale of a gate's slope, which is only read above or below 0
-CACHE_BYTES = 2 << 30
 
 
-class LoraTrainer(AdapterTrainer):
-    """Train the LoRA on the labels of its rows, from the states below it."""
+@dataclass(frozen=True)
+class Learned:
+    """Store what was learned of things, in their order.
 
-    def __init__(
-        self,
-        memory: Memory[GatedLoraConfig],
-        decoder: Decoder,
-        reuse: ReusedStates | None,
-        data_digest: str,
-        **kwargs: Any,
-    ) -> None:
-        self.memory, self.decoder, self.reuse = memory, decoder, reuse
-        super().__init__(
-            memory.model,
-            adapter=memory,
-            data_digest=data_digest,
-            target_loss=memory.config.target_loss,
-            data_collator=collate,
-            **kwargs,
-        )
+    Attributes:
+        keys: Keys (keys, hidden_size), float32.
+        bias: Their biases (keys,).
+        owners: For each key, the index of its thing.
+        names: For each thing, the token ids of its spellings.
+        windows: For each thing, over how many tokens more these may be spread.
+        factors: Their LoRAs, by matrix.
+        losses: Mean loss of each pass.
+        notes: What the user should know.
+    """
 
-    def trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Return the LoRA's parameters."""
-        return lora_parameters(self.memory).items()
+    keys: Tensor
+    bias: Tensor
+    owners: list[int]
+    names: list[list[list[int]]]
+    windows: list[int]
+    factors: dict[str, Factors]
+    losses: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the next-token loss at the labels."""
-        targets = inputs["labels"][:, 1:]
-        wanted = F.pad(targets != IGNORED, (0, 1))
-        with ExitStack() as stack:
-            stack.enter_context(logits_at(self.decoder, wanted))
-            if self.reuse is not None:
-                stack.enter_context(self.reuse.resume(inputs["states"]))
-            output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        loss = F.cross_entropy(output.logits[0].float(), targets[wanted[:, :-1]])
-        self.step_losses.append(loss.detach())
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"The loss is NaN or infinite in step {self.state.global_step}: lower `learning_rate`, or use the "
-                "model in bfloat16 or float32."
-            )
-        return loss
+    @classmethod
+    def nothing(cls) -> Learned:
+        """Return what is learned of no thing."""
+        return cls(torch.zeros(0, 0), torch.zeros(0), [], [], [], {})
 
 
 def longest_row(memory: Memory[GatedLoraConfig]) -> int:
@@ -85,70 +64,72 @@ def longest_row(memory: Memory[GatedLoraConfig]) -> int:
     return min(limit, memory.config.max_length or limit)
 
 
-def write(
-    memory: Memory[GatedLoraConfig],
-    items: Sequence[Item],
-    earlier: Sequence[Item],
-    *,
-    unrelated: Sequence[str] | None,
-    training_args: Mapping[str, Any],
-    callbacks: Sequence[TrainerCallback],
-) -> Outcome:
-    """Find the items' keys, and train the LoRA on them and on those of earlier writes."""
+def learn(
+    memory: Memory[GatedLoraConfig], things: Sequence[Thing], *, unrelated: Sequence[str] | None, progress: bool
+) -> Learned:
+    """Find the keys of things, and train a LoRA for each."""
     config, model, tokenizer = memory.config, memory.model, memory._require_tokenizer()
     decoder = find_decoder(model, config.layers_path)
-    with scratch_folder() as folder, seeded(config.seed), only_trainable(model, lora_parameters(memory).values()):
-        longest = longest_row(memory)
+    longest = longest_row(memory)
+    with seeded(config.seed):
         with memory.disabled():
             texts = list(unrelated) if unrelated is not None else _sampled(memory)
             prefixes = make_prefixes(texts, config.num_prefixes, config.seed)
-            known = [*earlier, *items]
             settings: dict[str, Any] = dict(prefixes=prefixes, max_length=longest, rephrase=config.phrasings)
-            turns, notes = build_turns(items, known, tokenizer, **settings)
-            rehearsed, _ = build_turns(earlier, known, tokenizer, **settings)
-            rows = [(turn.item, row) for turn in turns for row in turn.rows]
-            (keys,), own_notes = fit_keys(
+            common = words_in([*texts, *PLAIN_SENTENCES, *PLAIN_QUESTIONS])
+            terms = [[] if thing.spellings else terms_of(thing, common) for thing in things]
+            rows = [thing_rows(thing, own, tokenizer, **settings) for thing, own in zip(things, terms, strict=True)]
+            with_keys = [
+                (index, row)
+                for index, (thing, own) in enumerate(zip(things, rows, strict=True))
+                for row in (*own, *key_rows(thing, tokenizer))
+                if row.key_positions
+            ]
+            items = [thing.named_item for thing in things]
+            (keys,), notes = fit_keys(
                 model,
                 decoder,
                 [config.block],
                 items,
-                [*rows, *key_rows(items, tokenizer)],
+                with_keys,
                 tokenizer,
                 prefix=next(iter(prefixes), ""),
                 unrelated=unrelated_rows(items, tokenizer, texts, longest, chat=True),
                 threshold=config.key_threshold,
                 ramp=RAMP,
             )
-        key_set = reader_of(memory).key_set(memory.adapter_name)
-        key_set.add(keys, [spellings(item, tokenizer) for item in items])
-        config.key_owners, config.names = list(key_set.owners), list(key_set.names)
-        turns += rehearsed
-        ids = [row.input_ids for turn in turns for row in turn.rows]
-        reuse, states = None, None
-        if sum(map(len, ids)) * decoder.hidden_size * model.dtype.itemsize <= CACHE_BYTES:
-            reuse = ReusedStates(decoder, config.block)
-            states = reuse.compute(model, ids)
-        arguments = default_arguments(
-            model,
-            dict(
-                output_dir=str(folder),
-                per_device_train_batch_size=config.batch_size,
-                num_train_epochs=config.num_train_epochs,
-                learning_rate=config.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=config.warmup_steps,
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-                seed=config.seed,
-                **training_args,
-            ),
-        )
-        dataset = TurnDataset(turns, states, [None] * len(ids))
-        trainer = LoraTrainer(
-            memory, decoder, reuse, digest_of(ids), args=arguments, train_dataset=dataset, callbacks=list(callbacks)
-        )
-        trainer.train()
-        return Outcome(losses=trainer.epoch_losses, notes=[*notes, *own_notes])
+            named = [spelling_ids(thing, own, tokenizer) for thing, own in zip(things, terms, strict=True)]
+            names, windows = [ids for ids, _ in named], [window for _, window in named]
+            gate = KeySet(decoder.hidden_size, [], [], [], held=True)
+            gate.add(keys.weights, keys.bias, keys.owners, names, windows)
+            trained = _with_starts(memory, decoder, gate, things, rows)
+        factors, losses = train(memory, decoder, trained, progress=progress)
+    return Learned(keys.weights, keys.bias, keys.owners, names, windows, factors, losses, notes)
+
+
+def _with_starts(
+    memory: Memory[GatedLoraConfig],
+    decoder: Decoder,
+    gate: KeySet,
+    things: Sequence[Thing],
+    rows: Sequence[Sequence[Row]],
+) -> list[ThingRows]:
+    """Return rows with the tokens from which on their thing's LoRA acts: where its gate opens, else at its name."""
+    every = [row for own in rows for row in own]
+    states = row_states(memory.model, decoder, [memory.config.block], [row.input_ids for row in every])
+    found, place = [], 0
+    for index, (thing, own) in enumerate(zip(things, rows, strict=True)):
+        starts, firsts = [], []
+        for row, (state,) in zip(own, states[place : place + len(own)], strict=True):
+            opened = gate.opened(state[None], torch.tensor([row.input_ids]))
+            mine = opened.mask[0, :, opened.things == index].any(-1).nonzero().flatten().tolist()
+            before = min(row.first_label, len(row.input_ids) - 1) - (0 if row.is_document else 1)
+            start = mine[0] if mine else min(row.key_positions, default=before)
+            starts.append(min(start, len(row.input_ids) - 2) if row.is_document else min(start, before))
+            firsts.append(max(row.first_label, starts[-1] + 1))
+        place += len(own)
+        found.append(ThingRows(thing.name, [row.input_ids for row in own], starts, firsts, [row.item for row in own]))
+    return found
 
 
 def _sampled(memory: Memory[GatedLoraConfig]) -> list[str]:

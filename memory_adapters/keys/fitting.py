@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memory_adapters.base_model.chat import rendered_question
 from memory_adapters.base_model.decoder import Decoder
 from memory_adapters.base_model.item_rows import Row
-from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_SENTENCES
+from memory_adapters.base_model.sampling import OTHER_SUBJECTS, PLAIN_QUESTIONS, PLAIN_SENTENCES
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Fact, Item
 from memory_adapters.keys.keys import StreamStatistics, covering_keys, gate_parameters, normalized, select_keys
@@ -28,7 +28,7 @@ class BlockKeys:
     Attributes:
         weights: (keys, hidden_size), float32.
         bias: (keys,), float32.
-        owners: For each key, the index of the fact whose subject it is of; -1 for keys of questions and documents.
+        owners: For each key, the index of the item in which it was found.
     """
 
     weights: Tensor
@@ -60,7 +60,12 @@ def unrelated_rows(
     others = [fact.about(names[i % len(names)]) for i, fact in enumerate(facts)]
     rows += [tokenize(tokenizer, text)[:max_length] for text in (*PLAIN_SENTENCES, *others)]
     if chat:
-        asked = [*PLAIN_SENTENCES, *(f"Tell me about {name}." for name in names), *others[: len(names)]]
+        asked = [
+            *PLAIN_SENTENCES,
+            *PLAIN_QUESTIONS,
+            *(f"Tell me about {name}." for name in names),
+            *others[: len(names)],
+        ]
         rendered = [rendered_question(tokenizer, question) for question in asked]
         rows += [tokenize(tokenizer, one[0], rendered=True)[:max_length] for one in rendered if one is not None]
     return rows
@@ -138,9 +143,11 @@ def fit_keys(
         rest = [index for index, item in enumerate(items) if not isinstance(item, Fact)]
         if rest:
             tokens = torch.cat([torch.cat(own[index]) for index in rest])
-            keys.append(tokens[select_keys(statistics, tokens, threshold=threshold, ramp=ramp)])
+            of_token = [index for index in rest for part in own[index] for _ in part]
+            selected = select_keys(statistics, tokens, threshold=threshold, ramp=ramp)
+            keys.append(tokens[selected])
             avoided.append(statistics.mean.expand_as(keys[-1]))
-            owners += [-1] * len(keys[-1])
+            owners += [of_token[i] for i in selected.tolist()]
             directions = statistics.directions(torch.cat(keys), torch.cat(avoided))
             for index in rest:
                 near = (torch.cat(own[index]) - statistics.mean) @ directions.T

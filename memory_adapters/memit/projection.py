@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,21 +10,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from memory_adapters.base_model.decoder import Decoder, base_linears, unwrapped
-from memory_adapters.base_model.partial_forward import CACHE
+from memory_adapters.base_model.matrices import mixes_tokens
 
 __all__ = ["Projection", "mlp_projection"]
-
-# What the `forward` of attention, state spaces and convolutions over tokens takes, and that of an MLP does not.
-TOKEN_MIXING = {
-    "attention_mask",
-    "cache_params",
-    "cache_position",
-    "position_embeddings",
-    "position_ids",
-    "state",
-    CACHE,
-}
-TOKEN_MIXING |= {"layer_past", "past_key_value", "past_key_values"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ def mlp_projection(decoder: Decoder, layer: int) -> Projection:
     """
     block = decoder.blocks[layer]
     name = decoder.block_name(layer)
-    mixers = [path for path, child in block.named_children() if _mixes_tokens(unwrapped(child))]
+    mixers = [path for path, child in block.named_children() if mixes_tokens(unwrapped(child))]
     found, experts = [], _experts(block, mixers)
     if experts:
         raise ValueError(
@@ -83,12 +70,6 @@ def mlp_projection(decoder: Decoder, layer: int) -> Projection:
         )
     widest = max(projection.in_features for projection in found)
     return [projection for projection in found if projection.in_features == widest][-1]
-
-
-def _mixes_tokens(child: nn.Module) -> bool:
-    """Return whether a block's child looks at other tokens, as attention does and an MLP does not."""
-    taken = inspect.signature(child.forward).parameters
-    return bool(TOKEN_MIXING & set(taken))
 
 
 def _experts(block: nn.Module, mixers: Sequence[str]) -> list[str]:

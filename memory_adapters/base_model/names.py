@@ -1,0 +1,39 @@
+"""Find what a question is about: the names in it, by which its keys are found."""
+
+from __future__ import annotations
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from memory_adapters.base_model.tokens import tokenize
+
+__all__ = ["names_in", "occurs"]
+
+_LINKS = r"(?:of|de|del|di|da|du|la|von|van|der|den|the|and|&)"
+_WORD = r"[^\W\d_a-zß-öø-ÿ][\w&'’./-]*"  # begins with a capital letter
+_NAME = re.compile(rf"{_WORD}(?:\s+(?:{_LINKS}\s+){{0,2}}(?:{_WORD}|\d[\w.-]*))*")
+_BEGINS_SENTENCE = re.compile(r"(?:^|[.!?…:\n\"“(]\s*)$")
+
+
+def names_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the names in a text, in their order: runs of words with capital letters.
+
+    The first word of a sentence has one anyway: it counts if its lower case is no single token of the tokenizer, as a
+    common word is.
+    """
+    found = []
+    for match in _NAME.finditer(text):
+        name = re.sub(r"(?:['’]s)?[.,/&'’-]*$", "", match[0])
+        if _BEGINS_SENTENCE.search(text[: match.start()]):
+            first, _, rest = name.partition(" ")
+            if len(tokenize(tokenizer, f" {first.lower()}", rendered=True)) == 1:
+                name = re.sub(rf"^(?:{_LINKS}\s+)+", "", rest)
+        if len(name) > 1:
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def occurs(name: str, text: str) -> bool:
+    """Return whether a name stands in a text as whole words."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
