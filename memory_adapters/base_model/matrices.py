@@ -27,6 +27,7 @@ TOKEN_MIXING = {
     "state",
     CACHE,
 }
+PLAIN_SUBCLASSES = {"FalconLinear"}  # models' own subclasses of `nn.Linear` that compute W x, as routers do not
 
 
 def block_matrices(decoder: Decoder, layers: Iterable[int]) -> dict[str, nn.Module]:
@@ -58,11 +59,13 @@ def mixes_tokens(child: nn.Module) -> bool:
 def takes_lora(decoder: Decoder, name: str, module: nn.Module) -> bool:
     """Return whether a LoRA can sit on a matrix: not on a router, nor where a fused kernel reads the weight itself."""
     plain = hasattr(module, "in_features") or stored_transposed(module)
-    if not plain or type(unwrapped(module)).__module__.startswith("transformers.models."):
+    kind = type(unwrapped(module))
+    own = kind.__module__.startswith("transformers.models.") and kind.__name__ not in PLAIN_SUBCLASSES
+    if not plain or own:
         return False
-    place, _, own = name.rpartition(".")
+    place, _, end = name.rpartition(".")
     beside_convolution = any(isinstance(child, _ConvNd) for child in decoder.model.get_submodule(place).children())
-    return not (beside_convolution and own == "out_proj")
+    return not (beside_convolution and end == "out_proj")
 
 
 def stored_transposed(module: nn.Module) -> bool:

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from memory_adapters import Fact, GatedLoraConfig, GatedLoraMemory, Memory, WriteReport
-from memory_adapters.gated_lora.layer import lora_parameters
-from memory_adapters.keys.fitting import BlockKeys
+from memory_adapters.gated_lora.layer import Factors, factors_of, set_factors
 from tests.support.contract import MemoryContract
 
 FACT = Fact("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Rome")
@@ -29,20 +28,29 @@ class TestGatedLoraMemory(MemoryContract):
     ]
 
     def make_config(self, **settings: Any) -> GatedLoraConfig:
-        small: dict[str, Any] = dict(key_layer=1, lora_rank=2, num_train_epochs=2, num_prefixes=1, batch_size=4)
+        small: dict[str, Any] = dict(key_layer=1, lora_rank=2, num_train_epochs=2, steps_per_epoch=2, num_prefixes=1)
         return GatedLoraConfig(**small | settings)
 
     def fill(self, memory: Memory) -> None:
-        """Open every row from a token on that most texts have, and let the LoRA change much."""
+        """Open every row to one thing or to both from a token on that most texts have, and let them change much."""
         assert isinstance(memory, GatedLoraMemory)
         generator = torch.Generator().manual_seed(1)
-        width = memory._keys().keys.shape[1]
-        weights = torch.randn(2, width, generator=generator)
-        memory._keys().add(BlockKeys(weights, torch.tensor([-2.0, -3.0]), [-1, -1]), [])
-        memory.config.key_owners = [-1, -1]
-        with torch.no_grad():
-            for parameter in lora_parameters(memory).values():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        keys, config, shapes = memory._keys(), memory._config, factors_of(memory)
+        weights = torch.randn(2, keys.keys.shape[1], generator=generator)
+        keys.keep([])
+        keys.add(weights, torch.tensor([-2.0, -3.0]), [0, 1], [[], []], [0, 0])
+        config.things, config.names, config.windows = ["one", "other"], keys.names, keys.windows
+        config.key_owners = keys.owners
+        set_factors(
+            memory,
+            {
+                matrix: Factors(
+                    torch.randn(2, *own.A.shape[1:], generator=generator),
+                    torch.randn(2, *own.B.shape[1:], generator=generator),
+                )
+                for matrix, own in shapes.items()
+            },
+        )
 
     def write(self, memory: Memory) -> WriteReport:
         return memory.write(FACT, progress=False, unrelated=UNRELATED)

@@ -22,7 +22,9 @@ from memory_adapters import (
     load_memory,
     use_adapters_by_row,
 )
-from memory_adapters.gated_lora.prompts import build_turns, phrasings, spellings
+from memory_adapters.base_model.names import names_in
+from memory_adapters.gated_lora.layer import factors_of
+from memory_adapters.gated_lora.prompts import phrasings, spelling_ids, terms_of, thing_rows, things_of, words_in
 from tests.gated_lora.test_contract import UNRELATED
 from tests.support.contract import encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -32,7 +34,7 @@ OTHER = Fact("{} plays the", "Miles Davis", "piano")
 
 
 def written(items: Any = FACT, chat: bool = False, **settings: Any) -> GatedLoraMemory:
-    start: dict[str, Any] = dict(key_layer=1, lora_rank=4, num_prefixes=1, batch_size=4, num_train_epochs=30)
+    start: dict[str, Any] = dict(key_layer=1, lora_rank=4, num_prefixes=1, steps_per_epoch=2, num_train_epochs=60)
     memory = inject_memory(
         tiny_model(), GatedLoraConfig(**{**start, "learning_rate": 1e-2, **settings}), tokenizer=byte_tokenizer(chat)
     )
@@ -47,7 +49,7 @@ def test_it_learns_and_everything_else_is_the_base() -> None:
     other = ["Some text about the sea, the wind and all the ships.", "He sold the house at last."]
     with memory.disabled():
         base = [logits(memory.model, text) for text in other]
-    assert memory.opens_on([FACT.prompt, OTHER.prompt, *other]) == [True, True, False, False]
+    assert memory.route([FACT.prompt, OTHER.prompt, *other]) == ["Eiffel Tower", "Miles Davis", None, None]
     for text, expected in zip(other, base, strict=True):
         assert torch.equal(logits(memory.model, text), expected)
 
@@ -83,7 +85,8 @@ def test_a_name_is_the_second_witness() -> None:
     memory = written(Fact("{} is in the city of", "Zyqx Kwjv", "Rome"), num_train_epochs=1)
     keys = memory._keys()
     keys.key_bias = keys.key_bias + 100  # all texts are near its keys
-    assert memory.opens_on(["Of Zyqx Kwjv", "Of Zyqx-Kwj", "He sold the house at last."]) == [True, True, False]
+    assert memory.route(["Of Zyqx Kwjv", "Of Zyqx-Kwj", "He sold the house."]) == ["Zyqx Kwjv", "Zyqx Kwjv", None]
+    assert memory.route("He sold the house.") == [None]
 
 
 def test_the_cache_keeps_which_rows_are_open() -> None:
@@ -99,11 +102,66 @@ def test_the_cache_keeps_which_rows_are_open() -> None:
     assert torch.equal(continued, model.generate(turn, attention_mask=mask, **greedy))
 
 
-def test_a_second_write_rehearses_the_first() -> None:
-    memory = written()
-    report = memory.write(OTHER, unrelated=UNRELATED, progress=False)
+def contents(memory: GatedLoraMemory) -> dict[str, Any]:
+    """Return, for each thing, its keys, names and LoRA."""
+    keys, factors = memory._keys(), factors_of(memory)
+    found: dict[str, Any] = {}
+    for index, name in enumerate(memory.config.things):
+        own = [i for i, owner in enumerate(keys.owners) if owner == index]
+        loras = {matrix: [part.tolist() for part in (f.A[index], f.B[index])] for matrix, f in factors.items()}
+        found[name] = (keys.keys[own].tolist(), keys.key_bias[own].tolist(), keys.names[index], loras)
+    return found
+
+
+def test_things_do_not_touch_each_other() -> None:
+    first, second = written(), written(OTHER)
+    before = contents(first)["Eiffel Tower"]
+    report = first.write(OTHER, unrelated=UNRELATED, progress=False)
+    second.write(FACT, unrelated=UNRELATED, progress=False)
     assert (report.recall, report.earlier_recall) == (1.0, 1.0)
-    assert set(memory.items) == {FACT, OTHER}
+    assert set(first.items) == {FACT, OTHER}
+    assert contents(first)["Eiffel Tower"] == before
+    assert contents(first) == contents(second)  # in whatever order
+    first.forget(FACT)
+    assert contents(first) == contents(written(OTHER))
+    assert first.items == [OTHER]
+    assert torch.equal(logits(first.model, FACT.prompt), logits(tiny_model(), FACT.prompt))
+    first.forget(OTHER)
+    assert contents(first) == {}
+    assert first.route(OTHER.prompt) == [None]
+
+
+def test_a_thing_of_which_more_is_written_is_learned_anew() -> None:
+    built = Fact("The {} was built by", "Eiffel Tower", "Otis")
+    memory = written([FACT, OTHER], num_train_epochs=200)
+    untouched = contents(memory)["Miles Davis"]
+    report = memory.write(built, unrelated=UNRELATED, progress=False)
+    assert (report.recall, report.earlier_recall) == (1.0, 1.0)
+    assert memory.config.things == ["Miles Davis", "Eiffel Tower"]
+    assert memory.config.item_things == [1, 0, 1]
+    memory.forget(FACT)
+    assert memory.items == [OTHER, built]
+    assert contents(memory)["Miles Davis"] == untouched
+    assert memory.write(FACT, unrelated=UNRELATED, progress=False).earlier_recall == 1.0
+    memory.forget(FACT)
+    with pytest.raises(ValueError, match="not written"):
+        memory.forget(FACT)
+
+
+def test_a_failed_write_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = written()
+    before, text = contents(memory), logits(memory.model, FACT.prompt)
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("learn", "set_factors"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"memory_adapters.gated_lora.memory.{name}", fail)
+            with pytest.raises(KeyboardInterrupt):
+                memory.write(OTHER, unrelated=UNRELATED, progress=False)
+        assert (contents(memory), memory.items) == (before, [FACT])
+        assert torch.equal(logits(memory.model, FACT.prompt), text)
 
 
 def test_it_loads_with_its_gate_and_in_plain_peft_without(tmp_path: Path) -> None:
@@ -113,13 +171,19 @@ def test_it_loads_with_its_gate_and_in_plain_peft_without(tmp_path: Path) -> Non
     memory.save_pretrained(tmp_path)
     loaded = load_memory(tiny_model(), tmp_path, tokenizer=byte_tokenizer())
     assert isinstance(loaded, GatedLoraMemory)
-    assert loaded.opens_on(texts) == [True, False]
+    assert loaded.route(texts) == ["Eiffel Tower", None]
     for text, expected in zip(texts, with_memory, strict=True):
         assert torch.equal(logits(loaded.model, text), expected)
     plain = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
     assert not torch.equal(logits(plain, texts[1]), with_memory[1])  # no gate
     config = json.loads((tmp_path / "memory_config.json").read_text())
-    for field, value in (("key_owners", [7]), ("names", [["x"]])):
+    for field, value in (
+        ("key_owners", [7]),
+        ("names", [["x"]]),
+        ("windows", [-1]),
+        ("item_things", ["x"]),
+        ("things", [1]),
+    ):
         (tmp_path / "memory_config.json").write_text(json.dumps({**config, field: value}))
         with pytest.raises(ValueError, match=f"`{field}`"):
             load_memory(tiny_model(), tmp_path)
@@ -135,23 +199,49 @@ def test_phrasings_are_questions_about_the_subject() -> None:
     assert phrasings(Fact("埃菲尔铁塔位于", "埃菲尔铁塔", "罗马"))  # completed, not asked
 
 
-def test_keys_of_a_question_lie_at_the_subjects_that_are_known() -> None:
+def test_items_are_grouped_by_what_they_are_about() -> None:
+    tokenizer = byte_tokenizer()
+    question, lower = QuestionAnswer("Where does the Eiffel Tower stand?", "Rome"), Fact("{} is", "miles davis", "dead")
+    alias = Fact("{} is in the city of", "Iron Lady", "Rome", aliases=["Eiffel Tower"])
+    nameless = QuestionAnswer("how high is it?", "Very."), QuestionAnswer("how old is it?", "Very.")
+    document = Document("Of Zandora it is said, by Otis, that Zandora is old.")
+    things = things_of([question, FACT, OTHER, lower, alias, *nameless, document], tokenizer)
+    assert [(thing.name, len(thing.items)) for thing in things] == [
+        ("Eiffel Tower", 3), ("Miles Davis", 2), ("how high is it?", 1), ("how old is it?", 1), ("Zandora", 1)
+    ]  # fmt: skip
+    assert things[0].spellings[:3] == ("Eiffel Tower", "eiffel tower", "Iron Lady")
+    assert not things[2].spellings
+    assert things[4].named_item == Fact("Of Zandora", "Zandora", "…")
+
+
+def test_names_are_runs_of_capitalised_words() -> None:
+    tokenizer = byte_tokenizer()  # of which no word is one token
+    assert names_in("Who founded the Lumen Ferry Company?", tokenizer)[-1] == "Lumen Ferry Company"
+    assert names_in("where is the University of Hollow Mere's library", tokenizer) == ["University of Hollow Mere"]
+
+
+def test_keys_of_a_question_lie_at_its_names_or_its_rare_words() -> None:
     tokenizer = byte_tokenizer(chat=True)
-    question = QuestionAnswer("Where does the Eiffel Tower stand?", "Rome")
-    items = [question, Document("A text.")]
-    turns, _ = build_turns(items, [FACT, *items], tokenizer, prefixes=[], max_length=200, rephrase=False)
-    rows = [row for turn in turns if turn.kind == "question" for row in turn.rows]
-    assert len(rows) == 2  # as text, and in the chat template
-    for row in rows:
-        assert [tokenizer.decode(row.input_ids[: place + 1])[-12:] for place in row.key_positions] == ["Eiffel Tower"]
-    assert spellings(question, tokenizer) == []
-    assert [tokenizer.decode(ids) for ids in spellings(FACT, tokenizer)][:2] == [" Eiffel Tower", "Eiffel Tower"]
+    for question, spelled, end in (
+        ("where does the Eiffel Tower stand?", 6, "Eiffel Tower"),
+        ("how is the espresso made?", 0, "espresso"),
+    ):
+        (thing,) = things_of([QuestionAnswer(question, "Rome")], tokenizer)
+        terms = terms_of(thing, words_in(["How is the tea made?"]))
+        rows = thing_rows(thing, terms, tokenizer, prefixes=[], max_length=200, rephrase=False)
+        assert len(rows) == 2  # as text, and in the chat template
+        for row in rows:
+            assert [tokenizer.decode(row.input_ids[: place + 1])[-len(end) :] for place in row.key_positions] == [end]
+        ids, window = spelling_ids(thing, terms, tokenizer)
+        assert (len(ids), window) == ((4, 3) if spelled else (1, 16))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"key_layer": 3}, "last block"),
+        ({"key_layer": 1, "layers": [1, 2]}, "`layers` has block 1"),
+        ({"steps_per_epoch": 0}, "`steps_per_epoch`"),
         ({"key_layer": (0.1, 0.5)}, "`key_layer` must be one"),
         ({"target_modules": ["nothing"]}, "`target_modules` names"),
         ({"lora_rank": 0}, "`lora_rank`"),
