@@ -35,7 +35,7 @@ def export_files(exporter: Exporter, save_directory: str | os.PathLike[str], dty
     target = Path(save_directory)
     with atomic_directory(target) as staging:
         given = write(staging).relative_to(staging)
-        _check_apart(target, {file.name for file in staging.iterdir()})
+        _check_apart(target, {str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()})
     return target / given
 
 
@@ -54,8 +54,12 @@ def _check_apart(folder: Path, made: set[str]) -> None:
     """Refuse to overwrite a saved memory, or to leave files beside the export that a program would load with it."""
     if not any(name.endswith(".safetensors") for name in made):
         return
-    loaded = [file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name in CONFIG_FILES]
-    apart = sorted(file.name for file in loaded if file.name not in made or _is_memory(file))
+    every = [
+        file for depth in {name.count(os.sep) for name in made} for file in folder.glob("/".join("*" * (depth + 1)))
+    ]
+    loaded = [file for file in every if file.suffix == ".safetensors" or file.name in CONFIG_FILES]
+    names = {str(file.relative_to(folder)): file for file in loaded}
+    apart = sorted(name for name, file in names.items() if name not in made or _is_memory(file))
     if apart:
         raise ValueError(
             f"`save_directory={str(folder)!r}` holds {', '.join(apart)} of something else, which the export would "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +19,11 @@ from memory_adapters.base_model.modes import evaluating, own_settings
 from memory_adapters.base_model.partial_forward import CACHE, positioned
 from memory_adapters.base_model.tokens import pad_rows, tokenize
 from memory_adapters.base_model.trial import differs, trial
+from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, SETTINGS_FILE, WEIGHTS_FILE
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.gated_lora.config import GatedLoraConfig
+from memory_adapters.gated_lora.export import vllm
 from memory_adapters.gated_lora.layer import (
     ThingGate,
     factors_of,
@@ -57,10 +60,6 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
     """
 
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, KEYS_FILE, CARD_FILE)
-    export_note: ClassVar[str] = (
-        "Its folder is a LoRA adapter already (`save_pretrained`); without its gate, which other programs do not have, "
-        "all of its things act at once, in every text."
-    )
 
     def _attach(self, decoder: Decoder) -> None:
         config = self._config
@@ -116,6 +115,9 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
             first = int(lengths.argmax()) if lengths.any() else None
             found.append(None if first is None else self._config.things[int(opened.things[first])])
         return found
+
+    def _exporters(self) -> Mapping[str, Exporter]:
+        return {"vllm": partial(vllm, self)}
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
         check_training_options(options, "")

@@ -13,23 +13,18 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.files.exports import Write, check_finite
-from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.files.tensors import write_tensors
+from memory_adapters.files.vllm import vllm_adapter
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import adapter_layers, lora_layers, lora_linears
 
-__all__ = ["EXPORTERS", "VLLM_RANKS"]
+__all__ = ["EXPORTERS"]
 
 EditExporter: TypeAlias = Callable[[Memory[MemitConfig], "torch.dtype | None"], Write]
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` can be."""
 
 GGUF_FILE = "adapter.gguf"
 GGUF_ARCHITECTURES = {
@@ -45,30 +40,13 @@ GGUF_ARCHITECTURES = {
 
 
 def vllm(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
-    """Export a plain LoRA adapter, its rank filled up with zeros to one of `VLLM_RANKS`."""
+    """Export a plain LoRA adapter, its rank filled up with zeros to one that vLLM loads."""
+    remedy = (
+        'an edit has one for each fact, at most the width of the model. Export it as "merged", or write fewer '
+        "facts to a memory."
+    )
     factors = _factors(memory, dtype or memory.model.dtype)
-    rank = _rank(factors)
-    padded = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
-    if padded is None:
-        raise ValueError(
-            f'`format="vllm"`: the edit has rank {rank} (one for each fact, at most the width of the model), and vLLM '
-            f'loads adapters up to rank {VLLM_RANKS[-1]}: export it as "merged", or write fewer facts to a memory.'
-        )
-    tensors = {}
-    for name, (A, B) in factors.items():
-        tensors[f"{PEFT_KEY_PREFIX}{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, padded - rank))
-        tensors[f"{PEFT_KEY_PREFIX}{name}.lora_B.weight"] = F.pad(B, (0, padded - rank))
-    config = copy.copy(cast(LoraConfig, memory._adapter_config))
-    config.r = config.lora_alpha = padded
-    config.target_modules = sorted(factors)  # PEFT has a set: the same edit gives the same bytes
-    config.inference_mode = True
-
-    def write(folder: Path) -> Path:
-        write_tensors(folder / WEIGHTS_FILE, tensors)
-        config.save_pretrained(str(folder))
-        return folder
-
-    return write
+    return vllm_adapter(factors, cast(LoraConfig, memory._adapter_config), remedy)
 
 
 def gguf(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:

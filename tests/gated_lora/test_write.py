@@ -236,6 +236,29 @@ def test_keys_of_a_question_lie_at_its_names_or_its_rare_words() -> None:
         assert (len(ids), window) == ((4, 3) if spelled else (1, 16))
 
 
+def test_an_export_has_a_plain_lora_for_each_thing(tmp_path: Path) -> None:
+    memory = written([FACT, OTHER])
+    memory.export(tmp_path / "e", format="vllm", dtype=torch.float32)
+    listed = json.loads((tmp_path / "e" / "lora_modules.json").read_text())
+    assert [entry["name"] for entry in listed] == ["Eiffel Tower", "Miles Davis"]
+    for fact, entry in zip((FACT, OTHER), listed, strict=True):
+        assert memory.route(fact.prompt) == [entry["name"]]
+        plain = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "e" / entry["path"]))
+        assert plain.peft_config["default"].r == 8
+        end = len(fact.prompt)
+        answer = plain.generate(**encode(fact.prompt), max_new_tokens=4, do_sample=False)[0, end:]
+        assert byte_tokenizer().decode(answer).startswith(fact.continuation[:4])
+    memory.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"holds .* of something else"):
+        memory.export(tmp_path / "saved", format="vllm")
+    memory.export(tmp_path / "e", format="vllm")  # in place of the earlier one
+    memory.forget(FACT)
+    with pytest.raises(ValueError, match=r"holds 00000-eiffel-tower.* of something else"):
+        memory.export(tmp_path / "e", format="vllm")
+    with pytest.raises(ValueError, match="nothing to export"):
+        inject_memory(tiny_model(), GatedLoraConfig(key_layer=1)).export(tmp_path / "none", format="vllm")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
