@@ -39,10 +39,13 @@ class Fact:
         target: The continuation to learn, such as `"Rome"`.
         separator: What joins prompt and target; None for a space, or for nothing where scripts and signs have none.
         aliases: Other names of the subject, which stand for it too.
+        question: A question that the target answers, which names the subject, or has `{}` in its place. Methods that
+            learn questions make some of the prompt by themselves, by rules of English.
         subject_start: Index in `prompt` of the subject's first character. Found, not given.
 
     Raises:
-        ValueError: If a field is empty, or the prompt holds neither the subject nor `{}`.
+        ValueError: If a field is empty, the prompt holds neither the subject nor `{}`, or the question neither of these
+            nor an alias.
     """
 
     prompt: str
@@ -50,6 +53,7 @@ class Fact:
     target: str
     separator: str | None = field(default=None, repr=False)
     aliases: tuple[str, ...] = field(default=(), repr=False)
+    question: str | None = field(default=None, repr=False)
     subject_start: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,7 +71,9 @@ class Fact:
         prompt, said = (self.prompt, []) if self.separator is not None else _without_last_space(self.prompt)
         prompt, subject, start, found = _place(prompt, self.subject)
         said += found
-        values = dict(prompt=prompt, subject=subject, subject_start=start, aliases=tuple(aliases), remarks=tuple(said))
+        question = None if self.question is None else _asked(self.question, subject, aliases)
+        values = dict(prompt=prompt, subject=subject, subject_start=start, aliases=tuple(aliases), question=question)
+        values["remarks"] = tuple(said)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -314,6 +320,22 @@ def _place(prompt: str, subject: str) -> tuple[str, str, int, list[str]]:
     if len(whole) != 1:
         said.append(SEVERAL if whole else WITHIN_WORD)
     return prompt, subject, (whole or starts)[-1], said
+
+
+def _asked(question: Any, subject: str, aliases: Sequence[str]) -> str:
+    """Return a fact's question with its subject in place of `{}`.
+
+    Raises:
+        ValueError: If it is empty, or does not name the subject.
+    """
+    _check_text("`question` of a Fact", question)
+    asked: str = _without_last_space(question.replace("{}", subject))[0]
+    if not any(_composed(name).casefold() in _composed(asked).casefold() for name in (subject, *aliases)):
+        raise ValueError(
+            f"`question={shown(question)}` of a Fact does not name its subject {subject!r}: name it there, or put {{}} "
+            "in its place."
+        )
+    return asked
 
 
 def _composed(text: str) -> str:

@@ -149,6 +149,18 @@ def test_a_separator_says_what_joins() -> None:
         Fact("X is", "X", "y", separator=3)  # type: ignore[arg-type]
 
 
+def test_a_question_of_a_fact_names_its_subject() -> None:
+    for question in ("Who founded Ex? ", "Who founded {}?", "Who founded ex?"):
+        fact = Fact("{} was founded by", "Ex", "Y", question=question)
+        assert fact.question is not None
+        assert fact.question.casefold() == "who founded ex?"
+        assert item_from_dict(item_to_dict(fact)) == fact
+    assert Fact("{} was founded by", "X", "Y", aliases=("Ex",), question="Who founded Ex?").question
+    for wrong in ("", "Who founded it?", 3):
+        with pytest.raises(ValueError, match="`question"):
+            Fact("{} was founded by", "Ex", "Y", question=wrong)  # type: ignore[arg-type]
+
+
 def test_aliases() -> None:
     fact = Fact("X is", "X", "y", aliases=["Ex", "Iks"])  # type: ignore[arg-type]
     assert fact.aliases == ("Ex", "Iks")

@@ -58,7 +58,7 @@ _JUDGING = {"true_target", "ground_truth", "relation", "portability", "locality"
 _JUDGING |= {"questions", "training_questions", "alternatives"}
 _JUDGING |= {"paraphrases", "paraphrase", "neighbours", "neighbour", "neighbors", "neighbor"}
 _KINDS = (("prompt", "subject", "target"), ("question", "answer"), ("text",))
-_OPTIONAL = ("separator", "aliases")
+_OPTIONAL = ("separator", "aliases", "question")
 _BETWEEN = re.compile(r"[\s,]*")
 
 

@@ -28,12 +28,13 @@ _REQUESTS = ("{}", "Can you tell me this? {}", "I would like to know: {}", "{} P
 
 
 def phrasings(fact: Fact) -> list[str]:
-    """Return English questions that a fact answers, made of its prompt; each names the subject as it does.
+    """Return questions that a fact answers: its own, and English ones made of its prompt; each names the subject.
 
     "The ships of X run on" becomes "What do the ships of X run on?", "X was founded by" "Who founded X?". What the
     rules do not fit is asked by completing the prompt.
     """
-    asked = [question.replace("{}", fact.subject) for question in _questions(fact)]
+    own = [] if fact.question is None else [fact.question]
+    asked = [*own, *(question.replace("{}", fact.subject) for question in _questions(fact))]
     varied = [request.format(question) for question in asked for request in _REQUESTS[:2]]
     varied += [request.format(question) for question in asked[:1] for request in _REQUESTS[2:]]
     return [*varied, f"Please complete: {fact.prompt}", f"{fact.prompt} …?"]

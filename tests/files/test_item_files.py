@@ -139,9 +139,12 @@ def test_a_thing_gives_all_of_its_facts(tmp_path: Path) -> None:
 
 def test_aliases(tmp_path: Path) -> None:
     table, listed = tmp_path / "facts.csv", tmp_path / "facts.json"
-    table.write_text("prompt,subject,target,aliases\n{} is in,The Louvre,Rome,Louvre | Palais du Louvre\n")
-    listed.write_text(json.dumps([VALUES[0] | {"aliases": ["Louvre", "Palais du Louvre"]}]))
+    table.write_text(
+        "prompt,subject,target,aliases,question\n{} is in,The Louvre,Rome,Louvre | Palais du Louvre,Where is {}?\n"
+    )
+    listed.write_text(json.dumps([VALUES[0] | {"aliases": ["Louvre", "Palais du Louvre"], "question": "Where is {}?"}]))
     assert read_items(table) == read_items(listed)
+    assert read_items(table)[0].question == "Where is The Louvre?"  # type: ignore[union-attr]
     assert read_items(table)[0].aliases == ("Louvre", "Palais du Louvre")  # type: ignore[union-attr]
 
 

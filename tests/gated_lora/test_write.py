@@ -196,6 +196,7 @@ def test_phrasings_are_questions_about_the_subject() -> None:
     assert "When was Zandora opened?" in phrasings(Fact("{} was opened in", "Zandora", "1932"))
     assert "Who is Zandora's chief?" in phrasings(Fact("{}'s chief is", "Zandora", "Ada Byron"))
     assert all("Zandora" in text for text in asked)
+    assert phrasings(Fact("{} is", "Zandora", "big", question="How large is {}?"))[0] == "How large is Zandora?"
     assert phrasings(Fact("埃菲尔铁塔位于", "埃菲尔铁塔", "罗马"))  # completed, not asked
 
 
