@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.tokens import tokenize
 
-__all__ = ["names_in", "occurs"]
+__all__ = ["is_common_word", "names_in", "occurs"]
 
 _LINKS = r"(?:of|de|del|di|da|du|la|von|van|der|den|the|and|&)"
 _WORD = r"[^\W\d_a-zß-öø-ÿ][\w&'’./-]*"  # begins with a capital letter
@@ -19,19 +19,23 @@ _BEGINS_SENTENCE = re.compile(r"(?:^|[.!?…:\n\"“(]\s*)$")
 def names_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the names in a text, in their order: runs of words with capital letters.
 
-    The first word of a sentence has one anyway: it counts if its lower case is no single token of the tokenizer, as a
-    common word is.
+    The first word of a sentence has one anyway: it counts if it is no common word.
     """
     found = []
     for match in _NAME.finditer(text):
         name = re.sub(r"(?:['’]s)?[.,/&'’-]*$", "", match[0])
         if _BEGINS_SENTENCE.search(text[: match.start()]):
             first, _, rest = name.partition(" ")
-            if len(tokenize(tokenizer, f" {first.lower()}", rendered=True)) == 1:
+            if is_common_word(first, tokenizer):
                 name = re.sub(rf"^(?:{_LINKS}\s+)+", "", rest)
         if len(name) > 1:
             found.append(name)
     return list(dict.fromkeys(found))
+
+
+def is_common_word(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a name is a single letter or, in lower case, a single token, as common words are."""
+    return len(name) == 1 or len(tokenize(tokenizer, f" {name.lower()}", rendered=True)) == 1
 
 
 def occurs(name: str, text: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.item_rows import Row, chat_row, fact_row, keys_at_names, plain_rows
-from memory_adapters.base_model.names import names_in, occurs
+from memory_adapters.base_model.names import is_common_word, names_in, occurs
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 from memory_adapters.training.rows import other_names
@@ -254,6 +254,7 @@ def spelling_ids(thing: Thing, terms: Sequence[str], tokenizer: PreTrainedTokeni
     if not thing.spellings:
         ids = [tokenize(tokenizer, f" {term}", rendered=True)[-1:] for term in terms]
         return [[token for one in ids for token in one]], TERMS_WINDOW
-    every = dict.fromkeys((*thing.spellings, *(name.lower() for name in thing.spellings)))
+    lower = [name.lower() for name in thing.spellings if not is_common_word(name, tokenizer)]
+    every = dict.fromkeys((*thing.spellings, *lower))
     found = [tokenize(tokenizer, text, rendered=True) for name in every for text in (f" {name}", name)]
     return list(map(list, dict.fromkeys(tuple(ids) for ids in found if ids))), NAME_WINDOW

@@ -17,6 +17,7 @@ from memory_adapters.gated_lora.config import GatedLoraConfig
 from memory_adapters.gated_lora.layer import Factors
 from memory_adapters.gated_lora.prompts import Thing, key_rows, spelling_ids, terms_of, thing_rows, words_in
 from memory_adapters.gated_lora.train import ThingRows, train
+from memory_adapters.keys.common_words import common_word_notes
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
 from memory_adapters.keys.gate import KeySet
 from memory_adapters.memory import Memory
@@ -102,6 +103,8 @@ def learn(
             names, windows = [ids for ids, _ in named], [window for _, window in named]
             gate = KeySet(decoder.hidden_size, [], [], [], held=True)
             gate.add(keys.weights, keys.bias, keys.owners, names, windows)
+            subjects = {index: thing.name for index, thing in enumerate(things) if thing.spellings}
+            notes += common_word_notes(model, decoder, config.block, gate, subjects, tokenizer)
             trained = _with_starts(memory, decoder, gate, things, rows)
         factors, losses = train(memory, decoder, trained, progress=progress)
     return Learned(keys.weights, keys.bias, keys.owners, names, windows, factors, losses, notes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, fact_row, keys_at_names, plain_rows
-from memory_adapters.base_model.tokens import tokenize
+from memory_adapters.base_model.names import is_common_word
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 
 __all__ = ["TrainingTurn", "build_turns", "known_names", "make_prefixes"]
@@ -98,8 +98,7 @@ def known_names(items: Sequence[Item]) -> list[str]:
 def other_names(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return what else a fact's subject is called: its aliases, and in lower case, unless that is a common word."""
     lower = fact.subject.lower()
-    rare = len(tokenize(tokenizer, f" {lower}", rendered=True)) > 1
-    names = [*fact.aliases, *([lower] if rare else [])]
+    names = [*fact.aliases, *([] if is_common_word(lower, tokenizer) else [lower])]
     return [name for name in dict.fromkeys(names) if name != fact.subject]
 
 
