@@ -1,7 +1,8 @@
 """Store what does not change in rows of tokens while something is trained from one token of each on.
 
 Up to one block nothing changes; above it, nothing before that token. So the block's output from the token on is
-computed once, and the keys and values of the tokens before it, and a step runs the rest alone.
+computed once, and the keys and values of the tokens before it (once for all rows that begin with the same), and a step
+runs the rest alone.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from transformers import PreTrainedModel
 from memory_adapters.base_model.decoder import Decoder, attention_window, execution_device
 from memory_adapters.base_model.partial_forward import (
     CACHE,
-    BlockOutput,
     block_tuple_length,
-    hidden_state,
+    capture,
     keeps_keys_alone,
     positioned,
     resumed,
@@ -79,10 +79,10 @@ class RowSuffixes:
         )
         self.starts = [0] * len(rows) if self.whole else list(starts)
         self.offsets = list(starts) if self.whole else [0] * len(rows)
-        self.states: list[Tensor] = [torch.empty(0)] * len(rows)
-        self.kept: list[Tensor] = [torch.empty(0)] * len(rows)  # (blocks above, 2, heads, tokens before, head size)
-        for batch in batches_of(rows):
-            self._read(batch)
+        self.before = [tuple(row[:start]) for row, start in zip(rows, self.starts, strict=True)]
+        self.kept = self._read_prefixes(sorted({prefix for prefix in self.before if prefix}, key=len))
+        self.states = self._read_suffixes()
+        self.kept = {prefix: kept[layer + 1 :].clone() for prefix, kept in self.kept.items()}
 
     def _cache_template(self) -> Any:
         """Return a cache of the model; None if it keeps more than keys and values, or not alike in all blocks."""
@@ -93,30 +93,27 @@ class RowSuffixes:
         shapes = {tuple(part.shape) for layer in cache.layers for part in (layer.keys, layer.values)}
         return cache if len(shapes) == 1 else None
 
-    def _read(self, batch: Sequence[int]) -> None:
-        found: list[Tensor] = []
+    def _read_prefixes(self, prefixes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        """Return keys and values (blocks, 2, heads, tokens, head size) of what stands before starts, each once."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for batch in batches_of(prefixes):
+            inputs = pad_rows([prefixes[i] for i in batch], self.device)
+            positions = positioned(self.model, inputs["attention_mask"])
+            cache = self.model.base_model(input_ids=inputs["input_ids"], **positions, use_cache=True)[CACHE]
+            kept = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
+            found |= {prefixes[i]: kept[:, :, place, :, : len(prefixes[i])].clone() for place, i in enumerate(batch)}
+        return found
 
-        def keep(_module: nn.Module, _args: Any, output: BlockOutput) -> None:
-            found.append(hidden_state(output))
-
-        handle = self.decoder.blocks[self.layer].register_forward_hook(keep, prepend=True)
-        inputs = pad_rows([self.rows[i] for i in batch], self.device)
-        try:
-            output = self.model.base_model(
-                input_ids=inputs["input_ids"],
-                **positioned(self.model, inputs["attention_mask"]),
-                use_cache=not self.whole,
-            )
-        finally:
-            handle.remove()
-        for place, i in enumerate(batch):
-            start, end = self.starts[i], len(self.rows[i])
-            self.states[i] = found[0][place, start:end].clone()
-            if not self.whole:
-                above = output[CACHE].layers[self.layer + 1 :]
-                self.kept[i] = torch.stack(
-                    [torch.stack([layer.keys[place, :, :start], layer.values[place, :, :start]]) for layer in above]
-                )
+    def _read_suffixes(self) -> list[Tensor]:
+        """Return the block's output (tokens, hidden_size) from each row's start on."""
+        found = [torch.empty(0)] * len(self.rows)
+        for batch in batches_of([row[start:] for row, start in zip(self.rows, self.starts, strict=True)]):
+            inputs = self._inputs(batch)
+            inputs.pop("use_cache")
+            (states,) = capture(self.model, self.decoder, [self.layer], **inputs)
+            for place, i in enumerate(batch):
+                found[i] = states[place, : self.length(i)].clone()
+        return found
 
     def length(self, index: int) -> int:
         """Return how many tokens of a row are run."""
@@ -124,38 +121,40 @@ class RowSuffixes:
 
     def batch(self, indices: Sequence[int]) -> SuffixBatch:
         """Return rows as a batch."""
-        suffixes = pad_rows([self.rows[i][self.starts[i] :] for i in indices], self.device)
         states = nn.utils.rnn.pad_sequence([self.states[i] for i in indices], batch_first=True)
-        offsets = [self.offsets[i] for i in indices]
+        return SuffixBatch(self._inputs(indices), states, [self.offsets[i] for i in indices])
+
+    def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return what to call the model with to read rows from their starts on."""
+        suffixes = pad_rows([self.rows[i][self.starts[i] :] for i in indices], self.device)
         longest = max(self.starts[i] for i in indices)
         mask = suffixes["attention_mask"]
         if longest == 0:
-            inputs = {"input_ids": suffixes["input_ids"], **positioned(self.model, mask), "use_cache": False}
-            return SuffixBatch(inputs, states, offsets)
-        first = self.kept[indices[0]]
+            return {"input_ids": suffixes["input_ids"], **positioned(self.model, mask), "use_cache": False}
+        first = next(self.kept[self.before[i]] for i in indices if self.starts[i])
         kept = first.new_zeros(*first.shape[:2], len(indices), first.shape[2], longest, first.shape[4])
         before = mask.new_zeros(len(indices), longest)
         for place, i in enumerate(indices):
             if self.starts[i]:
-                kept[:, :, place, :, -self.starts[i] :] = self.kept[i]
+                kept[:, :, place, :, -self.starts[i] :] = self.kept[self.before[i]]
                 before[place, -self.starts[i] :] = 1
-        inputs = {
+        return {
             "input_ids": suffixes["input_ids"],
             **positioned(self.model, torch.cat([before, mask], 1), longest),
             CACHE: self._cache(kept),
             "use_cache": True,
         }
-        return SuffixBatch(inputs, states, offsets)
 
     def _cache(self, kept: Tensor) -> Any:
-        """Return a cache of these keys and values (blocks above, 2, rows, heads, tokens, head size)."""
+        """Return a cache of these keys and values (last blocks, 2, rows, heads, tokens, head size)."""
         template: Any = self.template
         cache = copy.copy(template)
         cache.layers = [copy.copy(layer) for layer in template.layers]
+        missing = len(cache.layers) - len(kept)
         for number, layer in enumerate(cache.layers):
-            above = number - self.layer - 1
-            # Of the blocks below, which are not run, only the number of tokens is asked.
-            layer.keys, layer.values = kept[above] if above >= 0 else kept[0][:, :, :1].expand(2, *kept.shape[2:])
+            # Of the first blocks, which are not run then, only the number of tokens is asked.
+            own = kept[number - missing] if number >= missing else kept[0][:, :, :1].expand(2, *kept.shape[2:])
+            layer.keys, layer.values = own
             if hasattr(layer, "cumulative_length"):  # a window's own count of what it has seen
                 layer.cumulative_length = kept.shape[4]
         return cache
