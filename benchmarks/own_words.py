@@ -67,6 +67,7 @@ METHODS: dict[str, Written | InMessage | None] = {
     "its fact in the message": InMessage(every=False),
     "all facts in the message": InMessage(every=True),
     "residual": Written("residual"),
+    "residual, with training questions": Written("residual", training_questions=True),
     "MEMIT": Written("memit", dict(chat=False)),
     "MEMIT, chat": Written("memit", dict(chat=True)),
     "slots": Written("slots"),

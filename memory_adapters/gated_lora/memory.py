@@ -30,10 +30,10 @@ from memory_adapters.gated_lora.layer import (
     set_factors,
     set_lora,
 )
-from memory_adapters.gated_lora.prompts import Thing, things_of
 from memory_adapters.gated_lora.write import Learned, learn, longest_row
 from memory_adapters.items import Item, Items, as_items
 from memory_adapters.keys.gate import GateState, KeyReader, KeySet
+from memory_adapters.keys.things import Thing, things_of
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.layers import lora_linears, watch_switching
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error

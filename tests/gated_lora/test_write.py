@@ -24,7 +24,8 @@ from memory_adapters import (
 )
 from memory_adapters.base_model.names import names_in
 from memory_adapters.gated_lora.layer import factors_of
-from memory_adapters.gated_lora.prompts import phrasings, spelling_ids, terms_of, thing_rows, things_of, words_in
+from memory_adapters.keys.things import spelling_ids, terms_of, thing_rows, things_of, words_in
+from memory_adapters.training.phrasings import phrasings
 from tests.gated_lora.test_contract import UNRELATED
 from tests.support.contract import encode, logits
 from tests.support.models import byte_tokenizer, tiny_model

@@ -348,9 +348,9 @@ def test_the_gate_opens_on_every_row_of_a_fact_or_it_is_noted() -> None:
 
 def test_a_question_without_a_distinctive_word_is_noted() -> None:
     memory = fresh(token_gate="keys", gate_init=1.0)
-    asked, unrelated = QuestionAnswer("Is it so?", "Yes"), ["Is it so? Is it so indeed?", "Well, is it so? Is it so?"]
+    asked, unrelated = QuestionAnswer("is it so?", "Yes"), ["Is it so? Is it so indeed?", "Well, is it so? Is it so?"]
     report = memory.write(asked, unrelated=unrelated, training_args=QUIET)
-    assert any("stays shut" in note and "'Is it so?'" in note for note in report.notes)
+    assert any("stays shut" in note and "'is it so?'" in note for note in report.notes)
 
 
 def test_lower_case_and_aliases_open_a_subject() -> None:
