@@ -68,6 +68,7 @@ METHODS: dict[str, Written | InMessage | None] = {
     "all facts in the message": InMessage(every=True),
     "residual": Written("residual"),
     "residual, with training questions": Written("residual", training_questions=True),
+    "residual, per key": Written("residual", dict(values="per_key")),
     "MEMIT": Written("memit", dict(chat=False)),
     "MEMIT, chat": Written("memit", dict(chat=True)),
     "slots": Written("slots"),
