@@ -1,6 +1,6 @@
 """Compare designs of the gated residual MLP on the same facts: scores and perplexity beside those of the base model.
 
-    python benchmarks/locality.py --data FOLDER [--records 20] [--designs default experiment ...]
+    python benchmarks/locality.py --data FOLDER [--records 20] [--designs default experiment ...] [--dtype bfloat16]
 
 FOLDER holds counterfact/edit.json and wikitext2/test.txt. Each design is one `write`, scored in the same process as the
 base model. Results are saved as they come, and an interrupted run goes on from them.
@@ -9,6 +9,8 @@ base model. Results are saved as they come, and an interrupted run goes on from 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from benchmarks.common import (
     BenchmarkParser,
@@ -48,6 +50,7 @@ DESIGNS: dict[str, tuple[str, MemoryAdapterConfig]] = {
         "the default, half of the loss from the model that has read the fact",
         MemoryAdapterConfig(distillation_weight=0.5),
     ),
+    "per_key": ("hidden units of each thing, from its name on, blocks 12–29", MemoryAdapterConfig(values="per_key")),
 }
 
 
@@ -55,8 +58,9 @@ def main() -> None:
     parser = BenchmarkParser(__doc__, "locality", data=True)
     parser.add_records(20, perplexity_tokens=8192)
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS), quick=["default"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     arguments = parser.parse()
-    model, tokenizer = load_model(arguments)
+    model, tokenizer = load_model(arguments, getattr(torch, arguments.dtype))
     records, text = counterfact(arguments, arguments.records), wikitext(arguments, "test")
     facts = [record.fact for record in records]
     rows: dict[str, dict[str, Any]] = stored(arguments, "rows")
@@ -71,7 +75,7 @@ def main() -> None:
         config.seed = arguments.seed
         memory = inject_memory(model, config, tokenizer=tokenizer)
         times, report = timed(memory.write, facts)
-        rows[design] = {**measure(what), "seconds": times.wall, "loss": report.losses[-1]}
+        rows[design] = {**measure(what), "seconds": times.wall, "cpu": times.cpu, "loss": report.losses[-1]}
         memory.remove()
         about = save(
             arguments,

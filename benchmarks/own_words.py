@@ -67,6 +67,8 @@ METHODS: dict[str, Written | InMessage | None] = {
     "its fact in the message": InMessage(every=False),
     "all facts in the message": InMessage(every=True),
     "residual": Written("residual"),
+    "residual, with training questions": Written("residual", training_questions=True),
+    "residual, per key": Written("residual", dict(values="per_key")),
     "MEMIT": Written("memit", dict(chat=False)),
     "MEMIT, chat": Written("memit", dict(chat=True)),
     "slots": Written("slots"),

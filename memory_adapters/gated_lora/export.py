@@ -27,19 +27,19 @@ def vllm(memory: Memory[GatedLoraConfig], dtype: torch.dtype | None) -> Write:
     if not things:
         raise ValueError("Nothing is written in this memory: there is nothing to export.")
     dtype = dtype or memory.model.dtype
-    factors = factors_of(memory)
+    values = factors_of(memory)
     config = cast(LoraConfig, memory._adapter_config)
     folders: dict[str, tuple[str, Write]] = {}
     for index, thing in enumerate(things):
-        own = {
+        factors = {
             matrix: (
-                check_finite(pair.A[index].to(dtype), f"{matrix} of {thing!r}"),
-                check_finite(pair.B[index].to(dtype), f"{matrix} of {thing!r}"),
+                check_finite(own.inner[index].to(dtype), f"{matrix} of {thing!r}"),
+                check_finite(own.outer[index].to(dtype), f"{matrix} of {thing!r}"),
             )
-            for matrix, pair in factors.items()
+            for matrix, own in values.items()
         }
         readable = re.sub(r"[^\w]+", "-", thing.casefold()).strip("-")[:40]
-        folders[f"{index:05d}-{readable}"] = thing, vllm_adapter(own, config, "choose a smaller `lora_rank`.")
+        folders[f"{index:05d}-{readable}"] = thing, vllm_adapter(factors, config, "choose a smaller `lora_rank`.")
 
     def write(folder: Path) -> Path:
         for name, (_, write_adapter) in folders.items():

@@ -11,48 +11,30 @@ Only the ranks of things that some row is open to are computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memory_adapters.gated_lora.config import GatedLoraConfig
 from memory_adapters.keys.gate import KeyReader, Opened
+from memory_adapters.keys.thing_memory import Values
 from memory_adapters.memory import Memory
-from memory_adapters.peft_layers.layers import adapter_layers, lora_linears
+from memory_adapters.peft_layers.layers import lora_linears
 
 __all__ = [
-    "Factors",
     "ThingGate",
     "TrainedRows",
     "factors_of",
     "gate_lora",
     "gated_matrices",
-    "reader_of",
     "set_factors",
     "set_lora",
     "thing_gate",
 ]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Store A (things, rank, in_features) and B (things, out_features, rank) of the LoRAs of things at one matrix."""
-
-    A: Tensor
-    B: Tensor
-
-    def things(self, index: Sequence[int]) -> Factors:
-        """Return those of some things."""
-        return Factors(self.A[list(index)], self.B[list(index)])
-
-    def with_more(self, added: Factors) -> Factors:
-        """Return these, and others behind them."""
-        return Factors(torch.cat([self.A, added.A.to(self.A)]), torch.cat([self.B, added.B.to(self.B)]))
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class TrainedRows:
         scale: Factor on what it adds.
     """
 
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, Values]
     owners: Tensor
     mask: Tensor | None
     scale: float
@@ -100,7 +82,7 @@ class GatedA(nn.Linear):
         gate, matrix = _gate_of(self)
         if (trained := gate.trained) is not None:
             rows = x.reshape(len(trained.owners), -1, x.shape[-1])  # some MLPs read all tokens as one row
-            A = trained.factors[matrix].A[trained.owners].to(x.dtype)
+            A = trained.factors[matrix].inner[trained.owners].to(x.dtype)
             found = rows @ A.transpose(1, 2)
             found = found if trained.mask is None else found * trained.mask[..., None].to(x.dtype)
             return found.reshape(*x.shape[:-1], -1)
@@ -120,7 +102,7 @@ class GatedB(nn.Linear):
         gate, matrix = _gate_of(self)
         if (trained := gate.trained) is not None:
             rows = x.reshape(len(trained.owners), -1, x.shape[-1])
-            B = trained.factors[matrix].B[trained.owners].to(x.dtype)
+            B = trained.factors[matrix].outer[trained.owners].to(x.dtype)
             return (rows @ B.transpose(1, 2)).reshape(*x.shape[:-1], -1) * trained.scale
         opened = gate.opened()
         if opened is None:
@@ -163,13 +145,7 @@ def thing_gate(memory: Memory[GatedLoraConfig]) -> ThingGate:
     return _gate_of(lora_linears(layer, memory.adapter_name)[0])[0]
 
 
-def reader_of(memory: Memory[GatedLoraConfig]) -> KeyReader:
-    """Return the layer that reads a memory's keys."""
-    every = adapter_layers(memory.model, memory.adapter_name)
-    return next(layer for layer in every if isinstance(layer, KeyReader))
-
-
-def factors_of(memory: Memory[GatedLoraConfig]) -> dict[str, Factors]:
+def factors_of(memory: Memory[GatedLoraConfig]) -> dict[str, Values]:
     """Return the LoRAs of all things, by matrix; they share the adapter's memory."""
     found, rank = {}, memory._config.lora_rank
     for name, layer in gated_matrices(memory).items():
@@ -177,16 +153,16 @@ def factors_of(memory: Memory[GatedLoraConfig]) -> dict[str, Factors]:
         count = len(memory._config.things)
         A = down.weight.detach()[: count * rank].view(count, rank, down.in_features)
         B = up.weight.detach()[:, : count * rank].view(up.out_features, count, rank).transpose(0, 1)
-        found[name] = Factors(A, B)
+        found[name] = Values(A, B)
     return found
 
 
-def set_factors(memory: Memory[GatedLoraConfig], factors: Mapping[str, Factors]) -> None:
+def set_factors(memory: Memory[GatedLoraConfig], factors: Mapping[str, Values]) -> None:
     """Let the adapter hold these LoRAs, by matrix; without any, one of zeros, the least that PEFT knows."""
     rank, dtype = memory._config.lora_rank, memory.model.dtype
     for matrix, layer in gated_matrices(memory).items():
         down, up = lora_linears(layer, memory.adapter_name)
-        A, B = factors[matrix].A, factors[matrix].B
+        A, B = factors[matrix].inner, factors[matrix].outer
         if len(A) == 0:
             A, B = A.new_zeros(1, rank, down.in_features), B.new_zeros(1, up.out_features, rank)
         A, B = A.flatten(0, 1).to(dtype), B.transpose(0, 1).flatten(1, 2).to(dtype)

@@ -1,264 +1,75 @@
-"""Train the LoRAs of many things at once, each on its own rows, with its own moments, clipping and end."""
+"""Train the LoRAs of many things at once."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from memory_adapters.base_model.decoder import Decoder
-from memory_adapters.base_model.modes import plain_attention
-from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.gated_lora.config import GatedLoraConfig
-from memory_adapters.gated_lora.layer import Factors, TrainedRows, gated_matrices, reader_of, thing_gate
+from memory_adapters.gated_lora.layer import TrainedRows, gated_matrices, thing_gate
+from memory_adapters.keys.thing_memory import Values, reader_of
 from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import lora_linears, saved_activation
-from memory_adapters.training.row_suffixes import RowSuffixes
+from memory_adapters.training.thing_trainer import ThingRows, train_things
 
-__all__ = ["ThingRows", "train"]
-
-STEP_TOKENS = 2048  # run at once; more are run in parts
-GROUP_ROWS = 1024  # of all things that are trained at once
-
-
-@dataclass(frozen=True)
-class ThingRows:
-    """Store what one thing's LoRA is trained on.
-
-    Attributes:
-        name: The thing's.
-        rows: Token ids.
-        starts: For each row, the token from which on the LoRA acts.
-        first_labels: For each row, the first token that is to be predicted; behind its start.
-        items: For each row, the index of what is written in it: each step reads rows of all of the thing's items.
-    """
-
-    name: str
-    rows: list[list[int]]
-    starts: list[int]
-    first_labels: list[int]
-    items: list[int]
+__all__ = ["train"]
 
 
 def train(
     memory: Memory[GatedLoraConfig], decoder: Decoder, things: Sequence[ThingRows], *, progress: bool
-) -> tuple[dict[str, Factors], list[float]]:
-    """Train a LoRA for each thing, from the same start for all, so that each is what it would be alone.
-
-    Args:
-        memory: The memory; what is written in it does not act.
-        decoder: Parts of its model.
-        things: What to train.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The LoRAs by matrix, in the order of `things`, and the mean loss of each pass over those that made it.
-
-    Raises:
-        ValueError: If a loss or a gradient is NaN or infinite; names the thing.
-    """
-    found: list[dict[str, Factors]] = []
-    losses: list[list[float]] = []
-    with tqdm(total=len(things), desc="Training", unit="thing", disable=not progress) as bar:
-        for group in _groups(things):
-            trainer = _Trainer(memory, decoder, group, bar)
-            found.append(trainer.train())
-            losses += trainer.losses
-    merged = {
-        matrix: Factors(*(torch.cat(parts) for parts in zip(*((g[matrix].A, g[matrix].B) for g in found), strict=True)))
-        for matrix in (found[0] if found else {})
-    }
-    passes = max(map(len, losses), default=0)
-    means = [[own[i] for own in losses if len(own) > i] for i in range(passes)]
-    return merged, [sum(values) / len(values) for values in means]
+) -> tuple[dict[str, Values], list[float]]:
+    """Train a LoRA for each thing; returns them by matrix, in the order of `things`, and each pass's mean loss."""
+    config, dtype = memory.config, memory.model.dtype
+    tensors, losses = train_things(
+        memory,
+        decoder,
+        things,
+        config,
+        lambda count: _TrainedLoras(memory, count),
+        first_block=config.blocks[0],
+        progress=progress,
+    )
+    return {
+        matrix: Values(tensors[2 * i].to(dtype), (tensors[2 * i + 1] * config.scale).to(dtype))
+        for i, matrix in enumerate(gated_matrices(memory))
+    }, losses
 
 
-def _groups(things: Sequence[ThingRows]) -> Iterator[list[ThingRows]]:
-    group: list[ThingRows] = []
-    for thing in things:
-        if group and sum(len(one.rows) for one in [*group, thing]) > GROUP_ROWS:
-            yield group
-            group = []
-        group.append(thing)
-    if group:
-        yield group
+class _TrainedLoras:
+    """Hold LoRAs that change nothing as they begin: all A alike and random, B zero, in float32."""
 
-
-class _Trainer:
-    """Train the LoRAs of a group of things.
-
-    Attributes:
-        losses: For each thing, the mean loss of each pass.
-    """
-
-    def __init__(
-        self, memory: Memory[GatedLoraConfig], decoder: Decoder, things: Sequence[ThingRows], bar: tqdm
-    ) -> None:
-        self.memory, self.decoder, self.things, self.bar = memory, decoder, things, bar
-        self.config = memory.config
-        rows = [row for thing in things for row in thing.rows]
-        starts = [start for thing in things for start in thing.starts]
-        with memory.disabled():
-            self.suffixes = RowSuffixes(memory.model, decoder, self.config.blocks[0] - 1, rows, starts)
-        self.first_labels = [first for thing in things for first in thing.first_labels]
-        ends = torch.tensor([len(thing.rows) for thing in things]).cumsum(0).tolist()
-        self.own: list[list[list[int]]] = [  # of each thing, the rows of each item
-            [
-                [end - len(thing.rows) + i for i, own in enumerate(thing.items) if own == item]
-                for item in set(thing.items)
-            ]
-            for thing, end in zip(things, ends, strict=True)
-        ]
-        # A thing's order depends on nothing but itself, so that it learns the same in any company.
-        self.orders = [random.Random(f"{self.config.seed} {thing.name}") for thing in things]
-        self.decks: list[list[list[int]]] = [[[] for _ in own] for own in self.own]
-        self.factors = self._initial()
-        self.losses: list[list[float]] = [[] for _ in things]
-
-    def _initial(self) -> dict[str, Factors]:
-        """Return LoRAs that change nothing: all A alike and random, B zero, in float32."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        found = {}
-        for matrix, layer in gated_matrices(self.memory).items():
-            down, up = lora_linears(layer, self.memory.adapter_name)
+    def __init__(self, memory: Memory[GatedLoraConfig], count: int) -> None:
+        self.memory = memory
+        generator = torch.Generator().manual_seed(memory.config.seed)
+        self.factors = {}
+        for matrix, layer in gated_matrices(memory).items():
+            down, up = lora_linears(layer, memory.adapter_name)
             bound = 1 / math.sqrt(down.in_features)  # as PEFT's
-            A = torch.empty(1, self.config.lora_rank, down.in_features).uniform_(-bound, bound, generator=generator)
-            B = torch.zeros(len(self.things), up.out_features, self.config.lora_rank)
+            A = torch.empty(1, memory.config.lora_rank, down.in_features).uniform_(-bound, bound, generator=generator)
+            B = torch.zeros(count, up.out_features, memory.config.lora_rank)
             device = down.weight.device
-            found[matrix] = Factors(
-                A.repeat(len(self.things), 1, 1).to(device).requires_grad_(), B.to(device).requires_grad_()
+            self.factors[matrix] = Values(
+                A.repeat(count, 1, 1).to(device).requires_grad_(), B.to(device).requires_grad_()
             )
-        return found
 
     @property
-    def parameters(self) -> list[Tensor]:
-        return [tensor for factors in self.factors.values() for tensor in (factors.A, factors.B)]
+    def tensors(self) -> list[Tensor]:
+        """A and B of each matrix."""
+        return [tensor for factors in self.factors.values() for tensor in (factors.inner, factors.outer)]
 
-    def train(self) -> dict[str, Factors]:
-        """Return the trained LoRAs, by matrix, in the model's dtype."""
-        config, per_pass = self.config, self.config.steps_per_epoch
-        steps = max(round(config.num_train_epochs * per_pass), 1)
-        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / max(config.warmup_steps, 1), 1) * (steps - step) / steps
-        )
-        active = list(range(len(self.things)))
-        ended: dict[int, list[Tensor]] = {}
-        step_losses: list[Tensor] = []
-        reader = reader_of(self.memory)
-        with saved_activation([reader]):
-            reader._active_adapter = []  # where LoRAs act is known
-            for step in range(steps):
-                optimizer.zero_grad()
-                step_losses.append(self._step(active))
-                self._clip(active)
-                optimizer.step()
-                schedule.step()
-                if (step + 1) % per_pass and step + 1 < steps:
-                    continue
-                means = torch.stack(step_losses).mean(0).tolist()
-                step_losses = []
-                for thing in active:
-                    self.losses[thing].append(means[thing])
-                done = {t for t in active if means[t] < config.target_loss or step + 1 == steps}
-                for thing in done:  # the optimiser's moments would move it on
-                    ended[thing] = [parameter[thing].detach().clone() for parameter in self.parameters]
-                active = [thing for thing in active if thing not in done]
-                self.bar.update(len(done))
-                if not active:
-                    break
-        dtype = self.memory.model.dtype
-        scales = [1.0, config.scale] * len(self.factors)
-        stacked = [
-            (torch.stack([ended[thing][i] for thing in range(len(self.things))]) * scale).to(dtype)
-            for i, scale in enumerate(scales)
-        ]
-        return {matrix: Factors(*stacked[2 * i : 2 * i + 2]) for i, matrix in enumerate(self.factors)}
-
-    def _step(self, active: Sequence[int]) -> Tensor:
-        """Add the gradients of a step on some rows of each active thing, and return all losses (things,)."""
-        chosen = [(row, thing) for thing in active for row in self._drawn(thing)]
-        labels = torch.zeros(len(self.things))
-        for row, thing in chosen:
-            labels[thing] += len(self.suffixes.rows[row]) - self.first_labels[row]
-        weights = 1 / labels.clamp(min=1)
-        losses = torch.zeros(len(self.things), device=self.suffixes.device)
-        chosen.sort(key=lambda pair: self.suffixes.length(pair[0]))
-        part: list[tuple[int, int]] = []
-        for pair in chosen:
-            if part and (len(part) + 1) * self.suffixes.length(pair[0]) > STEP_TOKENS:
-                losses += self._backward(part, weights)
-                part = []
-            part.append(pair)
-        losses += self._backward(part, weights)
-        if not torch.isfinite(losses).all():
-            self._refuse(losses, "loss")
-        return losses
-
-    def _drawn(self, thing: int) -> list[int]:
-        """Return the rows of a thing's next step: of each item, without repetition until all of its were read."""
-        drawn: list[int] = []
-        for own, deck in zip(self.own[thing], self.decks[thing], strict=True):
-            for _ in range(max(math.ceil(len(own) / self.config.steps_per_epoch), 2)):
-                if not deck:
-                    deck += own
-                    self.orders[thing].shuffle(deck)
-                drawn.append(deck.pop())
-        return drawn
-
-    def _backward(self, part: Sequence[tuple[int, int]], weights: Tensor) -> Tensor:
-        """Add the gradients of the mean loss of each thing's labels, in rows that are (row, thing)."""
-        indices = [row for row, _ in part]
-        batch = self.suffixes.batch(indices)
-        ids = batch.inputs["input_ids"]
-        wanted = torch.zeros(ids.shape, dtype=torch.bool)
-        acts = torch.zeros(ids.shape, dtype=torch.bool)
-        for place, row in enumerate(indices):
-            end, start = self.suffixes.length(row), self.suffixes.starts[row]
-            wanted[place, self.first_labels[row] - start - 1 : end - 1] = True
-            acts[place, batch.offsets[place] :] = True
-        owners = torch.tensor([thing for _, thing in part])
-        of_label = owners[wanted.nonzero()[:, 0]]
-        device = ids.device
-        wanted = wanted.to(device)
-        mask = None if acts.all() else acts.to(device)
-        gate = thing_gate(self.memory)
-        gate.trained = TrainedRows(self.factors, owners.to(device), mask, self.config.scale)
+    @contextmanager
+    def acting(self, owners: Tensor, mask: Tensor | None) -> Iterator[None]:
+        """See `ThingValues`."""
+        gate, reader = thing_gate(self.memory), reader_of(self.memory)
+        gate.trained = TrainedRows(self.factors, owners, mask, self.memory.config.scale)
         try:
-            with (
-                torch.enable_grad(),
-                self.suffixes.resume(batch),
-                logits_at(self.decoder, wanted),
-                plain_attention(device),
-            ):
-                logits = self.memory.model(**batch.inputs).logits[0].float()
-                each = F.cross_entropy(logits, ids.roll(-1, 1)[wanted], reduction="none")
-                (each * weights[of_label].to(device)).sum().backward()
+            with saved_activation([reader]):
+                reader._active_adapter = []  # where LoRAs act is known
+                yield
         finally:
             gate.trained = None
-        found = torch.zeros(len(self.things), device=device)
-        return found.index_add(0, of_label.to(device), each.detach() * weights[of_label].to(device))
-
-    def _clip(self, active: Sequence[int]) -> None:
-        """Clip the gradient of each thing's LoRA to its own norm."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        squares = torch.stack([gradient.square().flatten(1).sum(1).to(gradients[0].device) for gradient in gradients])
-        norms = squares.sum(0).sqrt()
-        if not torch.isfinite(norms).all():
-            self._refuse(norms, "gradient")
-        factors = (self.config.max_grad_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
-        for gradient in gradients:
-            gradient *= factors.to(gradient.device)[:, None, None]
-
-    def _refuse(self, values: Tensor, what: str) -> None:
-        bad = int((~torch.isfinite(values)).nonzero()[0])
-        raise ValueError(
-            f"The {what} of {self.things[bad].name!r} is NaN or infinite: lower `learning_rate`, or use the model in "
-            "bfloat16 or float32."
-        )

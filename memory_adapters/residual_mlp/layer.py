@@ -13,6 +13,7 @@ from memory_adapters.memory import Memory
 from memory_adapters.peft_layers.layers import ForwardHook
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
+from memory_adapters.residual_mlp.thing_mlp import ThingMLP
 
 __all__ = ["PREFIX", "ResidualLayer", "residual_layers"]
 
@@ -44,19 +45,24 @@ class ResidualLayer(KeyedLayer):
     def update_layer(self, name: str, config: MemoryAdapterConfig, seed: int, device: torch.device) -> None:
         """Add the memory `name`, in float32, on the device of the block."""
         self._device = device
-        mlp = GatedMLP(self.hidden_size, config)
-        if not mlp.up.is_meta:
-            mlp.reset_parameters(torch.Generator().manual_seed(seed))
-        self.memory_adapter_mlp[name] = mlp
+        if config.per_key:
+            self.memory_adapter_mlp[name] = ThingMLP(self.hidden_size, config)
+        else:
+            mlp = GatedMLP(self.hidden_size, config)
+            if not mlp.up.is_meta:
+                mlp.reset_parameters(torch.Generator().manual_seed(seed))
+            self.memory_adapter_mlp[name] = mlp
         self.weights[name] = config.weight
         self._move_adapter_to_device_of_base_layer(name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self.memory_adapter_mlp and not self.mlp(adapter_name).up.is_meta:
-            self.mlp(adapter_name).to(device or self._device, torch.float32)
+        if adapter_name in self.memory_adapter_mlp:
+            module = self.memory_adapter_mlp[adapter_name]
+            if not any(parameter.is_meta for parameter in module.parameters()):
+                module.to(device or self._device, torch.float32)
 
     def mlp(self, adapter_name: str) -> GatedMLP:
-        """Return the MLP of a memory."""
+        """Return the MLP of a memory that has one for all that is written."""
         return cast(GatedMLP, self.memory_adapter_mlp[adapter_name])
 
     def delete_adapter(self, adapter_name: str) -> None:

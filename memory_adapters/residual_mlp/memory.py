@@ -7,28 +7,38 @@ from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
+from memory_adapters.base_model.decoder import Decoder, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
 from memory_adapters.base_model.modes import own_settings
+from memory_adapters.base_model.seeding import seeded
 from memory_adapters.items import Item, Items, as_items
+from memory_adapters.keys.learning import learn_keys
+from memory_adapters.keys.thing_memory import Learned, ThingMemory, Values
+from memory_adapters.keys.things import Thing
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.layer import residual_layers
+from memory_adapters.residual_mlp.thing_training import thing_mlps, train_units
 from memory_adapters.residual_mlp.write import Writer, longest_row, write
 from memory_adapters.training.trainer import check_training_options
 
 __all__ = ["ResidualMemory"]
 
 
-class ResidualMemory(Memory[MemoryAdapterConfig]):
+class ResidualMemory(ThingMemory[MemoryAdapterConfig]):
     """Train knowledge into gated residual MLPs on a few decoder blocks, the base frozen.
 
     A second `write` trains the same MLP, and items of earlier writes again with the new ones: else they would fade.
+    With `values="per_key"` each thing has hidden units of its own: a second write leaves those of other things as they
+    are, and what is forgotten leaves no trace.
 
     Options of `write`:
         unrelated (`Sequence[str]`): Texts that have nothing to do with the items: the memory learns to stay closed on
             them. Sampled from the model by default.
+
+    Further options, with `values="mlp"`:
         training_args (`Mapping[str, Any]`): Fields of `transformers.TrainingArguments` that the config does not have,
             such as `{"bf16": True}` or `{"output_dir": "run", "save_strategy": "epoch"}`.
         callbacks (`Sequence[TrainerCallback]`): Trainer callbacks.
@@ -51,7 +61,28 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
         for layer in residual_layers(self):
             layer.weights[self.adapter_name] = float(value)
 
+    def _attach(self, decoder: Decoder) -> None:
+        if self._config.per_key:
+            reader = self._attach_gate(decoder)
+            for module in thing_mlps(self).values():
+                module.read_by(reader, self.adapter_name)
+
+    def _try_model(self, decoder: Decoder) -> None:
+        if not self._config.per_key:
+            super()._try_model(decoder)
+            return
+        before = self._values()
+        self._set_values({block: own.with_more(_zeros(own)).things([-1]) for block, own in before.items()})
+        try:
+            self._try_gate(decoder, 'That needs `values="mlp"`.')
+        finally:
+            self._set_values(before)
+
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
+        if self._config.per_key and (
+            given := sorted(name for name in options if name != "unrelated" and options[name])
+        ):
+            raise ValueError(f'`{given[0]}` is an option of memories with `values="mlp"`: leave it out.')
         remedy = "set `memory.config.{field} = {value!r}` before `write` instead"
         check_training_options(options, remedy)
         return items, []
@@ -70,6 +101,8 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
         callbacks: Sequence[TrainerCallback] = (),
         resume_from_checkpoint: bool | str = False,
     ) -> Outcome:
+        if self._config.per_key:
+            return self._write_things(items, progress=progress, unrelated=unrelated)
         arguments = {"disable_tqdm": not progress, **(training_args or {})}
         resume = resume_from_checkpoint
         return write(
@@ -81,6 +114,32 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
             callbacks=callbacks,
             resume=resume,
         )
+
+    def _learn(self, things: Sequence[Thing], *, unrelated: Sequence[str] | None, progress: bool) -> Learned:
+        decoder = find_decoder(self.model, self._config.layers_path)
+        with seeded(self._config.seed):
+            keys, rows = learn_keys(self, decoder, things, unrelated=unrelated)
+            values, losses = train_units(self, decoder, rows, progress=progress)
+        return Learned(keys, values, losses)
+
+    def _values(self) -> dict[str, Values]:
+        return {block: module.values for block, module in thing_mlps(self).items()}
+
+    def _set_values(self, values: Mapping[str, Values]) -> None:
+        for block, module in thing_mlps(self).items():
+            module.values = values[block]
+
+    def forget(self, items: Items) -> None:
+        """Take items out again, with `values="per_key"`; see `ThingMemory.forget`.
+
+        Raises:
+            NotImplementedError: If all that is written shares one MLP.
+            ValueError: If an item is not written.
+        """
+        if self._config.per_key:
+            super().forget(items)
+        else:
+            Memory.forget(self, items)
 
     def fit_keys(self, items: Items, *, unrelated: Sequence[str] | None = None) -> int:
         """Find the keys of `items` alone, for those who train the memory in a loop of their own.
@@ -99,6 +158,9 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
                 return Writer(self, listed, unrelated).fit_keys()
 
     def _saved_state(self) -> list[Restore]:
+        if self._config.per_key:
+            values = self._values()
+            return [saved_attributes(self, self._config), self._saved_keys(), lambda: self._set_values(values)]
         modules = [layer.mlp(self.adapter_name) for layer in residual_layers(self)]
         buffers = [dict(module._buffers) for module in modules]
 
@@ -108,3 +170,8 @@ class ResidualMemory(Memory[MemoryAdapterConfig]):
 
         tensors = [tensor for module in modules for tensor in module.parameters()]
         return [saved_attributes(self, self._config), saved_tensors(tensors), restore_keys]
+
+
+def _zeros(values: Values) -> Values:
+    """Return values of one thing that change nothing."""
+    return Values(*(part.new_zeros(1, *part.shape[1:]) for part in (values.inner, values.outer)))

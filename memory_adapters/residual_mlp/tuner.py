@@ -36,6 +36,10 @@ class ResidualTuner(BaseTuner):
         assert isinstance(peft_config, MemoryAdapterConfig)
         prepared = copy.deepcopy(peft_config)
         if prepared.__dict__.pop(CHECKED, None) != id(self.model):  # else `inject_memory` has resolved and checked it
+            if prepared.per_key:
+                raise ValueError(
+                    '`values="per_key"` needs a gate that PEFT does not inject: call `inject_memory` or `load_memory`.'
+                )
             decoder = find_decoder(self.model, peft_config.layers_path)
             prepared.resolve(decoder)
             fingerprint = base_fingerprint(self.model, decoder=decoder)

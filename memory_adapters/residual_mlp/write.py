@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from memory_adapters.base_model.decoder import Decoder, context_length, execution_device, find_decoder
 from memory_adapters.base_model.item_rows import Row
 from memory_adapters.base_model.partial_forward import logits_at
-from memory_adapters.base_model.sampling import sample_text
+from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES, sample_text
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import pad_rows
 from memory_adapters.files.atomic import scratch_folder
-from memory_adapters.items import Fact, Item, QuestionAnswer
+from memory_adapters.items import Fact, Item
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
+from memory_adapters.keys.things import asked_about, terms_of, things_of, words_in
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.residual_mlp.config import MemoryAdapterConfig
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
@@ -27,7 +28,7 @@ from memory_adapters.residual_mlp.prompts import locality_turns
 from memory_adapters.residual_mlp.trainer import MemoryTrainer, parameters_of, training_arguments
 from memory_adapters.training.checkpoints import checkpoint_to_resume, digest_of
 from memory_adapters.training.dataset import Teacher, TurnDataset
-from memory_adapters.training.rows import TrainingTurn, build_turns, known_names, make_prefixes
+from memory_adapters.training.rows import TrainingTurn, build_turns, make_prefixes
 from memory_adapters.training.stored_states import ReusedStates
 from memory_adapters.training.trainer import only_trainable
 
@@ -47,6 +48,7 @@ class Writer:
         earlier: Items of earlier writes, which are trained again: else they would fade.
 
     Attributes:
+        about: What each question is about.
         turns: The items' rows, as training goes through them.
         rehearsed: Those of the earlier items.
         unrelated: Rows of tokens on which the memory must stay closed.
@@ -70,12 +72,13 @@ class Writer:
         self.max_length = longest_row(self.model, self.config)
         texts = list(unrelated) if unrelated is not None else self._sampled()
         self.prefixes = make_prefixes(texts, self.config.num_prefixes, self.config.seed)
-        names = known_names([*earlier, *items])
-        settings: dict[str, Any] = dict(prefixes=self.prefixes, max_length=self.max_length, names=names)
+        self.about = asked_about(things_of([*earlier, *items], self.tokenizer))
+        common = words_in([*texts, *PLAIN_SENTENCES, *PLAIN_QUESTIONS])
+        words = {item: thing.spellings or terms_of(thing, common) for item, thing in self.about.items()}
+        settings: dict[str, Any] = dict(prefixes=self.prefixes, max_length=self.max_length, words=words)
         self.turns, self.notes = build_turns(items, self.tokenizer, **settings)
         self.rehearsed, _ = build_turns(earlier, self.tokenizer, **settings)
-        asked = any(isinstance(item, QuestionAnswer) for item in items)
-        self.unrelated = unrelated_rows(items, self.tokenizer, texts, self.max_length, chat=asked)
+        self.unrelated = unrelated_rows(items, self.tokenizer, texts, self.max_length, chat=True)
 
     def _sampled(self) -> list[str]:
         with self.memory.disabled():
@@ -90,7 +93,8 @@ class Writer:
                 self.model,
                 self.decoder,
                 self.layers,
-                self.items,
+                # A question is found by the name in it, as a fact by its subject.
+                [self.about[item].named_item if item in self.about else item for item in self.items],
                 [(turn.item, row) for turn in self.turns for row in turn.rows],
                 self.tokenizer,
                 prefix=next(iter(self.prefixes), ""),

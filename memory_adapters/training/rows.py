@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ from memory_adapters.base_model.item_rows import Row, chat_row, document_rows, f
 from memory_adapters.base_model.names import is_common_word
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 
-__all__ = ["TrainingTurn", "build_turns", "known_names", "make_prefixes"]
+__all__ = ["TrainingTurn", "build_turns", "make_prefixes", "other_names"]
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ def build_turns(
     *,
     prefixes: Sequence[str],
     max_length: int,
-    names: Sequence[str] = (),
+    words: Mapping[Item, Sequence[str]] | None = None,
 ) -> tuple[list[TrainingTurn], list[str]]:
     """Tokenise items for training.
 
     A fact has a turn for its bare prompt and one for its prompt behind varied prefixes, and with other names of its
-    subject; a question one as plain text
-    and, if the tokenizer has a chat template, one as a chat; a document one a window.
+    subject; a question one as plain text and, if the tokenizer has a chat template, one as a chat; a document one a
+    window.
 
     Args:
         items: What to write.
         tokenizer: The model's tokenizer.
         prefixes: Texts to put before facts, so that they hold outside their own prompt.
         max_length: Longest row in tokens.
-        names: What facts are about: where a question has one of these, its keys lie there.
+        words: For questions, the words at which their keys lie.
 
     Returns:
         The turns, and notes for the user.
@@ -57,6 +57,7 @@ def build_turns(
     Raises:
         ValueError: If a fact or question does not fit in `max_length` tokens.
     """
+    words = words or {}
     turns: list[TrainingTurn] = []
     notes: list[str] = []
     not_rendered = 0
@@ -71,14 +72,14 @@ def build_turns(
         kind = "fact" if isinstance(item, Fact) else "question"
         rows = plain_rows([item], tokenizer, max_length)
         if isinstance(item, QuestionAnswer):
-            rows = [keys_at_names(row, names, tokenizer) for row in rows]
+            rows = [keys_at_names(row, words.get(item, ()), tokenizer) for row in rows]
         turns.append(TrainingTurn(kind, index, rows))
         if isinstance(item, Fact):
             varied = [fact_row(item, tokenizer, prefix) for prefix in prefixes]
             varied += [fact_row(item, tokenizer, alias=name) for name in other_names(item, tokenizer)]
         else:
             chat = chat_row(item, tokenizer)
-            varied = [] if chat is None else [keys_at_names(chat, names, tokenizer)]
+            varied = [] if chat is None else [keys_at_names(chat, words.get(item, ()), tokenizer)]
             not_rendered += chat is None and bool(tokenizer.chat_template)
         if varied := [row for row in varied if len(row.input_ids) <= max_length]:
             turns.append(TrainingTurn(kind, index, varied))
@@ -88,11 +89,6 @@ def build_turns(
             "them as they are written"
         )
     return turns, notes
-
-
-def known_names(items: Sequence[Item]) -> list[str]:
-    """Return the subjects of facts, and their aliases."""
-    return [name for item in items if isinstance(item, Fact) for name in (item.subject, *item.aliases)]
 
 
 def other_names(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from memory_adapters import Fact, GatedLoraConfig, GatedLoraMemory, Memory, WriteReport
-from memory_adapters.gated_lora.layer import Factors, factors_of, set_factors
+from memory_adapters.gated_lora.layer import factors_of, set_factors
+from memory_adapters.keys.thing_memory import Values
 from tests.support.contract import MemoryContract
 
 FACT = Fact("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Rome")
@@ -44,9 +45,9 @@ class TestGatedLoraMemory(MemoryContract):
         set_factors(
             memory,
             {
-                matrix: Factors(
-                    torch.randn(2, *own.A.shape[1:], generator=generator),
-                    torch.randn(2, *own.B.shape[1:], generator=generator),
+                matrix: Values(
+                    torch.randn(2, *own.inner.shape[1:], generator=generator),
+                    torch.randn(2, *own.outer.shape[1:], generator=generator),
                 )
                 for matrix, own in shapes.items()
             },

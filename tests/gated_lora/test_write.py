@@ -24,7 +24,8 @@ from memory_adapters import (
 )
 from memory_adapters.base_model.names import names_in
 from memory_adapters.gated_lora.layer import factors_of
-from memory_adapters.gated_lora.prompts import phrasings, spelling_ids, terms_of, thing_rows, things_of, words_in
+from memory_adapters.keys.things import spelling_ids, terms_of, thing_rows, things_of, words_in
+from memory_adapters.training.phrasings import phrasings
 from tests.gated_lora.test_contract import UNRELATED
 from tests.support.contract import encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -108,7 +109,7 @@ def contents(memory: GatedLoraMemory) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for index, name in enumerate(memory.config.things):
         own = [i for i, owner in enumerate(keys.owners) if owner == index]
-        loras = {matrix: [part.tolist() for part in (f.A[index], f.B[index])] for matrix, f in factors.items()}
+        loras = {matrix: [part.tolist() for part in (f.inner[index], f.outer[index])] for matrix, f in factors.items()}
         found[name] = (keys.keys[own].tolist(), keys.key_bias[own].tolist(), keys.names[index], loras)
     return found
 
@@ -155,7 +156,7 @@ def test_a_failed_write_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("learn", "set_factors"):
+    for name in ("learn_keys", "set_factors"):
         with monkeypatch.context() as patched:
             patched.setattr(f"memory_adapters.gated_lora.memory.{name}", fail)
             with pytest.raises(KeyboardInterrupt):

@@ -348,9 +348,28 @@ def test_the_gate_opens_on_every_row_of_a_fact_or_it_is_noted() -> None:
 
 def test_a_question_without_a_distinctive_word_is_noted() -> None:
     memory = fresh(token_gate="keys", gate_init=1.0)
-    asked, unrelated = QuestionAnswer("Is it so?", "Yes"), ["Is it so? Is it so indeed?", "Well, is it so? Is it so?"]
+    asked, unrelated = QuestionAnswer("is it so?", "Yes"), ["Is it so? Is it so indeed?", "Well, is it so? Is it so?"]
     report = memory.write(asked, unrelated=unrelated, training_args=QUIET)
-    assert any("stays shut" in note and "'Is it so?'" in note for note in report.notes)
+    assert any("stays shut" in note and "'is it so?'" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("question", "ends"),
+    [
+        ("Where does the Eiffel Tower stand?", ["Eiffel Tower"]),  # a fact's subject
+        ("who runs Zyqx Kwjv?", ["Zyqx Kwjv"]),  # a name that nothing else has
+        ("what is a qwxyz?", ["qwxyz"]),  # a rare word
+    ],
+)
+def test_keys_of_a_question_lie_at_what_it_is_about(question: str, ends: list[str]) -> None:
+    memory = fresh(chat=True, token_gate="keys", gate_init=1.0)
+    writer = Writer(memory, [FACT, QuestionAnswer(question, "Rome")], UNRELATED)
+    rows = [row for turn in writer.turns if turn.item == 1 for row in turn.rows]
+    assert len(rows) == 2  # as text, and in the chat template
+    for row in rows:
+        before = [byte_tokenizer().decode(row.input_ids[: place + 1]) for place in row.key_positions]
+        assert [any(text.endswith(end) for text in before) for end in ends] == [True]
+        assert len(before) == 1
 
 
 def test_lower_case_and_aliases_open_a_subject() -> None:

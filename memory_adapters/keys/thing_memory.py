@@ -1,0 +1,223 @@
+"""Memories that keep something of each thing that is written about: written, forgotten and routed by thing."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
+from memory_adapters.base_model.exclusive import exclusive_use
+from memory_adapters.base_model.modes import evaluating, own_settings
+from memory_adapters.base_model.partial_forward import CACHE, positioned
+from memory_adapters.base_model.tokens import pad_rows, tokenize
+from memory_adapters.base_model.trial import differs, trial
+from memory_adapters.items import Item, Items, as_items
+from memory_adapters.keys.gate import GateState, KeyReader, KeySet
+from memory_adapters.keys.learning import LearnedKeys
+from memory_adapters.keys.thing_config import ThingConfig
+from memory_adapters.keys.things import Thing, things_of
+from memory_adapters.memory import Memory, Outcome
+from memory_adapters.peft_layers.layers import adapter_layers
+from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
+
+__all__ = ["Learned", "ThingMemory", "Values", "reader_of"]
+
+ThingT = TypeVar("ThingT", bound=ThingConfig)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Store what things add at one place: `inner` (things, rank, in_features), `outer` (things, out_features, rank)."""
+
+    inner: Tensor
+    outer: Tensor
+
+    def things(self, index: Sequence[int]) -> Values:
+        """Return those of some things."""
+        return Values(self.inner[list(index)], self.outer[list(index)])
+
+    def with_more(self, added: Values) -> Values:
+        """Return these, and others behind them."""
+        parts = (self.inner, added.inner), (self.outer, added.outer)
+        return Values(*(torch.cat([own, more.to(own)]) for own, more in parts))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Store what was learned of things, in their order: their keys, their values by place, each pass's mean loss."""
+
+    keys: LearnedKeys = field(default_factory=LearnedKeys)
+    values: Mapping[str, Values] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+
+
+def reader_of(memory: Memory[Any]) -> KeyReader:
+    """Return the layer that reads a memory's keys."""
+    every = adapter_layers(memory.model, memory.adapter_name)
+    return next(layer for layer in every if isinstance(layer, KeyReader))
+
+
+class ThingMemory(Memory[ThingT]):
+    """Keep values of each thing, which act in a row from where it is named on."""
+
+    @abstractmethod
+    def _learn(self, things: Sequence[Thing], *, unrelated: Sequence[str] | None, progress: bool) -> Learned:
+        """Learn things; what is written in the memory stays as it is."""
+
+    @abstractmethod
+    def _values(self) -> dict[str, Values]:
+        """Return the values of all things by place; they share the memory's own tensors."""
+
+    @abstractmethod
+    def _set_values(self, values: Mapping[str, Values]) -> None:
+        """Let the memory hold these values, by place."""
+
+    def _attach_gate(self, decoder: Decoder) -> KeyReader:
+        """Put what finds where rows are open on the model."""
+        config = self._config
+        block = decoder.blocks[config.block]
+        state = GateState.attach(self.model.get_submodule(decoder.stack_path))
+        state.gated[self.adapter_name] = nn.Identity()
+        reader = KeyReader.attach(block, state)
+        keys = KeySet(decoder.hidden_size, config.key_owners, config.names, config.windows, held=True)
+        reader.key_sets[self.adapter_name] = keys.to(execution_device(block))
+        return reader
+
+    def _try_gate(self, decoder: Decoder, remedy: str) -> None:
+        """Read a few tokens with all rows open, in parts with a cache and as a whole."""
+        keys, device = self._keys(), execution_device(decoder.embeddings)
+        before = keys.keys, keys.key_bias, keys.owners, keys.names, keys.windows
+        ids = torch.tensor([[5, 6, 7]], device=device) % decoder.vocab_size
+        with trial(self.model, "does not run a gated memory in the same way with a cache and without", remedy):
+            try:
+                keys.keys, keys.key_bias = keys.keys.new_zeros(1, decoder.hidden_size), keys.key_bias.new_ones(1)
+                keys.owners, keys.names, keys.windows = [0], [[]], [0]
+                whole = self.model(input_ids=ids, use_cache=False).logits[:, -1]
+                mask = torch.ones_like(ids)
+                first = self.model(input_ids=ids[:, :2], **positioned(self.model, mask[:, :2]), use_cache=True)
+                if first.get(CACHE) is None:
+                    raise ValueError("its passes give no cache of keys and values")
+                rest = {**positioned(self.model, mask, 2), CACHE: first[CACHE]}
+                if differs(self.model(input_ids=ids[:, 2:], **rest, use_cache=True).logits[:, -1], whole):
+                    raise ValueError("other logits")
+            finally:
+                keys.keys, keys.key_bias, keys.owners, keys.names, keys.windows = before
+
+    def _keys(self) -> KeySet:
+        return reader_of(self).key_set(self.adapter_name)
+
+    def route(self, texts: str | Sequence[str]) -> list[str | None]:
+        """Return, for each text, what it is about: the thing whose values act longest in it; None if none does.
+
+        The names are those in `config.things`.
+        """
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        tokenizer, decoder = self._require_tokenizer(), find_decoder(self.model, self._config.layers_path)
+        inputs = pad_rows([tokenize(tokenizer, text) for text in listed], execution_device(decoder.embeddings))
+        with exclusive_use(self.model), self._enabled(), torch.no_grad():
+            self.model(**inputs, use_cache=False)
+            opened = reader_of(self).pass_state.now().open[self.adapter_name]
+        found: list[str | None] = []
+        for mask in opened.mask:
+            lengths = mask.sum(0)  # of what was open longest
+            first = int(lengths.argmax()) if lengths.any() else None
+            found.append(None if first is None else self._config.things[int(opened.things[first])])
+        return found
+
+    def _write_things(self, items: Sequence[Item], *, progress: bool, unrelated: Sequence[str] | None) -> Outcome:
+        """Learn the things of which something is new, with all that is known of them; others stay as they are."""
+        every = [*self._kept(items), *items]
+        held = self._held()
+        things = things_of(every, self._require_tokenizer())
+        kept = {thing.name for thing in things if held.get(thing.name) == set(thing.items)}
+        new = [thing for thing in things if thing.name not in kept]
+        learned = self._replace(every, kept, new, unrelated=unrelated, progress=progress)
+        return Outcome(losses=learned.losses, notes=learned.keys.notes)
+
+    def forget(self, items: Items) -> None:
+        """Take items out again: the memory is what it would be had they never been written.
+
+        Where all that was written about a thing is forgotten, nothing else changes, bit for bit, and no model pass is
+        needed. Where something is left of it, the thing is learned anew.
+
+        Args:
+            items: One item or many, as they were written; see `items`.
+
+        Raises:
+            ValueError: If an item is not written, or a thing must be learned anew and there is no tokenizer; nothing
+                is forgotten then.
+        """
+        gone = set(as_items(items, self.accepts))
+        with exclusive_use(self.model), own_settings():
+            self._register_again()
+            written = self.items
+            if missing := gone.difference(written):
+                raise ValueError(f"`items` holds {next(iter(missing))!r}, which is not written; see `items`.")
+            held = self._held()
+            left = [item for own in held.values() if own & gone for item in written if item in own - gone]
+            new = things_of(left, self._require_tokenizer()) if left else []
+            every = [item for item in written if item not in gone]
+            with rollback_on_error(*self._saved_state()), self._taking_part() if new else nullcontext():
+                with evaluating(self.model):
+                    kept = {name for name, own in held.items() if not own & gone}
+                    self._replace(every, kept, new, unrelated=None, progress=False)
+                self._config.set_items(every)
+
+    def _held(self) -> dict[str, set[Item]]:
+        """Return what is written about each thing."""
+        config = self._config
+        held: dict[str, set[Item]] = {name: set() for name in config.things}
+        for item, index in zip(config.written_items(), config.item_things, strict=True):
+            held[config.things[index]].add(item)
+        return held
+
+    def _replace(
+        self,
+        items: Sequence[Item],
+        kept: Collection[str],
+        new: Sequence[Thing],
+        *,
+        unrelated: Sequence[str] | None,
+        progress: bool,
+    ) -> Learned:
+        """Let the memory hold these items: drop the things that are not kept, and learn the new ones."""
+        config, keys = self._config, self._keys()
+        learned = self._learn(new, unrelated=unrelated, progress=progress) if new else Learned()
+        places = [i for i, name in enumerate(config.things) if name in kept]
+        of_item = {
+            item: place
+            for place, old in enumerate(places)
+            for item, index in zip(config.written_items(), config.item_things, strict=True)
+            if index == old
+        }
+        of_item |= {item: len(places) + i for i, thing in enumerate(new) for item in thing.items}
+        values = {}
+        for place_name, old_values in self._values().items():
+            own = old_values.things(places) if len(places) < len(config.things) else old_values
+            added = learned.values.get(place_name)
+            values[place_name] = own if added is None else own.with_more(added)
+        self._set_values(values)
+        found = learned.keys
+        keys.keep(places)
+        keys.add(found.keys, found.bias, found.owners, found.names, found.windows)
+        config.things = [*(config.things[i] for i in places), *(thing.name for thing in new)]
+        config.names, config.windows, config.key_owners = keys.names, keys.windows, keys.owners
+        config.item_things = [of_item[item] for item in items]
+        return learned
+
+    def _saved_keys(self) -> Restore:
+        """Return a function that gives the keys the values that they have now; they are replaced, not written into."""
+        keys = self._keys()
+        before, lists = dict(keys._buffers), (keys.owners, keys.names, keys.windows)
+
+        def restore() -> None:
+            keys._buffers.update(before)
+            keys.owners, keys.names, keys.windows = lists
+
+        return restore
