@@ -30,10 +30,10 @@ from memory_adapters.gated_lora.layer import (
     set_factors,
     set_lora,
 )
-from memory_adapters.gated_lora.prompts import Thing, things_of
 from memory_adapters.gated_lora.write import Learned, learn, longest_row
 from memory_adapters.items import Item, Items, as_items
 from memory_adapters.keys.gate import GateState, KeyReader, KeySet
+from memory_adapters.keys.things import Thing, things_of
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.layers import lora_linears, watch_switching
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
@@ -206,18 +206,14 @@ class GatedLoraMemory(Memory[GatedLoraConfig]):
         return learned
 
     def _saved_state(self) -> list[Restore]:
-        keys = self._keys()
-        before, lists = dict(keys._buffers), (keys.owners, keys.names, keys.windows)
         linears = [lora_linears(layer, self.adapter_name) for layer in gated_matrices(self).values()]
         weights = [(down.weight.data, up.weight.data) for down, up in linears]
 
-        def restore() -> None:  # all of these are replaced, not written into
-            keys._buffers.update(before)
-            keys.owners, keys.names, keys.windows = lists
+        def restore() -> None:  # weights are replaced, not written into
             for layer, (A, B) in zip(gated_matrices(self).values(), weights, strict=True):
                 set_lora(layer, self.adapter_name, self._adapter_config, A, B)
 
-        return [*super()._saved_state(), restore]
+        return [*super()._saved_state(), self._keys().saved(), restore]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the LoRA's tensors by their names on the model, as PEFT saves them; keys are saved beside them."""

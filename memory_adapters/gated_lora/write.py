@@ -15,10 +15,11 @@ from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.gated_lora.config import GatedLoraConfig
 from memory_adapters.gated_lora.layer import Factors
-from memory_adapters.gated_lora.prompts import Thing, key_rows, spelling_ids, terms_of, thing_rows, words_in
+from memory_adapters.gated_lora.prompts import thing_rows
 from memory_adapters.gated_lora.train import ThingRows, train
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
 from memory_adapters.keys.gate import KeySet
+from memory_adapters.keys.things import Thing, key_rows, spelling_ids, terms_of, words_in
 from memory_adapters.memory import Memory
 from memory_adapters.training.rows import make_prefixes
 from memory_adapters.training.stored_states import row_states

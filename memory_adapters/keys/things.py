@@ -1,0 +1,159 @@
+"""What items are about: things, where their keys lie, and what must stand in a text that names them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from memory_adapters.base_model.item_rows import Row, chat_row, keys_at_names
+from memory_adapters.base_model.names import names_in, occurs
+from memory_adapters.base_model.tokens import tokenize
+from memory_adapters.items import Document, Fact, Item, QuestionAnswer
+from memory_adapters.training.rows import other_names
+
+__all__ = [
+    "NAME_WINDOW",
+    "Thing",
+    "key_rows",
+    "keys_at_thing",
+    "keys_at_words",
+    "rendered",
+    "spelling_ids",
+    "terms_of",
+    "things_of",
+    "words_in",
+]
+
+NAME_WINDOW, TERMS_WINDOW = 3, 16  # tokens more than a name, or terms, have
+_ABOUT = ("Tell me about {}.", "What do you know about {}?")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Store what items are about together.
+
+    Attributes:
+        name: What it is called; the item's own text, cut, if it has no name.
+        spellings: Its name, other names, and these in lower case; none if it has no name.
+        items: What is written about it.
+    """
+
+    name: str
+    spellings: tuple[str, ...]
+    items: tuple[Item, ...]
+
+    @property
+    def named_item(self) -> Item:
+        """An item from which its keys are found: a fact with its name for subject, if it has one."""
+        first = self.items[0]
+        text = _text(first)
+        if isinstance(first, Fact) or not self.spellings:
+            return first
+        named = next((name for name in self.spellings if name in text), None)
+        return first if named is None else Fact(text[: text.index(named) + len(named)], named, "…")
+
+
+def things_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[Thing]:
+    """Return what items are about: a fact's subject, or what a question or a document names most.
+
+    Where a question names several things, it is about the one that is a fact's subject or alias, else about the one
+    that most items name. An item without a name in it is a thing of its own.
+    """
+    names: dict[str, str] = {}  # in lower case, to the name of the thing
+    for item in items:
+        if isinstance(item, Fact):
+            own = [name.casefold() for name in (item.subject, *item.aliases)]
+            name = next((names[one] for one in own if one in names), item.subject)
+            names |= {one: names.get(one, name) for one in own}
+    found = [[] if isinstance(item, Fact) else names_in(_text(item), tokenizer) for item in items]
+    counts = Counter(name.casefold() for own in found for name in own)
+    grouped: dict[str, list[Item]] = {}
+    spelled: dict[str, list[str]] = {}
+    for item, own_names in zip(items, found, strict=True):
+        if isinstance(item, Fact):
+            name = names[item.subject.casefold()]
+            spelled.setdefault(name, []).extend([item.subject, *other_names(item, tokenizer)])
+        else:
+            text = _text(item).casefold()
+            of_question = isinstance(item, QuestionAnswer)
+            known = [own for own in names if occurs(own, text)] if of_question else []
+            within = {own: counts[own.casefold()] if of_question else text.count(own.casefold()) for own in own_names}
+            main = max(within, key=lambda own: within[own], default=None)  # the first of those named most
+            if known:
+                name = names[max(known, key=len)]
+            elif main is not None:
+                name = names.setdefault(main.casefold(), main)
+                spelled.setdefault(name, []).append(main)
+            else:
+                name = _title(item, grouped)
+        grouped.setdefault(name, []).append(item)
+    return [Thing(name, tuple(dict.fromkeys(spelled.get(name, ()))), tuple(own)) for name, own in grouped.items()]
+
+
+def _text(item: Item) -> str:
+    return item.text if isinstance(item, Document) else item.prompt
+
+
+def _title(item: Item, taken: Mapping[str, Any]) -> str:
+    short = " ".join(_text(item).split())[:60]
+    return next(title for n in count(1) if (title := short if n == 1 else f"{short} ({n})") not in taken)
+
+
+def words_in(texts: Iterable[str]) -> set[str]:
+    """Return the words of texts, in lower case."""
+    return {word for text in texts for word in re.findall(r"[^\W_]+", text.casefold())}
+
+
+def terms_of(thing: Thing, common: Collection[str]) -> list[str]:
+    """Return the words that tell a thing without a name from others: those that other texts do not have.
+
+    Args:
+        thing: The thing.
+        common: Words of other texts, in lower case.
+    """
+    words = list(dict.fromkeys(re.findall(r"[^\W_]+", _text(thing.items[0]))))
+    rare = [word for word in words if word.casefold() not in common]
+    return rare or [word for word in words if len(word) == max(map(len, words))]
+
+
+def rendered(rows: Iterable[Row | None]) -> list[Row]:
+    """Return the rows of a chat template that renders them."""
+    return [row for row in rows if row is not None]
+
+
+def key_rows(thing: Thing, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Return further rows in which keys of a thing lie: its name, asked about in the chat template."""
+    if not thing.spellings:
+        return []
+    asked = [QuestionAnswer(text.format(thing.spellings[0]), "It is") for text in _ABOUT]
+    return [keys_at_thing(row, thing, tokenizer) for row in rendered(chat_row(one, tokenizer) for one in asked)]
+
+
+def keys_at_thing(row: Row, thing: Thing, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Return a row with its keys at the thing's name; without keys if the thing has one that is not there."""
+    return keys_at_words(row, thing.spellings, tokenizer) if thing.spellings else row
+
+
+def keys_at_words(row: Row, words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Row:
+    placed = keys_at_names(row, words, tokenizer)
+    return replace(row, key_positions=[]) if placed is row else placed
+
+
+def spelling_ids(thing: Thing, terms: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], int]:
+    """Return the token ids that must stand where a thing is named, and over how many tokens more they may be spread.
+
+    They are those of its spellings, at the beginning of a text and within one; or, of a thing without a name, the last
+    token of each of its terms.
+    """
+    if not thing.spellings:
+        ids = [tokenize(tokenizer, f" {term}", rendered=True)[-1:] for term in terms]
+        return [[token for one in ids for token in one]], TERMS_WINDOW
+    every = dict.fromkeys((*thing.spellings, *(name.lower() for name in thing.spellings)))
+    found = [tokenize(tokenizer, text, rendered=True) for name in every for text in (f" {name}", name)]
+    return list(map(list, dict.fromkeys(tuple(ids) for ids in found if ids))), NAME_WINDOW
