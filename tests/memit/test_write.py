@@ -238,7 +238,7 @@ def test_chat_contexts() -> None:
     assert len(contexts) == 4
     assert memory.config.key_groups == [0, 1, 1, 2]
     memory.write(FACTS[:2], progress=False)
-    assert memory.ledger.keys_per_fact == 3
+    assert memory.ledger.keys_per_subject == 3
     with pytest.raises(ValueError, match="chat template"):
         memory_on(tiny_model(), chat=True).write(FACTS[:2], progress=False)
 
