@@ -187,7 +187,7 @@ class MemitConfig(MemoryConfig):
     @classmethod
     def reference(cls, **settings: Any) -> MemitConfig:
         """Return the authors' settings for GPT-J."""
-        gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384)
+        gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384, chat=False)
         return cls(**{**gptj, **settings})
 
 

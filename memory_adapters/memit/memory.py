@@ -40,7 +40,7 @@ from memory_adapters.memit.gating import FoundKeys, attach_gate, found_keys, gat
 from memory_adapters.memit.layer import set_lora_factors
 from memory_adapters.memit.ledger import Factors, Ledger
 from memory_adapters.memit.projection import mlp_projection
-from memory_adapters.memit.prompts import FactRow, bare_rows, chat_context, rows_in
+from memory_adapters.memit.prompts import FactRow, bare_rows
 from memory_adapters.memit.solvers import cost_of
 from memory_adapters.memit.trial import check_resuming
 from memory_adapters.memit.write import LedgerBuilder
@@ -174,10 +174,8 @@ class MemitMemory(Memory[MemitConfig]):
         return facts, notes
 
     def _rows(self, items: Sequence[Fact]) -> Sequence[ScoredRow]:
-        """Return the rows of the bare prompts and, with `chat`, those of the prompts in the chat template."""
-        tokenizer, longest = self._require_tokenizer(), context_length(self.model)
-        rows = bare_rows(items, tokenizer, longest)
-        return rows + (rows_in(chat_context(tokenizer), items, tokenizer, longest) if self._in_chat() else [])
+        """Return the rows of the bare prompts: the report says of each fact whether a chat names its target."""
+        return bare_rows(items, self._require_tokenizer(), context_length(self.model))
 
     def _write(
         self,

@@ -31,7 +31,6 @@ __all__ = [
     "chat_context",
     "context_rows",
     "row_batches",
-    "rows_in",
     "subject_rows",
 ]
 
@@ -119,14 +118,6 @@ def bare_rows(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_len
         ValueError: If a fact does not fit in `max_length` tokens.
     """
     return [_row(fact, Context(), tokenizer, index, 0, max_length) for index, fact in enumerate(facts)]
-
-
-def rows_in(
-    context: Context, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[FactRow]:
-    """Return the row of each fact in a context other than its bare prompt, to be scored: without the turn's end."""
-    rows = [_row(fact, context, tokenizer, index, 1, max_length) for index, fact in enumerate(facts)]
-    return [replace(row, ids=row.ids[:-1]) if row.ids[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
 def context_rows(
