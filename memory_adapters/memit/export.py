@@ -51,7 +51,7 @@ def vllm(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     padded = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if padded is None:
         raise ValueError(
-            f'`format="vllm"`: the edit has rank {rank} (one for each fact, at most the width of the model), and vLLM '
+            f'`format="vllm"`: the edit has rank {rank} (one a subject, at most the width of the model), and vLLM '
             f'loads adapters up to rank {VLLM_RANKS[-1]}: export it as "merged", or write fewer facts to a memory.'
         )
     tensors = {}

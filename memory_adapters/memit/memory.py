@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
@@ -36,10 +34,16 @@ from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_cache import cached_covariance, covariance_file, keep_covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
+from memory_adapters.memit.files import (
+    adapter_shapes,
+    check_adapter_config,
+    edit_digest,
+    read_adapter,
+    read_covariance,
+)
 from memory_adapters.memit.gating import FoundKeys, attach_gate, found_keys, gate_lora
 from memory_adapters.memit.layer import set_lora_factors
 from memory_adapters.memit.ledger import Factors, Ledger
-from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import FactRow, bare_rows
 from memory_adapters.memit.solvers import cost_of
 from memory_adapters.memit.trial import check_resuming
@@ -47,7 +51,6 @@ from memory_adapters.memit.write import LedgerBuilder
 from memory_adapters.memory import Memory, Outcome, replace_memory
 from memory_adapters.peft_layers.layers import adapter_layers, lora_layers, lora_linears, watch_switching
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
-from memory_adapters.validation import check_number, shown
 
 __all__ = ["MemitMemory"]
 
@@ -58,17 +61,18 @@ DESCRIBING = ("base_model_name_or_path", "inference_mode", "peft_version", "revi
 class MemitMemory(Memory[MemitConfig]):
     """Solve facts into the MLP output projections of a few blocks: an ordinary LoRA adapter, and a ledger.
 
-    `write` adds facts; a fact about the same subject and relation as an earlier one replaces it. The result does not
-    depend on how facts are divided among writes, nor on their order.
+    `write` adds facts; a fact about the same subject and relation as an earlier one replaces it. Facts about one
+    subject are learned together, with those of earlier writes. The result does not depend on how facts are divided
+    among writes, nor on their order.
 
     Options of `write`:
         covariance (`Covariance`, or a path or repository on the Hub): C₀. By default that of the last write, or else of
             text that the model samples.
-        targets (`MemitMemory`): Another memory on the same blocks, whose z are taken for the facts that it holds: other
-            solvers and settings of the solve can be tried without finding them again.
+        targets (`MemitMemory`): Another memory on the same blocks, whose z are taken for the subjects of which it holds
+            the same facts: other solvers and settings of the solve can be tried without finding them again.
 
     Attributes:
-        ledger: What was written, fact by fact.
+        ledger: What was written, subject by subject.
         covariance: C₀ of the last write in this process, or that was saved with the memory; None before.
     """
 
@@ -103,7 +107,7 @@ class MemitMemory(Memory[MemitConfig]):
 
     @property
     def ledger(self) -> Ledger:
-        """What was written, fact by fact.
+        """What was written, subject by subject.
 
         Raises:
             NotImplementedError: If the memory was loaded from a folder without a ledger.
@@ -347,7 +351,7 @@ class MemitMemory(Memory[MemitConfig]):
         weights = read_metadata(folder / WEIGHTS_FILE)[1]["sha256"]
         if self._config.gate:
             write_tensors(folder / KEYS_FILE, dict(self._keys().named_buffers()))
-        write_tensors(folder / LEDGER_FILE, self.ledger.tensors(), {"edit": _edit_digest(weights, self._config.items)})
+        write_tensors(folder / LEDGER_FILE, self.ledger.tensors(), {"edit": edit_digest(weights, self._config.items)})
 
     @classmethod
     def _config_of_adapter(cls, config_file: Path) -> MemitConfig | None:
@@ -373,14 +377,14 @@ class MemitMemory(Memory[MemitConfig]):
     @classmethod
     def _read_files(cls, folder: Path, config: MemitConfig, decoder: Decoder) -> Any:
         if not (folder / SETTINGS_FILE).is_file():
-            return None, _read_adapter(folder, config, decoder), None, {}
+            return None, read_adapter(folder, config, decoder), None, {}
         tensors = read_tensors(folder / LEDGER_FILE, config.tensor_shapes(decoder))
         edit = read_metadata(folder / LEDGER_FILE)[1].get("edit")
         size = decoder.hidden_size
         rank = max(min(len(tensors["targets"]), size), 1)
-        _check_adapter_config(folder / CONFIG_FILE, rank, config.projection_names(decoder).values())
-        factors = read_tensors(folder / WEIGHTS_FILE, _adapter_shapes(config, decoder, rank))
-        if edit is not None and edit != _edit_digest(tensors_digest(factors), config.items):
+        check_adapter_config(folder / CONFIG_FILE, rank, config.projection_names(decoder).values())
+        factors = read_tensors(folder / WEIGHTS_FILE, adapter_shapes(config, decoder, rank))
+        if edit is not None and edit != edit_digest(tensors_digest(factors), config.items):
             raise ValueError(
                 f"`{folder / LEDGER_FILE}` was saved with other facts or weights than `{SETTINGS_FILE}` and "
                 f"`{WEIGHTS_FILE}` hold: one of them was changed by hand or is of another save. Save or download the "
@@ -388,7 +392,7 @@ class MemitMemory(Memory[MemitConfig]):
             )
         facts = [fact for fact in config.written_items() if isinstance(fact, Fact)]
         keys = read_tensors(folder / KEYS_FILE, config.key_shapes(decoder)) if config.gate else {}
-        return Ledger.from_tensors(facts, tensors), factors, _read_covariance(folder, config, decoder), keys
+        return Ledger.from_tensors(facts, tensors), factors, read_covariance(folder, config, decoder), keys
 
     def _restore(self, contents: tuple[Ledger | None, dict[str, Tensor], Covariance | None, dict[str, Tensor]]) -> None:
         ledger, tensors, self.covariance, keys = contents
@@ -401,65 +405,3 @@ class MemitMemory(Memory[MemitConfig]):
         }
         self._set_factors(factors=factors)
         self._ledger = ledger
-
-
-def _adapter_shapes(config: MemitConfig, decoder: Decoder, rank: int) -> dict[str, torch.Size]:
-    """Return names and shapes of the tensors of the LoRA that an edit is."""
-    names, shapes = config.projection_names(decoder), {}
-    for layer, width in config.widths(decoder).items():
-        shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_A.weight"] = torch.Size((rank, width))
-        shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_B.weight"] = torch.Size((decoder.hidden_size, rank))
-    return shapes
-
-
-def _read_covariance(folder: Path, config: MemitConfig, decoder: Decoder) -> Covariance | None:
-    """Return the covariance beside a saved edit; None if there is none, or one of another model or other blocks."""
-    if not (folder / Covariance.file).is_file():
-        return None
-    found = Covariance.load(file_in(folder, Covariance.file))
-    own, widths = config.base_fingerprint or {}, config.widths(decoder)
-    alike = bool(found.base_fingerprint.get("embeddings")) and all(
-        own.get(key) in (value, None) or value is None for key, value in found.base_fingerprint.items()
-    )
-    sizes = {layer: len(matrix) for layer, matrix in found.matrices.items()}
-    return found if alike and all(sizes.get(layer) == width for layer, width in widths.items()) else None
-
-
-def _read_adapter(folder: Path, config: MemitConfig, decoder: Decoder) -> dict[str, Tensor]:
-    """Return the tensors of an edit's LoRA that was saved without a ledger.
-
-    Raises:
-        ValueError: If it is a LoRA on other matrices, which is no edit.
-    """
-    found = read_json(folder / CONFIG_FILE)
-    check_number("r", rank := found.get("r"), low=1, integer=True)
-    shapes = _adapter_shapes(config, decoder, rank)
-    held = read_metadata(folder / WEIGHTS_FILE)[0]
-    transposed = mlp_projection(decoder, config.resolved(decoder)[0]).transposed
-    if set(held) != set(shapes) or found.get("fan_in_fan_out", False) is not transposed:
-        raise ValueError(
-            f"`{folder}` holds a LoRA on other matrices than the output projections of the MLPs of some blocks: it is "
-            "no memory. Load it with PEFT (`model.load_adapter(...)`)."
-        )
-    return read_tensors(folder / WEIGHTS_FILE, shapes)
-
-
-def _edit_digest(weights: str, facts: Sequence[Mapping[str, str]]) -> str:
-    """Return the SHA-256 of what the ledger was saved with: the adapter's digest and the facts."""
-    return hashlib.sha256(json.dumps([weights, facts], sort_keys=True).encode()).hexdigest()
-
-
-def _check_adapter_config(path: Path, rank: int, names: Collection[str]) -> None:
-    """Raise a `ValueError` unless plain PEFT would place the adapter where, and as strongly as, `load_memory` does."""
-    found = read_json(path)
-    found = found if isinstance(found, dict) else {}
-    targets = found.get("target_modules")
-    given = sorted(map(str, targets)) if isinstance(targets, list) else targets
-    expected = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(names)}
-    for field, value in expected.items():
-        own = given if field == "target_modules" else found.get(field)
-        if own != value:
-            raise ValueError(
-                f"`{path}` is not of the edit beside it: its `{field}` is {shown(own)}, the edit's {shown(value)}. "
-                "Save or download the memory again."
-            )
