@@ -100,12 +100,12 @@ class LedgerBuilder:
         contexts = self.contexts()
         facts = [fact for group in subjects for fact in group]
         bare = bare_rows(facts, self.tokenizer, self.max_length)
-        unreached = self._unreached(facts, bare)
+        shared = self._shared_first_tokens(bare)
         opening = start_token(self.tokenizer)
         own = share_of(list(subjects))
         rows = [
             [
-                row.behind(opening) if group[row.fact] in unreached and row.subject == 0 else row
+                row.behind(opening) if row.subject == 0 and row.ids[0] in shared else row
                 for row in subject_rows(group, contexts, self.tokenizer, self.max_length)
             ]
             for group in own
@@ -125,8 +125,8 @@ class LedgerBuilder:
         return _joined(gather_items(single, len(subjects)))
 
     @torch.no_grad()
-    def _unreached(self, facts: Sequence[Fact], bare: Sequence[FactRow]) -> set[Fact]:
-        """Return the facts whose bare prompts cannot be edited, and note them.
+    def _shared_first_tokens(self, bare: Sequence[FactRow]) -> set[int]:
+        """Return the subjects of one token that cannot be edited where they open a text, and note the prompts that do.
 
         The first token of a text takes attention that belongs nowhere, and has nearly the same key in many models,
         whatever it is: an edit there would act in every text.
@@ -150,7 +150,7 @@ class LedgerBuilder:
                 "token of a text has one key in this model, whatever it is: these facts are written for prompts with "
                 "text before them, and not for the bare prompt"
             )
-        return {facts[row.fact] for row in rows}
+        return shared
 
     def _chunk_entries(
         self,
