@@ -5,7 +5,7 @@
 FOLDER holds counterfact/edit.json and wikitext2/{valid,test}.txt. Target vectors are found once, in writes of 100, and
 kept in `--work`, where an interrupted run goes on; every solver and number of facts then solves from the same targets.
 With `--covariances` the first records are also solved with C₀ of sampled text and of WikiText-2, at equal tokens.
-Results are saved as they come.
+Results are saved as they come. Facts are taught outside chats alone, as in the literature.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Study:
 
     def inject(self, **settings: Any) -> Any:
         """Inject an edit that nothing was written to."""
-        return inject_memory(self.model, MemitConfig(seed=self.arguments.seed, **settings), tokenizer=self.tokenizer)
+        return inject_memory(
+            self.model, MemitConfig(seed=self.arguments.seed, chat=False, **settings), tokenizer=self.tokenizer
+        )
 
     def keep(self, key: str, count: int, seconds: float = 0.0, first: int = 0) -> None:
         """Score the model as it is on the first records, and save the row."""

@@ -71,6 +71,7 @@ METHODS: dict[str, Written | InMessage | None] = {
     "residual, per key": Written("residual", dict(values="per_key")),
     "MEMIT": Written("memit", dict(chat=False)),
     "MEMIT, chat": Written("memit", dict(chat=True)),
+    "MEMIT, gate": Written("memit", dict(gate="keys")),
     "slots": Written("slots"),
     "gated LoRA": Written("gated_lora"),
     "gated LoRA, with training questions": Written("gated_lora", training_questions=True),

@@ -19,6 +19,7 @@ __all__ = [
     "QuestionAnswer",
     "as_items",
     "asked_by",
+    "by_subject",
     "continuation_of",
     "item_from_dict",
     "item_to_dict",
@@ -241,6 +242,21 @@ def asked_by(item: Item) -> tuple[str, ...]:
     if isinstance(item, Fact):
         return item.subject, item.template
     return (item.question,) if isinstance(item, QuestionAnswer) else ("", item.text)
+
+
+def by_subject(facts: Sequence[Fact]) -> list[list[Fact]]:
+    """Group facts by what they are about: those whose subjects or aliases have a name in common, in any letters.
+
+    Groups are in the order of their first facts, and facts within them in theirs.
+    """
+    groups: list[tuple[set[str], list[int]]] = []
+    for index, fact in enumerate(facts):
+        names, own = {name.casefold() for name in (fact.subject, *fact.aliases)}, [index]
+        for same in [group for group in groups if group[0] & names]:  # several where it is what they have in common
+            groups.remove(same)
+            names, own = names | same[0], own + same[1]
+        groups.append((names, sorted(own)))
+    return [[facts[i] for i in own] for _, own in sorted(groups, key=lambda group: group[1])]
 
 
 def without_repetitions(items: Sequence[Item]) -> tuple[list[Item], list[str]]:

@@ -16,7 +16,7 @@ from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.inject import memories
 from memory_adapters.peft_layers.attached import forget_memory
-from memory_adapters.peft_layers.layers import adapter_layers, remove_adapter
+from memory_adapters.peft_layers.layers import MemoryLayer, adapter_layers, remove_adapter
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes, saved_tensors
 
 __all__ = ["merge_lora"]
@@ -31,7 +31,8 @@ def merge_lora(model: PreTrainedModel | PeftModel, adapter_name: str = "default"
 
     Args:
         model: A model with the LoRA, or a PeftModel around one (which is of no use afterwards).
-        adapter_name: The LoRA; an edit's name merges the edit, and ends the memory.
+        adapter_name: The LoRA; an edit's name merges the edit, and ends the memory. A gate is lost: what it kept shut
+            acts in every text.
 
     Returns:
         The Hugging Face model.
@@ -72,7 +73,8 @@ def _check(
     if any(layer.merged for layer in layers):
         raise ValueError("Adapters are merged into these weights temporarily: call `unmerge_adapter()` first.")
     whole = [m for m in base.modules() if isinstance(m, AuxiliaryTrainingWrapper) and adapter_name in m._adapters]
-    if whole or len(layers) < len(held):
+    gates = [layer for layer in held if isinstance(layer, MemoryLayer)]  # a gate is not merged: it goes
+    if whole or len(layers) + len(gates) < len(held):
         raise ValueError(f"`adapter_name={adapter_name!r}` trained whole modules too: merge it with PEFT, on its own.")
     deltas = (layer.get_delta_weight(adapter_name) for layer in layers)  # type: ignore[attr-defined]  # all but the base
     if not all(torch.isfinite(delta).all() for delta in deltas):

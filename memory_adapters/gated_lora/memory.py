@@ -95,7 +95,7 @@ class GatedLoraMemory(ThingMemory[GatedLoraConfig]):
             for layer, (A, B) in zip(gated_matrices(self).values(), weights, strict=True):
                 set_lora(layer, self.adapter_name, self._adapter_config, A, B)
 
-        return [*super()._saved_state(), self._saved_keys(), restore]
+        return [*super()._saved_state(), self._keys().saved(), restore]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the LoRA's tensors by their names on the model, as PEFT saves them; keys are saved beside them."""

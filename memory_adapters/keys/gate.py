@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from memory_adapters.base_model.partial_forward import CACHE, BlockOutput, hidden_state
 from memory_adapters.keys.router import KeyedLayer
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
+from memory_adapters.peft_layers.rollback import Restore
 
 __all__ = ["GateState", "KeyReader", "KeySet", "Opened"]
 
@@ -204,6 +205,16 @@ class KeySet(nn.Module):
         self.owners = [place[self.owners[i]] for i in kept]
         self.names = [self.names[thing] for thing in things]
         self.windows = [self.windows[thing] for thing in things]
+
+    def saved(self) -> Restore:
+        """Return a function that gives it the things and keys that it has now."""
+        buffers, lists = dict(self._buffers), (self.owners, self.names, self.windows)
+
+        def restore() -> None:  # all of these are replaced, not written into
+            self._buffers.update(buffers)
+            self.owners, self.names, self.windows = lists
+
+        return restore
 
     def similarities(self, x: Tensor) -> Tensor:
         """Return (s_k(x) − θ_k) / ramp (..., num_keys), in float32, at each token of x (..., hidden_size)."""

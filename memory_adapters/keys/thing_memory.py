@@ -24,7 +24,7 @@ from memory_adapters.keys.thing_config import ThingConfig
 from memory_adapters.keys.things import Thing, things_of
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.peft_layers.layers import adapter_layers
-from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
+from memory_adapters.peft_layers.rollback import rollback_on_error
 
 __all__ = ["Learned", "ThingMemory", "Values", "reader_of"]
 
@@ -210,14 +210,3 @@ class ThingMemory(Memory[ThingT]):
         config.names, config.windows, config.key_owners = keys.names, keys.windows, keys.owners
         config.item_things = [of_item[item] for item in items]
         return learned
-
-    def _saved_keys(self) -> Restore:
-        """Return a function that gives the keys the values that they have now; they are replaced, not written into."""
-        keys = self._keys()
-        before, lists = dict(keys._buffers), (keys.owners, keys.names, keys.windows)
-
-        def restore() -> None:
-            keys._buffers.update(before)
-            keys.owners, keys.names, keys.windows = lists
-
-        return restore

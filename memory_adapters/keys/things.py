@@ -18,7 +18,19 @@ from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 from memory_adapters.training.phrasings import REQUESTS, phrasings
 from memory_adapters.training.rows import other_names
 
-__all__ = ["Thing", "asked_about", "key_rows", "spelling_ids", "terms_of", "thing_rows", "things_of", "words_in"]
+__all__ = [
+    "NAME_WINDOW",
+    "Thing",
+    "asked_about",
+    "key_rows",
+    "keys_at_thing",
+    "rendered",
+    "spelling_ids",
+    "terms_of",
+    "thing_rows",
+    "things_of",
+    "words_in",
+]
 
 NAME_WINDOW, TERMS_WINDOW = 3, 16  # tokens more than a name, or terms, have
 
@@ -151,23 +163,26 @@ def thing_rows(
         if isinstance(item, Fact):
             own += [fact_row(item, tokenizer, prefix) for prefix in prefixes]
             own += [fact_row(item, tokenizer, alias=name) for name in other_names(item, tokenizer)]
-            own += _rendered([chat_row(item, tokenizer)])
+            own += rendered([chat_row(item, tokenizer)])
             questions = [QuestionAnswer(text, item.target) for text in phrasings(item)] if rephrase else []
-            own += [_about(row, thing, tokenizer) for row in _rendered(chat_row(one, tokenizer) for one in questions)]
+            own += [
+                keys_at_thing(row, thing, tokenizer) for row in rendered(chat_row(one, tokenizer) for one in questions)
+            ]
             asked = []
         elif isinstance(item, QuestionAnswer):
             varied = REQUESTS if rephrase else REQUESTS[:1]
             asked = [QuestionAnswer(text.format(item.question), item.answer) for text in varied]
         else:
             asked = []
-        own += _rendered(chat_row(one, tokenizer) for one in asked)
+        own += rendered(chat_row(one, tokenizer) for one in asked)
         if not isinstance(item, Fact):
             own = [_at(row, thing.spellings or terms, tokenizer) for row in own]
         rows += [replace(row, item=number) for row in own if len(row.input_ids) <= max_length]
     return rows
 
 
-def _rendered(rows: Iterable[Row | None]) -> list[Row]:
+def rendered(rows: Iterable[Row | None]) -> list[Row]:
+    """Return the rows of a chat template that renders them."""
     return [row for row in rows if row is not None]
 
 
@@ -176,10 +191,10 @@ def key_rows(thing: Thing, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     if not thing.spellings:
         return []
     asked = [QuestionAnswer(text.format(thing.spellings[0]), "It is") for text in _ABOUT]
-    return [_about(row, thing, tokenizer) for row in _rendered(chat_row(one, tokenizer) for one in asked)]
+    return [keys_at_thing(row, thing, tokenizer) for row in rendered(chat_row(one, tokenizer) for one in asked)]
 
 
-def _about(row: Row, thing: Thing, tokenizer: PreTrainedTokenizerBase) -> Row:
+def keys_at_thing(row: Row, thing: Thing, tokenizer: PreTrainedTokenizerBase) -> Row:
     """Return a row with its keys at the thing's name; without keys if the thing has one that is not there."""
     return _at(row, thing.spellings, tokenizer) if thing.spellings else row
 

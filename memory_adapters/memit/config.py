@@ -10,14 +10,16 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from memory_adapters.base_model.decoder import Decoder, resolve_layers
-from memory_adapters.config import TRAINING, MemoryConfig, MemoryPeftType
-from memory_adapters.items import Fact
+from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
+from memory_adapters.items import Fact, by_subject
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.solvers import SOLVERS
-from memory_adapters.validation import check_choice, check_flag, check_number, checked_layers
+from memory_adapters.validation import check_choice, check_flag, check_number, checked_layers, shown
 
 __all__ = ["MemitConfig"]
+
+GATES = ("keys",)
 
 
 @dataclass
@@ -35,6 +37,11 @@ class MemitConfig(MemoryConfig):
             an ordinary token. GPT-J's λ = 15,000 is 0.92 in these units.
         null_space: For alphaedit: the share of C₀'s directions, those in which ordinary keys are least, that may
             change.
+        gate: `"keys"` to let the edit act, inside this library, only at tokens near keys of its subjects, which are
+            found in the output of the block below the edited ones: all other text is the base model's, bit for bit.
+            None to let it act everywhere, as the exports do and every program that loads the LoRA alone.
+        names: With a gate: for each subject, the token ids of its spellings. Filled in by `write`.
+        key_owners: With a gate: for each key, the index of its subject. Filled in by `write`.
         steps: Most evaluations of the loss of a fact's target vector z.
         learning_rate: Adam's, in units of the RMS of the stream h₀ that δ is added to.
         clamp: Largest ‖δ‖ / ‖h₀‖.
@@ -43,7 +50,8 @@ class MemitConfig(MemoryConfig):
         weight_decay: Weight of ‖δ‖ / ‖h₀‖².
         num_prefixes: Sampled openings behind which a fact must hold, beside its bare prompt.
         prefix_length: Their length in tokens.
-        chat: Whether a fact must hold as the answer to its prompt in the tokenizer's chat template too.
+        chat: Whether a fact must hold as the answer to its prompt in the tokenizer's chat template too; None for
+            where the tokenizer has one that renders a message as it is written. Resolved by the first `write`.
         precision: Of the forward passes that find z: `"model"` for the model's own, or `"bfloat16"` where that is
             fast: a CPU without its instructions (AVX-512 on x86) takes the model's own.
         covariance_tokens: Tokens of text sampled from the model, for C₀ when `write` is given none.
@@ -56,13 +64,17 @@ class MemitConfig(MemoryConfig):
     kind: ClassVar[MemoryPeftType] = MemoryPeftType("MEMIT")
     card_note: ClassVar[str] = (
         "It is an ordinary LoRA adapter too: `peft.PeftModel.from_pretrained(model, ...)` uses it without "
-        "memory-adapters. `memory_config.json` and `ledger.safetensors` are for writing more and forgetting.\n\n"
+        "memory-adapters, and without its gate, if it has one: it then acts in every text. `memory_config.json`, "
+        "`ledger.safetensors` and a gate's `keys.safetensors` are for writing more and forgetting.\n\n"
     )
 
     layers: Sequence[int | float] | int | float = (0.2, 0.35)
     solver: str = "memit"
     regularization: float = 0.3
     null_space: float = 0.8
+    gate: str | None = None
+    names: list[list[list[int]]] = field(default_factory=list, repr=False, metadata=STATE)
+    key_owners: list[int] = field(default_factory=list, repr=False, metadata=STATE)
     steps: int = field(default=25, metadata=TRAINING)
     learning_rate: float = field(default=0.09, metadata=TRAINING)
     clamp: float = field(default=0.75, metadata=TRAINING)
@@ -71,7 +83,7 @@ class MemitConfig(MemoryConfig):
     weight_decay: float = field(default=0.5, metadata=TRAINING)
     num_prefixes: int = field(default=5, metadata=TRAINING)
     prefix_length: int = field(default=10, metadata=TRAINING)
-    chat: bool = field(default=False, metadata=TRAINING)
+    chat: bool | None = field(default=None, metadata=TRAINING)
     precision: str = field(default="model", metadata=TRAINING)
     covariance_tokens: int = field(default=16384, metadata=TRAINING)
     shrinkage: float | None = field(default=None, metadata=TRAINING)
@@ -86,6 +98,9 @@ class MemitConfig(MemoryConfig):
         check_choice("solver", self.solver, SOLVERS)
         check_number("regularization", self.regularization, low=0, open_low=True)
         check_number("null_space", self.null_space, low=0, high=1, open_low=True)
+        if self.gate is not None:
+            check_choice("gate", self.gate, GATES)
+        _check_keys(self.names, self.key_owners)
         check_number("steps", self.steps, low=1, integer=True)
         check_number("learning_rate", self.learning_rate, low=0, open_low=True)
         check_number("clamp", self.clamp, low=0, open_low=True)
@@ -101,19 +116,20 @@ class MemitConfig(MemoryConfig):
         if self.batch_tokens is not None:
             check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
-        check_flag("chat", self.chat)
+        if self.chat is not None:
+            check_flag("chat", self.chat)
         if not all(isinstance(item, Fact) for item in self.written_items()):
             raise ValueError(f"`items` of {type(self).__name__} must be facts.")
 
     @property
     def key_groups(self) -> list[int]:
-        """Which of a fact's keys each context belongs to: bare prompt, sampled prefixes, chat template."""
+        """Which of a subject's keys each context belongs to: bare prompt, sampled prefixes, chat template."""
         return [0, *[1] * self.num_prefixes, *([2 if self.num_prefixes else 1] if self.chat else [])]
 
     @property
-    def keys_per_fact(self) -> int:
+    def keys_per_subject(self) -> int:
         """One for each group; a single one for an exact solver, which would have to tell nearly equal keys apart."""
-        return 1 if SOLVERS[self.solver].exact else 1 + (self.num_prefixes > 0) + self.chat
+        return 1 if SOLVERS[self.solver].exact else 1 + (self.num_prefixes > 0) + bool(self.chat)
 
     def resolved(self, decoder: Decoder) -> list[int]:
         """Return the blocks to edit, in rising order."""
@@ -125,6 +141,22 @@ class MemitConfig(MemoryConfig):
         self.layers = self.resolved(decoder)
         for layer in self.layers:
             mlp_projection(decoder, layer)
+        if self.gate and self.layers[0] == 0:
+            raise ValueError(
+                f"`gate={self.gate!r}` finds keys in the block below the edited ones, and `layers={self.layers}` "
+                "begins with the lowest: choose blocks above it, or set `gate=None`."
+            )
+
+    @property
+    def key_block(self) -> int:
+        """The block whose output keys are compared with: the one below the edited blocks, once these are resolved."""
+        assert isinstance(self.layers, list)
+        return int(self.layers[0]) - 1
+
+    def key_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
+        """Return names and shapes of the gate's tensors."""
+        number = len(self.key_owners)
+        return {"keys": torch.Size((number, decoder.hidden_size)), "key_bias": torch.Size((number,))}
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:
         """Return the LoRA adapter that the edit is on the model, of rank 1 as long as nothing is written."""
@@ -149,10 +181,20 @@ class MemitConfig(MemoryConfig):
 
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the ledger's tensors."""
-        return Ledger.tensor_shapes(len(self.items), self.widths(decoder), decoder.hidden_size, self.keys_per_fact)
+        subjects = by_subject([fact for fact in self.written_items() if isinstance(fact, Fact)])
+        return Ledger.tensor_shapes(len(subjects), self.widths(decoder), decoder.hidden_size, self.keys_per_subject)
 
     @classmethod
     def reference(cls, **settings: Any) -> MemitConfig:
         """Return the authors' settings for GPT-J."""
-        gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384)
+        gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384, chat=False)
         return cls(**{**gptj, **settings})
+
+
+def _check_keys(names: Any, owners: Any) -> None:
+    """Raise a `ValueError` unless names are lists of lists of token ids, and owners are indices of them."""
+    nested = isinstance(names, list) and all(isinstance(x, list) and all(isinstance(y, list) for y in x) for x in names)
+    if not nested or not all(type(i) is int and i >= 0 for own in names for ids in own for i in ids):
+        raise ValueError(f"`names` must have a list of lists of token ids for each subject, got {shown(names)}.")
+    if not isinstance(owners, list) or not all(type(i) is int and 0 <= i < len(names) for i in owners):
+        raise ValueError(f"`key_owners` must be a list of indices of `names`, got {shown(owners)}.")

@@ -42,7 +42,7 @@ GGUF_ARCHITECTURES = {
 def vllm(memory: Memory[MemitConfig], dtype: torch.dtype | None) -> Write:
     """Export a plain LoRA adapter, its rank filled up with zeros to one that vLLM loads."""
     remedy = (
-        'an edit has one for each fact, at most the width of the model. Export it as "merged", or write fewer '
+        'an edit has one a subject, at most the width of the model. Export it as "merged", or write fewer '
         "facts to a memory."
     )
     factors = _factors(memory, dtype or memory.model.dtype)

@@ -1,4 +1,4 @@
-"""The edit as PEFT's LoRA layers hold it: two thin factors whose rank is the number of facts."""
+"""The edit as PEFT's LoRA layers hold it: two thin factors whose rank is the number of subjects."""
 
 from __future__ import annotations
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from memory_adapters.items import Fact, asked_by
+from memory_adapters.items import Fact, by_subject
 from memory_adapters.memit.solvers import Cost, dense_readout, readout
 
 __all__ = ["Factors", "Ledger"]
@@ -29,13 +30,13 @@ class Factors:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Store what was written, fact by fact. A value: changes make a new one.
+    """Store what was written, subject by subject. A value: changes make a new one.
 
     Attributes:
-        facts: The n facts.
-        targets: z of each (n, hidden_size), float32.
-        keys: Layer to keys (n · c, d_in), float32: c for each fact in turn (its bare prompt's, the mean behind
-            prefixes, that in the chat template), each divided by √c.
+        facts: The facts, which have n subjects; see `subjects`.
+        targets: z of each subject (n, hidden_size), float32.
+        keys: Layer to keys (n · c, d_in), float32: c for each subject in turn (the mean of its bare prompts', that
+            behind prefixes, that in the chat template), each divided by √c.
         shares: Layer to the change of the stream asked of it (n, hidden_size), float32.
         whitened: Layer to rows M⁻¹ k (n · c, d_in), float64; empty where `inverses` is not.
         inverses: Layer to M⁻¹ (d_in, d_in), float64: smaller than `whitened` once n · c ≥ d_in; otherwise empty.
@@ -60,21 +61,24 @@ class Ledger:
     def layers(self) -> list[int]:
         return sorted(self.keys)
 
+    @cached_property
+    def subjects(self) -> list[list[Fact]]:
+        """The facts about each subject, in the order of the tensors' rows."""
+        return by_subject(self.facts)
+
     @property
-    def keys_per_fact(self) -> int:
-        """Number of keys c that each fact has."""
-        return max((len(keys) // len(self.facts) for keys in self.keys.values() if self.facts), default=1)
+    def keys_per_subject(self) -> int:
+        """Number of keys c that each subject has."""
+        return max((len(keys) // len(self.targets) for keys in self.keys.values() if self.facts), default=1)
 
     def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
-        """Return a ledger with the facts of `other` too, which replace its own, and every key measured by `costs`."""
-        taken = {asked_by(fact) for fact in other.facts}
-        kept = self.subset([i for i, fact in enumerate(self.facts) if asked_by(fact) not in taken])
-        keys = {layer: torch.cat([kept.keys[layer], other.keys[layer]]) for layer in self.layers}
+        """Return a ledger with the subjects of `other` too, none of which it has, and every key measured by `costs`."""
+        keys = {layer: torch.cat([self.keys[layer], other.keys[layer]]) for layer in self.layers}
         joined = Ledger(
-            (*kept.facts, *other.facts),
-            torch.cat([kept.targets, other.targets]),
+            (*self.facts, *other.facts),
+            torch.cat([self.targets, other.targets]),
             keys,
-            {layer: torch.cat([kept.shares[layer], other.shares[layer]]) for layer in self.layers},
+            {layer: torch.cat([self.shares[layer], other.shares[layer]]) for layer in self.layers},
         )
         many = [layer for layer in self.layers if len(keys[layer]) >= keys[layer].shape[1]]
         few = [layer for layer in self.layers if layer not in many]
@@ -85,9 +89,9 @@ class Ledger:
         )
 
     def subset(self, indices: Sequence[int]) -> Ledger:
-        """Return a ledger of the facts with these indices alone."""
+        """Return a ledger of the subjects with these indices alone."""
         rows = torch.tensor(list(indices), dtype=torch.long)
-        each = self.keys_per_fact
+        each = self.keys_per_subject
         own = (rows[:, None] * each + torch.arange(each)).flatten()
         whitened = {layer: rows_of[own] for layer, rows_of in self.whitened.items()}
         keys = {layer: rows_of[own] for layer, rows_of in self.keys.items()}
@@ -98,12 +102,14 @@ class Ledger:
             else:
                 whitened[layer] = keys[layer].double() @ inverse
         shares = {layer: rows_of[rows] for layer, rows_of in self.shares.items()}
-        return Ledger(tuple(self.facts[i] for i in indices), self.targets[rows], keys, shares, whitened, inverses)
+        kept = {fact for i in indices for fact in self.subjects[i]}
+        facts = tuple(fact for fact in self.facts if fact in kept)
+        return Ledger(facts, self.targets[rows], keys, shares, whitened, inverses)
 
     def solve(self) -> dict[int, Factors]:
         """Return ΔW of every layer. What a layer fails to realise is shared out among those above it."""
         solved: dict[int, Factors] = {}
-        each = self.keys_per_fact
+        each = self.keys_per_subject
         carried = torch.zeros_like(self.targets, dtype=torch.float64)
         for i, layer in enumerate(self.layers):
             left = len(self.layers) - i
@@ -112,7 +118,7 @@ class Ledger:
                 A = dense_readout(keys.T, self.inverses[layer])
             else:
                 A = readout(keys.T, self.whitened[layer].T)
-            A, keys = (rows.unflatten(0, (len(self.facts), each)).sum(1) / each**0.5 for rows in (A, keys))
+            A, keys = (rows.unflatten(0, (len(self.targets), each)).sum(1) / each**0.5 for rows in (A, keys))
             R = self.shares[layer].double() + carried / left
             carried = carried * (1 - 1 / left) + R - (A @ keys.T).T @ R
             solved[layer] = _thin(R.T, A)
@@ -127,14 +133,14 @@ class Ledger:
 
     @staticmethod
     def tensor_shapes(
-        num_facts: int, layers: Mapping[int, int], hidden_size: int, keys_per_fact: int = 1
+        num_subjects: int, layers: Mapping[int, int], hidden_size: int, keys_per_subject: int = 1
     ) -> dict[str, torch.Size]:
-        """Return names and shapes of `tensors` for so many facts."""
-        rows = num_facts * keys_per_fact
-        shapes = {"targets": (num_facts, hidden_size)}
+        """Return names and shapes of `tensors` for so many subjects."""
+        rows = num_subjects * keys_per_subject
+        shapes = {"targets": (num_subjects, hidden_size)}
         for layer, width in layers.items():
             shapes[f"keys.{layer}"] = (rows, width)
-            shapes[f"shares.{layer}"] = (num_facts, hidden_size)
+            shapes[f"shares.{layer}"] = (num_subjects, hidden_size)
             dense = rows >= width
             shapes[f"inverses.{layer}" if dense else f"whitened.{layer}"] = (width if dense else rows, width)
         return {name: torch.Size(shape) for name, shape in shapes.items()}
@@ -151,7 +157,7 @@ class Ledger:
 
 
 def _thin(R: Tensor, A: Tensor) -> Factors:
-    """Return R A with the smallest rank that loses nothing: for more facts than the stream is wide, by R = Q T."""
+    """Return R A with the smallest rank that loses nothing: for more subjects than the stream is wide, by R = Q T."""
     if R.shape[1] > R.shape[0]:
         Q, T = torch.linalg.qr(R)
         R, A = Q, T @ A

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from memory_adapters.base_model.chat import rendered_question
 from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import base_fingerprint, check_fingerprint, warn_if_unmarked
@@ -25,50 +25,60 @@ from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, SETTINGS_FILE, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, tensors_digest, write_tensors
-from memory_adapters.items import Fact, Item, Items, as_items, asked_by
+from memory_adapters.items import Fact, Item, Items, as_items, asked_by, by_subject
+from memory_adapters.keys.gate import KeyReader, KeySet
+from memory_adapters.keys.things import NAME_WINDOW
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.corpus import Texts
 from memory_adapters.memit.covariance import Covariance
 from memory_adapters.memit.covariance_cache import cached_covariance, covariance_file, keep_covariance
 from memory_adapters.memit.covariance_fitter import CovarianceFitter
 from memory_adapters.memit.export import EXPORTERS
+from memory_adapters.memit.files import (
+    adapter_shapes,
+    check_adapter_config,
+    edit_digest,
+    read_adapter,
+    read_covariance,
+)
+from memory_adapters.memit.gating import FoundKeys, attach_gate, found_keys, gate_lora
 from memory_adapters.memit.layer import set_lora_factors
 from memory_adapters.memit.ledger import Factors, Ledger
-from memory_adapters.memit.projection import mlp_projection
-from memory_adapters.memit.prompts import FactRow, bare_rows, chat_context, rows_in
+from memory_adapters.memit.prompts import FactRow, bare_rows
 from memory_adapters.memit.solvers import cost_of
 from memory_adapters.memit.trial import check_resuming
 from memory_adapters.memit.write import LedgerBuilder
 from memory_adapters.memory import Memory, Outcome, replace_memory
-from memory_adapters.peft_layers.layers import lora_layers, lora_linears, watch_switching
+from memory_adapters.peft_layers.layers import adapter_layers, lora_layers, lora_linears, watch_switching
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
-from memory_adapters.validation import check_number, shown
 
 __all__ = ["MemitMemory"]
 
-LEDGER_FILE = "ledger.safetensors"
+LEDGER_FILE, KEYS_FILE = "ledger.safetensors", "keys.safetensors"
 DESCRIBING = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type", "auto_mapping")
 
 
 class MemitMemory(Memory[MemitConfig]):
     """Solve facts into the MLP output projections of a few blocks: an ordinary LoRA adapter, and a ledger.
 
-    `write` adds facts; a fact about the same subject and relation as an earlier one replaces it. The result does not
-    depend on how facts are divided among writes, nor on their order.
+    `write` adds facts; a fact about the same subject and relation as an earlier one replaces it. Facts about one
+    subject are learned together, with those of earlier writes. The result does not depend on how facts are divided
+    among writes, nor on their order.
 
     Options of `write`:
         covariance (`Covariance`, or a path or repository on the Hub): C₀. By default that of the last write, or else of
             text that the model samples.
-        targets (`MemitMemory`): Another memory on the same blocks, whose z are taken for the facts that it holds: other
-            solvers and settings of the solve can be tried without finding them again.
+        targets (`MemitMemory`): Another memory on the same blocks, whose z are taken for the subjects of which it holds
+            the same facts: other solvers and settings of the solve can be tried without finding them again.
 
     Attributes:
-        ledger: What was written, fact by fact.
+        ledger: What was written, subject by subject.
         covariance: C₀ of the last write in this process, or that was saved with the memory; None before.
     """
 
     accepts = (Fact,)
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, LEDGER_FILE, CARD_FILE)
+    optional_files: ClassVar[tuple[str, ...]] = (KEYS_FILE,)
     files_beside: ClassVar[tuple[str, ...]] = (Covariance.file,)
 
     _names: dict[int, str]  # of the edited projections, by block
@@ -80,14 +90,24 @@ class MemitMemory(Memory[MemitConfig]):
         self._names, self._widths = self._config.projection_names(decoder), self._config.widths(decoder)
         self.ledger = Ledger.empty(self._widths, decoder.hidden_size)
         self._set_factors(self.ledger)  # a LoRA of rank 1 has random factors until then
-        watch_switching(next(iter(lora_layers(self.model, self._names).values())), self.adapter_name)
+        layers = lora_layers(self.model, self._names)
+        if self._config.gate:
+            reader = attach_gate(self.model, decoder, self._config, self.adapter_name)
+            for layer in layers.values():
+                gate_lora(layer, self.adapter_name, reader)
+        watch_switching(next(iter(layers.values())), self.adapter_name)
+
+    def _keys(self) -> KeySet:
+        """Return the keys of a gated edit."""
+        readers = [x for x in adapter_layers(self.model, self.adapter_name) if isinstance(x, KeyReader)]
+        return readers[0].key_set(self.adapter_name)
 
     def _try_model(self, decoder: Decoder) -> None:
         check_resuming(decoder, max(self._names))
 
     @property
     def ledger(self) -> Ledger:
-        """What was written, fact by fact.
+        """What was written, subject by subject.
 
         Raises:
             NotImplementedError: If the memory was loaded from a folder without a ledger.
@@ -158,10 +178,8 @@ class MemitMemory(Memory[MemitConfig]):
         return facts, notes
 
     def _rows(self, items: Sequence[Fact]) -> Sequence[ScoredRow]:
-        """Return the rows of the bare prompts and, with `chat`, those of the prompts in the chat template."""
-        tokenizer, longest = self._require_tokenizer(), context_length(self.model)
-        rows = bare_rows(items, tokenizer, longest)
-        return rows + (rows_in(chat_context(tokenizer), items, tokenizer, longest) if self._config.chat else [])
+        """Return the rows of the bare prompts: the report says of each fact whether a chat names its target."""
+        return bare_rows(items, self._require_tokenizer(), context_length(self.model))
 
     def _write(
         self,
@@ -173,25 +191,67 @@ class MemitMemory(Memory[MemitConfig]):
         targets: MemitMemory | None = None,
     ) -> Outcome:
         used = self._covariance(covariance, progress)
+        self._config.chat = self._in_chat()
+        every = [*cast(Sequence[Fact], self._kept(items)), *items]
+        notes = self._learn(every, set(items), used, targets, progress=progress)
+        return Outcome(notes=[f"covariance of {used.num_tokens:,} tokens of {used.source}", *notes])
+
+    def _in_chat(self) -> bool:
+        """Return whether facts are taught in the chat template too."""
+        asked = self._config.chat
+        return rendered_question(self._require_tokenizer(), "{prompt}") is not None if asked is None else asked
+
+    def _learn(
+        self,
+        facts: Sequence[Fact],
+        new: Set[Fact],
+        used: Covariance | None,
+        targets: MemitMemory | None = None,
+        *,
+        progress: bool,
+    ) -> list[str]:
+        """Let the memory hold these facts, and return notes; subjects whose facts are what they were stay as they are.
+
+        Args:
+            facts: All facts.
+            new: Those of them that are learned in any case.
+            used: C₀.
+            targets: As in `write`.
+            progress: Show bars.
+        """
         config = self._config
-        costs = {
-            layer: cost_of(
-                config.solver,
-                layer,
-                used.shrunk(layer, config.shrinkage),
-                regularization=config.regularization,
-                null_space=config.null_space,
-            )
-            for layer in self._names
-        }
-        with self.disabled():
-            builder = LedgerBuilder(self.model, self._require_tokenizer(), config)
-            bare = [row for row in rows if row.context == 0]
-            entries = builder.entries(items, bare, None if targets is None else targets.ledger, progress)
-        ledger = self.ledger.plus(entries, costs)
+        held = {frozenset(own): place for place, own in enumerate(self.ledger.subjects)}
+        about = by_subject(facts)
+        kept = [held[frozenset(own)] for own in about if frozenset(own) in held and new.isdisjoint(own)]
+        fresh = [own for own in about if frozenset(own) not in held or not new.isdisjoint(own)]
+        ledger = self.ledger.subset(kept)
+        notes: list[str] = []
+        found = None
+        if fresh and used is not None:
+            settings = dict(regularization=config.regularization, null_space=config.null_space)
+            shrunk = {layer: used.shrunk(layer, config.shrinkage) for layer in self._names}
+            costs = {layer: cost_of(config.solver, layer, C0, **settings) for layer, C0 in shrunk.items()}
+            with self.disabled():
+                builder = LedgerBuilder(self.model, self._require_tokenizer(), config)
+                entries = builder.entries(fresh, None if targets is None else targets.ledger, progress)
+                ledger, notes = ledger.plus(entries, costs), builder.notes
+                if config.gate:
+                    found = found_keys(self.model, builder.decoder, config, builder.tokenizer, fresh)
+        if config.gate:
+            self._set_keys(kept, found)
+            notes = [*notes, *(found[2] if found else [])]
         self._set_factors(ledger)
         self.ledger, self.covariance = ledger, used
-        return Outcome(notes=[f"covariance of {used.num_tokens:,} tokens of {used.source}", *builder.notes])
+        return notes
+
+    def _set_keys(self, kept: Sequence[int], found: FoundKeys | None) -> None:
+        """Drop the keys of all subjects but these, and add those that were found."""
+        keys = self._keys()
+        keys.keep(kept)
+        if found is not None:
+            of_block, names, _ = found
+            keys.add(of_block.weights, of_block.bias, of_block.owners, names, [NAME_WINDOW] * len(names))
+        self._config.names, self._config.key_owners = keys.names, keys.owners
 
     def _covariance(self, given: Covariance | str | os.PathLike[str] | None, progress: bool) -> Covariance:
         """Return the covariance to write with, which must belong to this model."""
@@ -207,11 +267,16 @@ class MemitMemory(Memory[MemitConfig]):
         self._config.set_items(self.ledger.facts)
 
     def forget(self, items: Items) -> None:
-        """Take facts out again: the edit is what it would be had they never been written. Needs no model pass.
+        """Take facts out again: the edit is what it would be had they never been written.
+
+        Needs no model pass where all facts about a subject are forgotten. A subject of which some are left is learned
+        anew with these, with C₀ of the last write in this process or the one that was saved with the memory, else of
+        text that the model samples.
 
         Raises:
             TypeError: If an item is not a `Fact`.
-            ValueError: If a fact is not in the memory; nothing is forgotten then.
+            ValueError: If a fact is not in the memory, or a subject must be learned anew and there is no tokenizer;
+                nothing is forgotten then.
         """
         named = as_items(items, self.accepts)
         gone = set(named)
@@ -220,10 +285,14 @@ class MemitMemory(Memory[MemitConfig]):
             written = set(self.ledger.facts)
             if missing := [fact for fact in named if fact not in written]:
                 raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `items`.")
-            with rollback_on_error(*self._saved_state()):
-                ledger = self.ledger.subset([i for i, fact in enumerate(self.ledger.facts) if fact not in gone])
-                self._set_factors(ledger)
-                self.ledger = ledger
+            left = [fact for fact in self.ledger.facts if fact not in gone]
+            held = set(map(frozenset, self.ledger.subjects))
+            anew = any(frozenset(own) not in held for own in by_subject(left))
+            if anew:
+                self._check_writable()
+            with rollback_on_error(*self._saved_state()), self._taking_part() if anew else nullcontext():
+                used = self._covariance(None, progress=False) if anew else self.covariance
+                self._learn(left, set(), used, progress=False)
                 self._set_items([])
 
     def _set_factors(self, ledger: Ledger | None = None, factors: Mapping[int, Factors] | None = None) -> None:
@@ -237,7 +306,14 @@ class MemitMemory(Memory[MemitConfig]):
         layers = lora_layers(self.model, self._names)
         linears = {i: lora_linears(layer, self.adapter_name) for i, layer in layers.items()}
         before = {i: Factors(down.weight.data, up.weight.data) for i, (down, up) in linears.items()}
-        return [*super()._saved_state(), lambda: self._set_factors(factors=before)]
+        undo = [*super()._saved_state(), lambda: self._set_factors(factors=before)]
+        if self._config.gate:
+            undo.append(self._keys().saved())
+        return undo
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the LoRA's tensors by their names on the model, as PEFT saves them; keys are saved beside them."""
+        return {name: tensor for name, tensor in super().state_dict().items() if ".lora_" in name}
 
     def _exporters(self) -> Mapping[str, Exporter]:
         return {name: partial(make, self) for name, make in EXPORTERS.items()}
@@ -273,7 +349,9 @@ class MemitMemory(Memory[MemitConfig]):
         text = json.dumps(self._config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
         (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
         weights = read_metadata(folder / WEIGHTS_FILE)[1]["sha256"]
-        write_tensors(folder / LEDGER_FILE, self.ledger.tensors(), {"edit": _edit_digest(weights, self._config.items)})
+        if self._config.gate:
+            write_tensors(folder / KEYS_FILE, dict(self._keys().named_buffers()))
+        write_tensors(folder / LEDGER_FILE, self.ledger.tensors(), {"edit": edit_digest(weights, self._config.items)})
 
     @classmethod
     def _config_of_adapter(cls, config_file: Path) -> MemitConfig | None:
@@ -299,24 +377,27 @@ class MemitMemory(Memory[MemitConfig]):
     @classmethod
     def _read_files(cls, folder: Path, config: MemitConfig, decoder: Decoder) -> Any:
         if not (folder / SETTINGS_FILE).is_file():
-            return None, _read_adapter(folder, config, decoder), None
+            return None, read_adapter(folder, config, decoder), None, {}
         tensors = read_tensors(folder / LEDGER_FILE, config.tensor_shapes(decoder))
         edit = read_metadata(folder / LEDGER_FILE)[1].get("edit")
         size = decoder.hidden_size
-        rank = max(min(len(config.items), size), 1)
-        _check_adapter_config(folder / CONFIG_FILE, rank, config.projection_names(decoder).values())
-        factors = read_tensors(folder / WEIGHTS_FILE, _adapter_shapes(config, decoder, rank))
-        if edit is not None and edit != _edit_digest(tensors_digest(factors), config.items):
+        rank = max(min(len(tensors["targets"]), size), 1)
+        check_adapter_config(folder / CONFIG_FILE, rank, config.projection_names(decoder).values())
+        factors = read_tensors(folder / WEIGHTS_FILE, adapter_shapes(config, decoder, rank))
+        if edit is not None and edit != edit_digest(tensors_digest(factors), config.items):
             raise ValueError(
                 f"`{folder / LEDGER_FILE}` was saved with other facts or weights than `{SETTINGS_FILE}` and "
                 f"`{WEIGHTS_FILE}` hold: one of them was changed by hand or is of another save. Save or download the "
                 "memory again; to use changed weights without the ledger, load the folder with PEFT."
             )
         facts = [fact for fact in config.written_items() if isinstance(fact, Fact)]
-        return Ledger.from_tensors(facts, tensors), factors, _read_covariance(folder, config, decoder)
+        keys = read_tensors(folder / KEYS_FILE, config.key_shapes(decoder)) if config.gate else {}
+        return Ledger.from_tensors(facts, tensors), factors, read_covariance(folder, config, decoder), keys
 
-    def _restore(self, contents: tuple[Ledger | None, dict[str, Tensor], Covariance | None]) -> None:
-        ledger, tensors, self.covariance = contents
+    def _restore(self, contents: tuple[Ledger | None, dict[str, Tensor], Covariance | None, dict[str, Tensor]]) -> None:
+        ledger, tensors, self.covariance, keys = contents
+        for name, tensor in keys.items():
+            self._keys()._buffers[name] = tensor.to(self._keys().keys.device)
         names = {layer: PEFT_KEY_PREFIX + name for layer, name in self._names.items()}
         factors = {
             layer: Factors(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"])
@@ -324,65 +405,3 @@ class MemitMemory(Memory[MemitConfig]):
         }
         self._set_factors(factors=factors)
         self._ledger = ledger
-
-
-def _adapter_shapes(config: MemitConfig, decoder: Decoder, rank: int) -> dict[str, torch.Size]:
-    """Return names and shapes of the tensors of the LoRA that an edit is."""
-    names, shapes = config.projection_names(decoder), {}
-    for layer, width in config.widths(decoder).items():
-        shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_A.weight"] = torch.Size((rank, width))
-        shapes[f"{PEFT_KEY_PREFIX}{names[layer]}.lora_B.weight"] = torch.Size((decoder.hidden_size, rank))
-    return shapes
-
-
-def _read_covariance(folder: Path, config: MemitConfig, decoder: Decoder) -> Covariance | None:
-    """Return the covariance beside a saved edit; None if there is none, or one of another model or other blocks."""
-    if not (folder / Covariance.file).is_file():
-        return None
-    found = Covariance.load(file_in(folder, Covariance.file))
-    own, widths = config.base_fingerprint or {}, config.widths(decoder)
-    alike = bool(found.base_fingerprint.get("embeddings")) and all(
-        own.get(key) in (value, None) or value is None for key, value in found.base_fingerprint.items()
-    )
-    sizes = {layer: len(matrix) for layer, matrix in found.matrices.items()}
-    return found if alike and all(sizes.get(layer) == width for layer, width in widths.items()) else None
-
-
-def _read_adapter(folder: Path, config: MemitConfig, decoder: Decoder) -> dict[str, Tensor]:
-    """Return the tensors of an edit's LoRA that was saved without a ledger.
-
-    Raises:
-        ValueError: If it is a LoRA on other matrices, which is no edit.
-    """
-    found = read_json(folder / CONFIG_FILE)
-    check_number("r", rank := found.get("r"), low=1, integer=True)
-    shapes = _adapter_shapes(config, decoder, rank)
-    held = read_metadata(folder / WEIGHTS_FILE)[0]
-    transposed = mlp_projection(decoder, config.resolved(decoder)[0]).transposed
-    if set(held) != set(shapes) or found.get("fan_in_fan_out", False) is not transposed:
-        raise ValueError(
-            f"`{folder}` holds a LoRA on other matrices than the output projections of the MLPs of some blocks: it is "
-            "no memory. Load it with PEFT (`model.load_adapter(...)`)."
-        )
-    return read_tensors(folder / WEIGHTS_FILE, shapes)
-
-
-def _edit_digest(weights: str, facts: Sequence[Mapping[str, str]]) -> str:
-    """Return the SHA-256 of what the ledger was saved with: the adapter's digest and the facts."""
-    return hashlib.sha256(json.dumps([weights, facts], sort_keys=True).encode()).hexdigest()
-
-
-def _check_adapter_config(path: Path, rank: int, names: Collection[str]) -> None:
-    """Raise a `ValueError` unless plain PEFT would place the adapter where, and as strongly as, `load_memory` does."""
-    found = read_json(path)
-    found = found if isinstance(found, dict) else {}
-    targets = found.get("target_modules")
-    given = sorted(map(str, targets)) if isinstance(targets, list) else targets
-    expected = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(names)}
-    for field, value in expected.items():
-        own = given if field == "target_modules" else found.get(field)
-        if own != value:
-            raise ValueError(
-                f"`{path}` is not of the edit beside it: its `{field}` is {shown(own)}, the edit's {shown(value)}. "
-                "Save or download the memory again."
-            )

@@ -31,7 +31,7 @@ __all__ = [
     "chat_context",
     "context_rows",
     "row_batches",
-    "rows_in",
+    "subject_rows",
 ]
 
 
@@ -53,11 +53,12 @@ class FactRow:
     """Store one fact in one context.
 
     Attributes:
-        fact: Index of the fact.
+        fact: Index of the fact; where targets are found, of its subject.
         context: Index of the context; -1 for the row "{subject}", on which the model must stay what it is.
         ids: Tokens, up to the target's last.
         subject: Index of the subject's last token.
         first_label: Index of the target's first token; `len(ids)` if the row has no target.
+        share: Its share in its subject's mean over the rows of a context.
     """
 
     fact: int
@@ -65,6 +66,7 @@ class FactRow:
     ids: list[int]
     subject: int
     first_label: int
+    share: float = 1.0
 
     @property
     def input_ids(self) -> list[int]:
@@ -118,14 +120,6 @@ def bare_rows(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_len
     return [_row(fact, Context(), tokenizer, index, 0, max_length) for index, fact in enumerate(facts)]
 
 
-def rows_in(
-    context: Context, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[FactRow]:
-    """Return the row of each fact in a context other than its bare prompt, to be scored: without the turn's end."""
-    rows = [_row(fact, context, tokenizer, index, 1, max_length) for index, fact in enumerate(facts)]
-    return [replace(row, ids=row.ids[:-1]) if row.ids[-1] == tokenizer.eos_token_id else row for row in rows]
-
-
 def context_rows(
     facts: Sequence[Fact],
     bare: Sequence[FactRow],
@@ -156,6 +150,16 @@ def context_rows(
     return rows
 
 
+def subject_rows(
+    facts: Sequence[Fact], contexts: Sequence[Context], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[FactRow]:
+    """Return the rows of all facts about one subject in every context, and those of the subject alone by its names."""
+    of_facts = context_rows(facts, bare_rows(facts, tokenizer, max_length), contexts, tokenizer, max_length)
+    alone = {tuple(own[-1].ids): own[-1] for own in of_facts}.values()
+    rows = [replace(row, share=1 / len(facts)) for own in of_facts for row in own[:-1]]
+    return [*rows, *(replace(row, share=1 / len(alone)) for row in alone)]
+
+
 def _row(
     fact: Fact, context: Context, tokenizer: PreTrainedTokenizerBase, index: int, number: int, max_length: int
 ) -> FactRow:
@@ -184,7 +188,7 @@ class RowBatch:
         ids: Tokens from the subject's last on (rows, tokens), or of whole rows, left-padded.
         inputs: `attention_mask` (rows, before + tokens) and, where the model takes them, `position_ids`.
         cache: Keys and values of the tokens before (left-padded); None if no row has any, or rows are whole.
-        facts: Index of each row's fact (rows,).
+        facts: Index of each row's subject (rows,).
         start: Index in `ids` of the subjects' last tokens: above 0 where rows are whole.
     """
 

@@ -1,12 +1,13 @@
-"""The target vector z of each fact: what the stream should be at the subject's last token (MEMIT, eq. 16).
+"""The target vector z of each subject: what the stream should be at its last token (MEMIT, eq. 16).
 
 δ starts at 0, is added to the output of the last edited block at the subject's last token in every context, and is
 moved by Adam to lower
 
-    mean over contexts of −Σ log p(target tokens) / their number  +  kl_factor · KL(edited ‖ base)
+    mean over facts and contexts of −Σ log p(target tokens) / their number  +  kl_factor · KL(edited ‖ base)
     +  weight_decay · ‖δ‖ / ‖h₀‖²,
 
-with ‖δ‖ ≤ clamp · ‖h₀‖ after every step; z = h₀ + δ. Facts are independent, so many are moved at once, each with its
+with ‖δ‖ ≤ clamp · ‖h₀‖ after every step; z = h₀ + δ. One δ serves all facts about its
+subject. Subjects are independent, so many are moved at once, each with its
 own moments, clamp and end. Per step only the tokens from the subject on run, through the blocks above.
 """
 
@@ -68,12 +69,12 @@ class TargetBatch:
             if row.context < 0:
                 read[i, batch.start] = True
                 targets.append(-1)
-                weights.append(kl_factor)
+                weights.append(row.share * kl_factor)
             else:
                 labels = row.ids[row.first_label :]
                 read[i, batch.start + row.first_label - 1 - row.subject :] = True
                 targets += labels
-                weights += [1 / (len(labels) * num_contexts)] * len(labels)
+                weights += [row.share / (len(labels) * num_contexts)] * len(labels)
         device = states.device
         return cls(
             batch,

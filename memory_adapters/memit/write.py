@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -28,10 +28,11 @@ from memory_adapters.memit.prompts import (
     FactRow,
     PrefixCache,
     RowBatch,
+    bare_rows,
     chat_context,
-    context_rows,
     keep_before,
     row_batches,
+    subject_rows,
 )
 from memory_adapters.memit.targets import TargetBatch, TargetFinder, find_targets
 from memory_adapters.training.distributed import gather_items, share_of
@@ -85,42 +86,47 @@ class LedgerBuilder:
             found.append(chat_context(self.tokenizer))
         return found
 
-    def entries(self, facts: Sequence[Fact], bare: Sequence[FactRow], targets: Ledger | None, progress: bool) -> Ledger:
-        """Return the entries of `facts`, in their order; the work is shared among processes.
+    def entries(self, subjects: Sequence[Sequence[Fact]], targets: Ledger | None, progress: bool) -> Ledger:
+        """Return the entries of subjects, in their order; the work is shared among processes.
 
         Args:
-            facts: What to write.
-            bare: Their rows in the bare prompt.
-            targets: A ledger whose z are taken for the facts that it holds.
+            subjects: The facts about each.
+            targets: A ledger whose z are taken for the subjects of which it holds the same facts.
             progress: Show a bar.
 
         Raises:
             ValueError: If a fact does not fit in the model's context, or its loss is not finite.
         """
         contexts = self.contexts()
-        unreached = self._unreached(bare)
-        own, own_bare = share_of(list(facts)), share_of(list(bare))
-        rows = context_rows(own, own_bare, contexts, self.tokenizer, self.max_length)
+        facts = [fact for group in subjects for fact in group]
+        bare = bare_rows(facts, self.tokenizer, self.max_length)
+        shared = self._shared_first_tokens(bare)
         opening = start_token(self.tokenizer)
+        own = share_of(list(subjects))
         rows = [
-            [row.behind(opening) if row.fact in unreached and row.subject == 0 else row for row in group]
-            for group in rows
+            [
+                row.behind(opening) if row.subject == 0 and row.ids[0] in shared else row
+                for row in subject_rows(group, contexts, self.tokenizer, self.max_length)
+            ]
+            for group in own
         ]
         size = self._chunk(rows)
-        known = {} if targets is None else dict(zip(targets.facts, targets.targets, strict=True))
+        known: dict[frozenset[Fact], Tensor] = {}
+        if targets is not None:
+            known = {frozenset(group): z for group, z in zip(targets.subjects, targets.targets, strict=True)}
         parts: list[Ledger] = []
-        bar = tqdm(total=len(own), unit="fact", desc="targets", disable=not progress)
+        bar = tqdm(total=len(own), unit="subject", desc="targets", disable=not progress)
         with bar, evaluating(self.model), differentiable(self.model):
             for start in range(0, len(own), size):
                 chunk = slice(start, start + size)
                 numbered = [replace(row, fact=i) for i, group in enumerate(rows[chunk]) for row in group]
                 parts.append(self._chunk_entries(own[chunk], numbered, len(contexts), known, bar))
-        single = [part.subset([i]) for part in parts for i in range(len(part.facts))]
-        return _joined(gather_items(single, len(facts)))
+        single = [part.subset([i]) for part in parts for i in range(len(part.targets))]
+        return _joined(gather_items(single, len(subjects)))
 
     @torch.no_grad()
-    def _unreached(self, bare: Sequence[FactRow]) -> set[int]:
-        """Return the facts whose bare prompts cannot be edited, and note them.
+    def _shared_first_tokens(self, bare: Sequence[FactRow]) -> set[int]:
+        """Return the subjects of one token that cannot be edited where they open a text, and note the prompts that do.
 
         The first token of a text takes attention that belongs nowhere, and has nearly the same key in many models,
         whatever it is: an edit there would act in every text.
@@ -144,14 +150,19 @@ class LedgerBuilder:
                 "token of a text has one key in this model, whatever it is: these facts are written for prompts with "
                 "text before them, and not for the bare prompt"
             )
-        return {row.fact for row in rows}
+        return shared
 
     def _chunk_entries(
-        self, facts: list[Fact], rows: list[FactRow], num_contexts: int, known: dict[Fact, Tensor], bar: tqdm
+        self,
+        about: Sequence[Sequence[Fact]],
+        rows: list[FactRow],
+        num_contexts: int,
+        known: Mapping[frozenset[Fact], Tensor],
+        bar: tqdm,
     ) -> Ledger:
         finder = TargetFinder(self.model, self.decoder, self.layers[-1], self.config.precision)
         width = self.decoder.hidden_size
-        h0 = torch.zeros(len(facts), width, device=finder.device, dtype=torch.float32)
+        h0 = torch.zeros(len(about), width, device=finder.device, dtype=torch.float32)
         batches: list[TargetBatch] = []
         subjects: list[SubjectStates] = []
         prefixes = PrefixCache.of(self.model, rows, num_contexts)
@@ -159,35 +170,35 @@ class LedgerBuilder:
             batch = keep_before(self.model, group, prefixes)
             states, last = self._subject_states(batch)
             batches.append(TargetBatch.of(batch, last, num_contexts, self.config.kl_factor))
-            bare = torch.tensor([row.context == 0 for row in group])
-            h0[batch.facts[bare]] = last[bare, batch.start].float()
+            weights = torch.tensor([[row.share * (row.context == 0)] for row in group], device=h0.device)
+            h0.index_add_(0, batch.facts, last[:, batch.start].float() * weights)
             in_context = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
             if len(in_context):
                 below = None if states.below is None else states.below[in_context]
                 subjects.append(
                     SubjectStates(batch.select(in_context), states.key[in_context], states.state[in_context], below)
                 )
-        z = torch.stack([known.get(fact, h0[i].cpu()) for i, fact in enumerate(facts)]).to(h0)
-        new = torch.tensor([fact not in known for fact in facts], device=h0.device)
+        z = torch.stack([known.get(frozenset(own), h0[i].cpu()) for i, own in enumerate(about)]).to(h0)
+        new = torch.tensor([frozenset(own) not in known for own in about], device=h0.device)
         if new.any():
             with finder.fast_weights():
-                prompts = [fact.prompt for fact in facts]
+                prompts = [own[0].prompt for own in about]
                 z[new] = find_targets(finder, batches, h0, new, self.config, bar, prompts)[0][new]
         del batches
-        groups, each = self.config.key_groups, self.config.keys_per_fact
+        groups, each = self.config.key_groups, self.config.keys_per_subject
         found = share_over_layers(
             self.model, self.decoder, self.layers, subjects, groups, each, h0, z, finder.tuple_length
         )
         for kind, of_layers in {"key": found.keys, "share of the change": found.shares}.items():
             for layer, values in of_layers.items():
                 if bad := rows_not_finite(values):
-                    prompt = facts[bad[0] * len(facts) // len(values)].prompt
+                    prompt = about[bad[0] * len(about) // len(values)][0].prompt
                     raise ValueError(
                         f"The {kind} of the fact {prompt!r} at block {layer} holds NaN or infinity: check the model's "
                         "weights, or use it in bfloat16 or float32."
                     )
         return Ledger(
-            tuple(facts),
+            tuple(fact for own in about for fact in own),
             z.cpu(),
             {layer: keys.cpu() for layer, keys in found.keys.items()},
             {layer: shares.cpu() for layer, shares in found.shares.items()},
@@ -223,10 +234,10 @@ class LedgerBuilder:
         return max(1, min(cap, int(MEMORY_SHARE * self._free_memory()) // a_token))
 
     def _chunk(self, rows: Sequence[Sequence[FactRow]]) -> int:
-        """Return how many facts' keys and values fit in a share of the free memory."""
+        """Return how many subjects' keys and values fit in a share of the free memory."""
         if not rows:
             return 1
-        tokens = max(len(row.ids) for group in rows for row in group) * len(rows[0])
+        tokens = max(len(row.ids) for group in rows for row in group) * max(map(len, rows))
         kept = 2 * 4 * self.decoder.num_layers * self.decoder.hidden_size
         return max(1, min(4096, int(MEMORY_SHARE * self._free_memory()) // (tokens * kept)))
 

@@ -160,7 +160,7 @@ class ResidualMemory(ThingMemory[MemoryAdapterConfig]):
     def _saved_state(self) -> list[Restore]:
         if self._config.per_key:
             values = self._values()
-            return [saved_attributes(self, self._config), self._saved_keys(), lambda: self._set_values(values)]
+            return [saved_attributes(self, self._config), self._keys().saved(), lambda: self._set_values(values)]
         modules = [layer.mlp(self.adapter_name) for layer in residual_layers(self)]
         buffers = [dict(module._buffers) for module in modules]
 

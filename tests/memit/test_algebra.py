@@ -68,7 +68,7 @@ def test_facts_of_several_keys_have_them_all_in_the_normal_matrix(count: int) ->
     plain, more = entries(count), entries(count, seed=1)
     both = {i: torch.stack([plain.keys[i], more.keys[i]], 1).flatten(0, 1) / 2**0.5 for i in LAYERS}
     ledger = written(Ledger(plain.facts, plain.targets, both, plain.shares), regularization=0.4)
-    assert ledger.keys_per_fact == 2
+    assert ledger.keys_per_subject == 2
     bare, prefixed, R = (x[3].double().numpy().T for x in (plain.keys, more.keys, plain.shares))
     cost = 0.4 * D_IN * covariance(3).numpy()
     expected = R @ (bare + prefixed).T / 2 @ np.linalg.inv(cost + (bare @ bare.T + prefixed @ prefixed.T) / 2)
@@ -137,16 +137,6 @@ def test_order_of_writes_does_not_matter_and_forgetting_is_never_having_written(
     for layer in LAYERS:
         torch.testing.assert_close(change(together, layer), change(swapped, layer), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(change(forgotten, layer), change(only_second, layer), rtol=1e-4, atol=1e-5)
-
-
-def test_a_fact_about_the_same_thing_is_replaced() -> None:
-    first, second = entries(3), entries(3, seed=5)
-    renamed = Ledger(
-        tuple(Fact(f.prompt, f.subject, "Paris") for f in first.facts), second.targets, second.keys, second.shares
-    )
-    ledger = written(first, renamed)
-    assert ledger.facts == renamed.facts
-    torch.testing.assert_close(change(ledger, 5), change(written(renamed), 5))
 
 
 @pytest.mark.parametrize("count", [6, 30])

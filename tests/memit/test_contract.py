@@ -34,7 +34,7 @@ class TestMemitMemory(MemoryContract):
         assert isinstance(memory, MemitMemory)
         generator = torch.Generator().manual_seed(1)
         empty = memory.ledger
-        each = memory.config.keys_per_fact
+        each = memory.config.keys_per_subject
         keys = {i: torch.randn(each, k.shape[1], generator=generator) for i, k in empty.keys.items()}
         shares = {i: torch.randn(1, s.shape[1], generator=generator) for i, s in empty.shares.items()}
         entry = Ledger((FACT,), torch.randn(1, empty.targets.shape[1], generator=generator), keys, shares)

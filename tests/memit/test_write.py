@@ -238,7 +238,7 @@ def test_chat_contexts() -> None:
     assert len(contexts) == 4
     assert memory.config.key_groups == [0, 1, 1, 2]
     memory.write(FACTS[:2], progress=False)
-    assert memory.ledger.keys_per_fact == 3
+    assert memory.ledger.keys_per_subject == 3
     with pytest.raises(ValueError, match="chat template"):
         memory_on(tiny_model(), chat=True).write(FACTS[:2], progress=False)
 
@@ -308,12 +308,9 @@ def test_a_first_token_that_has_the_key_of_every_text_is_left_alone(monkeypatch:
     assert memory.items == facts
 
 
-def test_chat_is_measured_where_it_is_taught() -> None:
+def test_an_answer_in_a_chat_is_taught_to_its_end() -> None:
     tokenizer = byte_tokenizer(chat=True)
-    memory = inject_memory(tiny_model(), MemitConfig(**SMALL, chat=True), tokenizer=tokenizer)
-    rows = memory._rows(FACTS)
-    assert [row.item for row in rows] == [*range(len(FACTS))] * 2
-    assert all(row.input_ids[-1] != tokenizer.eos_token_id for row in rows)
-    taught = context_rows(FACTS, rows[: len(FACTS)], [Context(), chat_context(tokenizer)], tokenizer, 200)
+    rows = bare_rows(FACTS, tokenizer, 200)
+    taught = context_rows(FACTS, rows, [Context(), chat_context(tokenizer)], tokenizer, 200)
     ends = [[row.ids[-1] == tokenizer.eos_token_id for row in group] for group in taught]
-    assert ends == [[False, True, False]] * len(FACTS)  # an answer ends, a text goes on
+    assert ends == [[False, True, False]] * len(FACTS)  # a text goes on
