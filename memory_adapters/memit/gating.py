@@ -27,7 +27,7 @@ FoundKeys: TypeAlias = tuple[BlockKeys, list[list[list[int]]], list[str]]
 """Keys, the token ids of each subject's spellings, and notes."""
 
 KEY_THRESHOLD, RAMP = 0.6, 0.1  # of similarity, which is 1 at a key; the slope is only read above or below 0
-HELD = False
+HELD = False  # open at a subject's tokens alone: held from there on, fewer questions in other words were answered
 NUM_TEXTS, TEXT_TOKENS, NUM_PREFIXES = 24, 64, 2
 
 
