@@ -3,9 +3,9 @@
     python -m benchmarks.keys --data FOLDER [--subjects 100 1000 10000]
 
 Keys are those of a gated LoRA (block, threshold, rows), of the first CounterFact subjects, found in chunks. At each
-number, paraphrases, chat questions, neighbours and chat questions about these of at most 200 records, and WikiText-2, are
-read, with the second witness (the name must stand there) and without. A text opens *falsely* to a thing that it does not
-name.
+number, paraphrases, chat questions, neighbours and chat questions about these of at most 200 records, and WikiText-2,
+are read, with the second witness (the name must stand there) and without. A text opens *falsely* to a thing that it
+does not name.
 """
 
 from __future__ import annotations
