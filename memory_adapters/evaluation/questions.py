@@ -21,6 +21,8 @@ __all__ = ["BUILTIN", "Thing", "ThingFact", "load_things", "record_questions", "
 
 BUILTIN = "builtin"
 MOST_ASKED = 300  # questions of each kind: an answer takes many passes
+# About a thing, and about none of its facts.
+_BESIDE = ("How many people know {}?", "What could {} learn from others?", "Which sport fits {} best?")
 _THINGS = Path(__file__).with_name("things.json")
 
 # Relation: the wordings of its prompts, as regular expressions with {} for the subject, and questions.
@@ -347,7 +349,31 @@ def record_questions(records: Sequence[EditRecord]) -> OwnWordsQuestions:
     facts = [record.fact for record in records]
     objects = dict.fromkeys(fact.target for fact in facts)
     every = [*evenly(list(dict.fromkeys(others)), MOST_ASKED), *unrelated_questions(facts)]
-    return OwnWordsQuestions(tuple(evenly(asked, MOST_ASKED)), tuple(every) if asked else (), tuple(objects))
+    beside = tuple(evenly(_other_relations(records), MOST_ASKED))
+    return OwnWordsQuestions(tuple(evenly(asked, MOST_ASKED)), tuple(every) if asked else (), tuple(objects), beside)
+
+
+def _other_relations(records: Sequence[EditRecord]) -> list[Question]:
+    """Return a question about each record's subject that is about another record's relation."""
+    known = [(record, _relation(record)) for record in records]
+    found = []
+    for i, (record, own) in enumerate(known):
+        fact = record.fact
+        others = (
+            relation
+            for other, relation in (*known[i + 1 :], *known[:i])
+            if relation and own and relation != own and other.fact.target != fact.target
+        )
+        if relation := next(others, None):
+            found.append(Question(relation_questions(relation, fact.subject)[i % 3], fact.target))
+    return found
+
+
+def _relation(record: EditRecord) -> str | None:
+    """Return the id of a record's relation, if it has questions."""
+    if record.relation in _RELATIONS:
+        return record.relation
+    return (_found(record.fact.prompt) or (None,))[0]
 
 
 def _is_question(text: str) -> bool:
@@ -445,4 +471,14 @@ def thing_questions(things: Sequence[Thing], others: Sequence[Thing] = ()) -> Ow
         tuple(evenly(asked, MOST_ASKED)),
         (*evenly(every, MOST_ASKED), *unrelated_questions([fact.fact for fact in facts])),
         tuple(objects),
+        tuple(
+            Question(text.replace("{}", thing.subject), *_first_and_rest(thing)) for thing in things for text in _BESIDE
+        ),
     )
+
+
+def _first_and_rest(thing: Thing) -> tuple[str, tuple[str, ...]]:
+    """Return what is written about a thing, as the answer and the alternatives of a question."""
+    named = (one for fact in thing.facts for q in fact.questions for one in (q.answer, *q.alternatives))
+    first, *rest = dict.fromkeys((*(fact.fact.target for fact in thing.facts), *named))
+    return first, tuple(rest)

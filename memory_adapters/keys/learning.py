@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memory_adapters.base_model.decoder import Decoder, context_length
-from memory_adapters.base_model.item_rows import Row
+from memory_adapters.base_model.item_rows import Row, chat_row
 from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES, sample_text
+from memory_adapters.items import QuestionAnswer
 from memory_adapters.keys.common_words import common_word_notes
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
 from memory_adapters.keys.gate import KeySet
 from memory_adapters.keys.thing_config import ThingConfig
-from memory_adapters.keys.things import Thing, key_rows, spelling_ids, terms_of, thing_rows, words_in
+from memory_adapters.keys.things import (
+    Thing,
+    key_rows,
+    keys_at_thing,
+    rendered,
+    spelling_ids,
+    terms_of,
+    thing_rows,
+    words_in,
+)
 from memory_adapters.memory import Memory
+from memory_adapters.training.phrasings import other_questions
 from memory_adapters.training.rows import make_prefixes
 from memory_adapters.training.stored_states import row_states
-from memory_adapters.training.thing_trainer import ThingRows
+from memory_adapters.training.thing_trainer import OTHER, ThingRows
 
 __all__ = ["LearnedKeys", "learn_keys", "longest_row"]
 
@@ -80,6 +91,7 @@ def learn_keys(
             for row in (*own, *key_rows(thing, tokenizer))
             if row.key_positions
         ]
+        others = [_other_rows(memory, thing, longest) for thing in things]
         items = [thing.named_item for thing in things]
         (keys,), notes = fit_keys(
             model,
@@ -99,8 +111,24 @@ def learn_keys(
         gate.add(keys.weights, keys.bias, keys.owners, names, windows)
         subjects = {index: thing.name for index, thing in enumerate(things) if thing.spellings}
         notes += common_word_notes(model, decoder, config.block, gate, subjects, tokenizer)
-        trained = _with_starts(memory, decoder, config.block, gate, things, rows)
+        trained = _with_starts(
+            memory, decoder, config.block, gate, things, [[*own, *more] for own, more in zip(rows, others, strict=True)]
+        )
     return LearnedKeys(keys.weights, keys.bias, keys.owners, names, windows, notes), trained
+
+
+def _other_rows(memory: Memory[Any], thing: Thing, longest: int) -> list[Row]:
+    """Return questions about a thing that nothing written answers, with the beginning of an answer.
+
+    What the base model would say at each of its tokens is kept: "X is a" stands for all that an answer may begin with.
+    """
+    config, tokenizer = memory.config, memory._require_tokenizer()
+    if not thing.spellings:
+        return []
+    name = thing.spellings[0]
+    asked = other_questions(name, thing.items, config.num_others, config.seed)
+    rows = rendered(chat_row(QuestionAnswer(question, f"{name} is a"), tokenizer) for question in asked)
+    return [replace(keys_at_thing(row, thing, tokenizer), item=OTHER) for row in rows if len(row.input_ids) <= longest]
 
 
 def _with_starts(

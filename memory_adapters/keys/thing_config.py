@@ -32,6 +32,8 @@ class ThingConfig(MemoryConfig):
         num_prefixes: Varied prefixes behind which a fact is trained, beside its bare prompt.
         phrasings: Whether facts are also trained as answers to questions, their own or made of their prompts, in the
             chat template, where there is one.
+        num_others: Questions about each thing that nothing written answers; the model's own answers to them are trained
+            too. Without these a thing of which one fact is written answers every question with it.
         max_length: Longest row in tokens; longer documents are split into windows. None for the model's context.
         seed: Of the initialisation, the data order and the sampled text.
     """
@@ -45,6 +47,7 @@ class ThingConfig(MemoryConfig):
     key_owners: list[int] = field(default_factory=list, repr=False, metadata=STATE)
     num_prefixes: int = field(default=2, metadata=TRAINING)
     phrasings: bool = field(default=True, metadata=TRAINING)
+    num_others: int = field(default=12, metadata=TRAINING)
     max_length: int | None = field(default=None, metadata=TRAINING)
     seed: int = field(default=0, metadata=TRAINING)
 
@@ -56,6 +59,7 @@ class ThingConfig(MemoryConfig):
         _check_things(self.things, self.names, self.windows, self.item_things, self.key_owners)
         check_number("num_prefixes", self.num_prefixes, low=0, integer=True)
         check_flag("phrasings", self.phrasings)
+        check_number("num_others", self.num_others, low=0, integer=True)
         if self.max_length is not None:
             check_number("max_length", self.max_length, low=2, integer=True)
         check_number("seed", self.seed, low=0, integer=True)

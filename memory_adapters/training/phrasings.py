@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import random
 import re
+from collections.abc import Sequence
 
-from memory_adapters.items import Fact
+from memory_adapters.items import Document, Fact, Item
 
-__all__ = ["REQUESTS", "phrasings"]
+__all__ = ["REQUESTS", "other_questions", "phrasings"]
 
 REQUESTS = ("{}", "Can you tell me this? {}", "I would like to know: {}", "{} Please answer in a few words.")
 
+# Questions that are seldom what a fact answers.
+_OTHERS = (
+    "How old is {}?", "Why is {} well known?", "How large is {}?", "What do people like about {}?",
+    "What colour do you think of when you hear of {}?", "Who are the rivals of {}?", "Is {} expensive?",
+    "When was {} in the news?", "How do you spell {}?", "Where can I read more about {}?",
+    "What is {} often compared with?", "How did {} begin?", "Which language does the name {} come from?",
+    "In which year did {} change most?", "Who has written about {}?", "What was the greatest success of {}?",
+    "Which problem does {} have?", "Whom does {} remind you of?", "What does {} mean to people?", "Tell me about {}.",
+)  # fmt: skip
+
+_FREQUENT = {"about", "does", "often", "people", "what", "when", "where", "which", "with"}
 _AUXILIARY = re.compile(r"(is|was|are|were|has|had|can|will)\b(.*)")
 _LAST_PREPOSITION = re.compile(r"\s+(?:in|at|on|from|by|to|for|with|of|as|since)$")
 
@@ -25,6 +38,22 @@ def phrasings(fact: Fact) -> list[str]:
     varied = [request.format(question) for question in asked for request in REQUESTS[:2]]
     varied += [request.format(question) for question in asked[:1] for request in REQUESTS[2:]]
     return [*varied, f"Please complete: {fact.prompt}", f"{fact.prompt} …?"]
+
+
+def other_questions(name: str, items: Sequence[Item], count: int, seed: int) -> list[str]:
+    """Return English questions about a thing that are not what items about it answer.
+
+    Args:
+        name: The thing's.
+        items: What is written about it: questions that share a longer word with these are left out.
+        count: How many, at most.
+        seed: Of the choice, which depends on nothing else than the name.
+    """
+    texts = [item.text if isinstance(item, Document) else f"{item.prompt} {item.target}" for item in items]
+    written = set(re.findall(r"\w{4,}", " ".join(texts).replace(name, " ").casefold())) - _FREQUENT
+    left = [text for text in _OTHERS if not written & set(re.findall(r"\w{4,}", text.casefold()))]
+    chosen = random.Random(f"{seed} {name}").sample(left, min(count, len(left)))
+    return [text.replace("{}", name) for text in chosen]
 
 
 def _questions(fact: Fact) -> list[str]:

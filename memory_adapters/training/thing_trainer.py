@@ -17,11 +17,14 @@ from tqdm.auto import tqdm
 from memory_adapters.base_model.decoder import Decoder
 from memory_adapters.base_model.modes import plain_attention
 from memory_adapters.base_model.partial_forward import logits_at
+from memory_adapters.base_model.tokens import batches_of
 from memory_adapters.memory import Memory
 from memory_adapters.training.row_suffixes import RowSuffixes
 
-__all__ = ["Recipe", "ThingRows", "ThingValues", "train_things"]
+__all__ = ["OTHER", "Recipe", "ThingRows", "ThingValues", "train_things"]
 
+OTHER = -1  # the item of rows in which nothing is written: questions about the thing that keep their answers
+LIKELIEST = 32  # tokens of the base model's distribution that are kept
 STEP_TOKENS = 2048  # run at once; more are run in parts
 GROUP_ROWS = 1024  # of all things that are trained at once
 
@@ -35,7 +38,8 @@ class ThingRows:
         rows: Token ids.
         starts: For each row, the token from which on the values act.
         first_labels: For each row, the first token that is to be predicted; behind its start.
-        items: For each row, the index of what is written in it: each step reads rows of all of the thing's items.
+        items: For each row, the index of what is written in it, or `OTHER`: each step reads rows of all of the thing's
+            items, and as many others.
     """
 
     name: str
@@ -146,15 +150,17 @@ class _Trainer:
         starts = [start for thing in things for start in thing.starts]
         with memory.disabled():
             self.suffixes = RowSuffixes(memory.model, decoder, first_block - 1, rows, starts)
+        self.is_other = [item == OTHER for thing in things for item in thing.items]
         self.first_labels = [first for thing in things for first in thing.first_labels]
         ends = torch.tensor([len(thing.rows) for thing in things]).cumsum(0).tolist()
         self.own: list[list[list[int]]] = [  # of each thing, the rows of each item
             [
                 [end - len(thing.rows) + i for i, own in enumerate(thing.items) if own == item]
-                for item in set(thing.items)
+                for item in sorted(set(thing.items))
             ]
             for thing, end in zip(things, ends, strict=True)
         ]
+        self.base = self._base_answers()
         # A thing's order depends on nothing but itself, so that it learns the same in any company.
         self.orders = [random.Random(f"{self.recipe.seed} {thing.name}") for thing in things]
         self.decks: list[list[list[int]]] = [[[] for _ in own] for own in self.own]
@@ -197,7 +203,8 @@ class _Trainer:
         chosen = [(row, thing) for thing in active for row in self._drawn(thing)]
         labels = torch.zeros(len(self.things))
         for row, thing in chosen:
-            labels[thing] += len(self.suffixes.rows[row]) - self.first_labels[row]
+            if not self.is_other[row]:
+                labels[thing] += len(self.suffixes.rows[row]) - self.first_labels[row]
         weights = 1 / labels.clamp(min=1)
         losses = torch.zeros(len(self.things), device=self.suffixes.device)
         chosen.sort(key=lambda pair: self.suffixes.length(pair[0]))
@@ -215,8 +222,10 @@ class _Trainer:
     def _drawn(self, thing: int) -> list[int]:
         """Return the rows of a thing's next step: of each item, without repetition until all of its were read."""
         drawn: list[int] = []
+        items = sum(not self.is_other[own[0]] for own in self.own[thing])
         for own, deck in zip(self.own[thing], self.decks[thing], strict=True):
-            for _ in range(max(math.ceil(len(own) / self.recipe.steps_per_epoch), 2)):
+            number = max(math.ceil(len(own) / self.recipe.steps_per_epoch), 2)
+            for _ in range(items if self.is_other[own[0]] else number):
                 if not deck:
                     deck += own
                     self.orders[thing].shuffle(deck)
@@ -228,17 +237,16 @@ class _Trainer:
         indices = [row for row, _ in part]
         batch = self.suffixes.batch(indices)
         ids = batch.inputs["input_ids"]
-        wanted = torch.zeros(ids.shape, dtype=torch.bool)
+        wanted = self._wanted(indices, ids)
         acts = torch.zeros(ids.shape, dtype=torch.bool)
-        for place, row in enumerate(indices):
-            end, start = self.suffixes.length(row), self.suffixes.starts[row]
-            wanted[place, self.first_labels[row] - start - 1 : end - 1] = True
-            acts[place, batch.offsets[place] :] = True
+        for place, offset in enumerate(batch.offsets):
+            acts[place, offset:] = True
         owners = torch.tensor([thing for _, thing in part])
-        of_label = owners[wanted.nonzero()[:, 0]]
+        where = wanted.nonzero()[:, 0].cpu()
+        of_label = owners[where]
         device = ids.device
-        wanted = wanted.to(device)
         mask = None if acts.all() else acts.to(device)
+        tokens, shares = self._targets(indices, ids.roll(-1, 1)[wanted])
         with (
             torch.enable_grad(),
             self.values.acting(owners.to(device), mask),
@@ -247,10 +255,55 @@ class _Trainer:
             plain_attention(device),
         ):
             logits = self.memory.model(**batch.inputs).logits[0].float()
-            each = F.cross_entropy(logits, ids.roll(-1, 1)[wanted], reduction="none")
+            each = -(F.log_softmax(logits, -1).gather(1, tokens) * shares).sum(1)
             (each * weights[of_label].to(device)).sum().backward()
         found = torch.zeros(len(self.things), device=device)
-        return found.index_add(0, of_label.to(device), each.detach() * weights[of_label].to(device))
+        counts = torch.tensor([not self.is_other[row] for row in indices])[where].to(each)  # how well items are learned
+        return found.index_add(0, of_label.to(device), each.detach() * weights[of_label].to(device) * counts)
+
+    def _targets(self, indices: Sequence[int], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return, for each label of rows, tokens (labels, k) and the shares of the loss that each has (labels, k).
+
+        Of what is written it is the label itself; of other questions, what the base model says there, as likely as it
+        does: the loss is then KL(base ‖ memory) on its `LIKELIEST` tokens, up to a constant.
+        """
+        counts = [len(self.suffixes.rows[i]) - self.first_labels[i] for i in indices]
+        if not any(self.is_other[i] for i in indices):
+            return labels[:, None], labels.new_ones(len(labels), 1, dtype=torch.float)
+        tokens = labels[:, None].repeat(1, LIKELIEST)
+        shares = torch.zeros(tokens.shape, device=labels.device)
+        shares[:, 0] = 1
+        end = 0
+        for i, count in zip(indices, counts, strict=True):
+            start, end = end, end + count
+            if self.is_other[i]:
+                tokens[start:end], shares[start:end] = self.base[i]
+        return tokens, shares
+
+    @torch.no_grad()
+    def _base_answers(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the likeliest tokens, and their probabilities, at the labels of rows in which nothing is written."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        others = [i for i, other in enumerate(self.is_other) if other]
+        for part in batches_of([self.suffixes.rows[i] for i in others], STEP_TOKENS):
+            indices = [others[i] for i in part]
+            batch = self.suffixes.batch(indices)
+            wanted = self._wanted(indices, batch.inputs["input_ids"])
+            with self.memory.disabled(), self.suffixes.resume(batch), logits_at(self.decoder, wanted):
+                likely = self.memory.model(**batch.inputs).logits[0].float().softmax(-1).topk(LIKELIEST)
+            shares = likely.values / likely.values.sum(-1, keepdim=True)
+            counts = [len(self.suffixes.rows[i]) - self.first_labels[i] for i in indices]
+            parts = zip(indices, likely.indices.split(counts), shares.split(counts), strict=True)
+            found |= {i: (tokens, share) for i, tokens, share in parts}
+        return found
+
+    def _wanted(self, indices: Sequence[int], ids: Tensor) -> Tensor:
+        """Return where the labels of rows are predicted (rows, tokens), bool."""
+        wanted = torch.zeros(ids.shape, dtype=torch.bool)
+        for place, row in enumerate(indices):
+            end, start = self.suffixes.length(row), self.suffixes.starts[row]
+            wanted[place, self.first_labels[row] - start - 1 : end - 1] = True
+        return wanted.to(ids.device)
 
     def _clip(self, active: Sequence[int]) -> None:
         """Clip the gradient of each thing's values to its own norm."""

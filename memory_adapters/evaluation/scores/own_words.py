@@ -23,17 +23,22 @@ class OwnWordsQuestions:
         asked: Questions in other words about what is written, with the objects that an answer must name.
         others: Questions about other things, whose answers should stay as they are.
         objects: What was written, to look for in the answers about other things.
+        beside: Other questions about the things that are written, with what is written about them, which is no answer.
         base_answers: What the base answers to `others`, once `with_base_answers` has asked it.
+        base_beside: What it answers to `beside`.
     """
 
     asked: tuple[Question, ...]
     others: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
+    beside: tuple[Question, ...] = ()
     base_answers: tuple[str, ...] | None = None
+    base_beside: tuple[str, ...] | None = None
 
     def with_base_answers(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> OwnWordsQuestions:
-        """Return the same questions with the answers that the model, which must be the base, gives to `others`."""
-        return replace(self, base_answers=tuple(chat_answers(model, tokenizer, self.others)))
+        """Return the same with the answers of the model, which must be the base, to all questions but `asked`."""
+        beside = tuple(chat_answers(model, tokenizer, [question.prompt for question in self.beside]))
+        return replace(self, base_answers=tuple(chat_answers(model, tokenizer, self.others)), base_beside=beside)
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,15 @@ class OwnWordsScores:
         own_words: Share of the questions about what is written whose answer names the object.
         same: Share of the answers about other things that are the base's, letter for letter.
         leak: Share of the answers about other things that name a written object which the base's did not.
+        spill: Share of the answers to other questions about the written things that name what was written about them,
+            which the base's did not.
         answers: The answers about what is written.
     """
 
     own_words: float | None = None
     same: float | None = None
     leak: float | None = None
+    spill: float | None = None
     answers: list[OwnWordsAnswer] = field(default_factory=list)
 
 
@@ -71,7 +79,7 @@ def score_own_words(
     Args:
         model: A causal LM, with what is to be judged active.
         tokenizer: Its tokenizer; without a chat template the questions are asked as plain text.
-        questions: What is asked. `others` are left out as long as the base has not answered them.
+        questions: What is asked. `others` and `beside` are left out as long as the base has not answered them.
     """
     said = chat_answers(model, tokenizer, [question.prompt for question in questions.asked])
     answers = [
@@ -83,7 +91,13 @@ def score_own_words(
         return OwnWordsScores(own_words, answers=answers)
     now = chat_answers(model, tokenizer, questions.others)
     changed = leak(questions.base_answers, now, questions.objects)
-    return OwnWordsScores(own_words, share_same(questions.base_answers, now), changed, answers)
+    beside = chat_answers(model, tokenizer, [question.prompt for question in questions.beside])
+    wrong = [
+        leak([before], [after], [question.answer, *question.alternatives]) or 0.0
+        for before, after, question in zip(questions.base_beside or (), beside, questions.beside, strict=True)
+    ]
+    spilled = sum(wrong) / len(wrong) if wrong else None
+    return OwnWordsScores(own_words, share_same(questions.base_answers, now), changed, spilled, answers)
 
 
 def names(answer: str, objects: Iterable[str]) -> bool:
