@@ -6,8 +6,9 @@ FOLDER holds counterfact/edit.json. Two sets are written, each in one write: the
 subject, and invented companies, people and places of the package, three facts each. Greedy chat answers of at most 24
 tokens are scored: *own words* on held-out questions, *training questions* on those that a method may be trained on
 (as `QuestionAnswer`, where its entry in `METHODS` says so), *same* and *leak* on questions about other subjects of the
-same relations or other invented things, and about well-known things. Rows are saved as they come; those that are there
-are not measured again. On a CPU with AVX-512 and on a GPU the model is in bfloat16, else in float32.
+same relations or other invented things, and about well-known things, *spill* on other questions about the subjects that
+are written. Rows are saved as they come; those that are there are not measured again. On a CPU with AVX-512 and on a
+GPU the model is in bfloat16, else in float32.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ COLUMNS = {
     "training_questions": "training questions",
     "same": "same",
     "leak": "leak",
+    "spill": "spill",
     "exact": "taught prompts",
 }
 
@@ -74,6 +76,7 @@ METHODS: dict[str, Written | InMessage | None] = {
     "MEMIT, gate": Written("memit", dict(gate="keys")),
     "slots": Written("slots"),
     "gated LoRA": Written("gated_lora"),
+    "gated LoRA, num_others=0": Written("gated_lora", dict(num_others=0)),
     "gated LoRA, with training questions": Written("gated_lora", training_questions=True),
 }
 
@@ -169,7 +172,8 @@ def measure(model: Any, tokenizer: Any, method: Written | InMessage | None, aske
         held_out = with_text(questions.asked, asked.about, before)
         others = tuple(before(None) + question for question in questions.others)
         known = method is None or (isinstance(method, InMessage) and not method.every)
-        seen = replace(questions, asked=held_out, others=others)
+        beside = () if isinstance(method, InMessage) else questions.beside
+        seen = replace(questions, asked=held_out, others=others, beside=beside)
         scores = score_own_words(model, tokenizer, replace(seen, base_answers=None) if known else seen)
         training = OwnWordsQuestions(with_text(asked.training, asked.training_about, before))
         row = {name: share for name, share in asdict(scores).items() if name != "answers"}

@@ -148,8 +148,9 @@ def evaluate(
     ES, PS, NS: share of prompts, paraphrases and neighbours on which the wanted answer is likelier than the other; S:
     their harmonic mean; exact: greedy decoding gives the target; tokens: share of its tokens that are the first choice.
     Own words: chat answers to questions in other words that name the target; same: chat answers about other things that
-    stay as they were; leak: those that now name a target. All in % (in JSON: shares in [0, 1]). The perplexity is on
-    --text, or else on the sentences that `write` reports on.
+    stay as they were; leak: those that now name a target; spill: chat answers to other questions about the same
+    subjects that now name their target. All in % (in JSON: shares in [0, 1]). The perplexity is on --text, or else on
+    the sentences that `write` reports on.
     """
     with running(as_json=as_json, quiet=quiet, debug=debug, device=device) as run:
         from memory_adapters.cli.evaluate import evaluate_memory

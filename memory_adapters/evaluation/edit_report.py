@@ -44,7 +44,7 @@ SHOWN_RELATIONS = 10
 SHOWN_CHARACTERS = 40  # of a prompt, a target and an answer in `item_table`
 SHOWN_SCORES = (  # of `score_table`
     "S", "ES", "PS", "NS", "exact", "tokens", "paraphrases exact", "paraphrase tokens", "portability exact",
-    "own words", "same", "leak", "perplexity",
+    "own words", "same", "leak", "spill", "perplexity",
 )  # fmt: skip
 
 
@@ -101,6 +101,7 @@ class EditReport:
         own_words: Share of the chat questions in other words whose answer names the object.
         same: Share of the chat answers about other things that are the base's, letter for letter.
         leak: Share of the chat answers about other things that name a written object which the base's did not.
+        spill: Share of the chat answers to other questions about the written subjects that name what was written.
         answers: The answers to the questions in other words.
     """
 
@@ -119,6 +120,7 @@ class EditReport:
     own_words: float | None = None
     same: float | None = None
     leak: float | None = None
+    spill: float | None = None
     answers: list[OwnWordsAnswer] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +170,7 @@ class EditReport:
         shares = [["%", "preferred", "exact", "tokens", "greedy"]]
         shares += [[label, *map(_percent, row)] for label, row in judged.items() if any(x is not None for x in row)]
         tables = [format_table(shares, style)]
-        words = (("own words", self.own_words), ("same", self.same), ("leak", self.leak))
+        words = (("own words", self.own_words), ("same", self.same), ("leak", self.leak), ("spill", self.spill))
         told = [[label, _percent(share)] for label, share in words if share is not None]
         if told:
             tables.append(format_table([["chat answers, %", ""], *told], style))
@@ -225,8 +227,8 @@ def evaluate_edits(
             Consistency is that of the records whose target is there.
         seed: Seed of the generated texts.
         per_item: Also report each fact, with what the model decodes greedily after its prompt.
-        own_words: Questions in other words to ask in the chat template, as `record_questions` makes them. `same` and
-            `leak` need the base's answers, see `OwnWordsQuestions.with_base_answers`.
+        own_words: Questions in other words to ask in the chat template, as `record_questions` makes them. `same`,
+            `leak` and `spill` need the base's answers, see `OwnWordsQuestions.with_base_answers`.
         progress: Show bars.
 
     Raises:
@@ -400,6 +402,7 @@ def report_cells(report: EditReport, base_perplexity: float | None) -> dict[str,
         "own words": report.own_words,
         "same": report.same,
         "leak": report.leak,
+        "spill": report.spill,
     }
     cells = {"edits": str(report.num_records)} | {label: _percent(share) for label, share in shares.items()}
     for label, value in (("GE", report.fluency), ("RS", report.consistency)):

@@ -56,7 +56,7 @@ class GatedLoraConfig(ThingConfig):
     lora_alpha: int = 4
     target_modules: list[str] | None = None
     learning_rate: float = field(default=6e-3, metadata=TRAINING)
-    num_train_epochs: float = field(default=4, metadata=TRAINING)
+    num_train_epochs: float = field(default=6, metadata=TRAINING)
     steps_per_epoch: int = field(default=7, metadata=TRAINING)
     target_loss: float = field(default=0.01, metadata=TRAINING)
     max_grad_norm: float = field(default=1.0, metadata=TRAINING)

@@ -47,7 +47,7 @@ class ThingConfig(MemoryConfig):
     key_owners: list[int] = field(default_factory=list, repr=False, metadata=STATE)
     num_prefixes: int = field(default=2, metadata=TRAINING)
     phrasings: bool = field(default=True, metadata=TRAINING)
-    num_others: int = field(default=12, metadata=TRAINING)
+    num_others: int = field(default=8, metadata=TRAINING)
     max_length: int | None = field(default=None, metadata=TRAINING)
     seed: int = field(default=0, metadata=TRAINING)
 

@@ -105,7 +105,7 @@ def test_write_more(here: Path, tmp_path: Path) -> None:
     assert "1 fact(s) written already" in run(*more, "--set", "steps=1").stdout
     known = said("info", target)
     assert [fact["target"] for fact in known["items"]] == ["Rome", "piano"]
-    assert known["settings"] == {"layers": [1], "covariance_tokens": 128, "num_prefixes": 1, "steps": 1}
+    assert known["settings"] == {"layers": [1], "chat": False, "covariance_tokens": 128, "num_prefixes": 1, "steps": 1}
     assert len(known["writes"]) == 2
     assert "does not load with layers changed" in words(run(*more, "--set", "layers=[2]", code=2))
     assert "is of the method memit" in words(run(*more, "--method", "slots", code=2))
@@ -210,7 +210,7 @@ def test_evaluate(here: Path, tmp_path: Path) -> None:
     assert header.split()[:8] == ["S", "ES", "PS", "NS", "exact", "tokens", "paraphrases", "exact"]
     assert [line.split()[0] for line in lines] == ["without", "with"]
     header = run("evaluate", *arguments[1:3], here / "facts.json").stdout.splitlines()[1]
-    shown = ["exact", "tokens", "own", "words", "same", "leak", "perplexity"]
+    shown = ["exact", "tokens", "own", "words", "same", "leak", "spill", "perplexity"]
     assert header.split() == shown, "no true target is known"
 
 

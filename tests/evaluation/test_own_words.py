@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,11 @@ def test_scores(tiny: tuple[Any, Any]) -> None:
     assert (scores.own_words, scores.same, scores.leak) == (0.5, 1.0, 0.0)
     other = score_own_words(tiny_model(seed=1), tokenizer, questions.with_base_answers(model, tokenizer))
     assert other.same == 0.0
+    now = chat_answers(tiny_model(seed=1), tokenizer, QUESTIONS[:2])
+    beside = (Question(QUESTIONS[0], "no such word", (now[0],)), Question(QUESTIONS[1], "no such word"))
+    questions = dataclasses.replace(questions, beside=beside).with_base_answers(model, tokenizer)
+    assert score_own_words(model, tokenizer, questions).spill == 0.0
+    assert score_own_words(tiny_model(seed=1), tokenizer, questions).spill == 0.5
 
 
 def test_questions_about_what_is_written_are_not_unrelated(tiny: tuple[Any, Any]) -> None:
@@ -146,6 +152,19 @@ def test_the_questions_of_records() -> None:
     assert questions.others[0] == "who is it?"
     unknown = record_questions([EditRecord(Fact("{} weighs", "Ada", "60 kg"))])
     assert unknown.asked == unknown.others == ()
+
+
+def test_questions_beside_what_is_written_are_of_other_relations() -> None:
+    born = EditRecord(Fact("{} was born in", "Ada Byron", "Lima"))
+    questions = record_questions([PARIS, born])
+    assert [(one.prompt, one.answer) for one in questions.beside] == [
+        ("Where was Danielle Darrieux born?", "English"),
+        (relation_questions("P103", "Ada Byron")[1], "Lima"),
+    ]
+    (thing,) = load_things()[:1]
+    of_thing = thing_questions([thing]).beside
+    assert all(thing.subject in one.prompt for one in of_thing)
+    assert {fact.fact.target for fact in thing.facts} <= {of_thing[0].answer, *of_thing[0].alternatives}
 
 
 def test_counterfact_is_covered(data: Path) -> None:
@@ -214,9 +233,10 @@ def test_a_report_shows_own_words(tiny: tuple[Any, Any], tmp_path: Path) -> None
     earlier = {name: value for name, value in report.to_dict().items() if name not in ("own_words", "same", "answers")}
     assert EditReport.from_dict(earlier).own_words is None, "a report of an earlier version"
     header, first, second = score_table({"without": without, "with": report}).splitlines()
-    assert header.split()[-5:] == ["own", "words", "same", "leak", "perplexity"]
+    assert header.split()[-5:] == ["own", "words", "same", "leak", "perplexity"]  # there is no other relation
     assert first.split()[-4:-1] == ["0.0", "–", "–"]
     assert second.split()[-4:-1] == ["0.0", "100.0", "0.0"]
+    assert "spill" in score_table({"with": dataclasses.replace(report, spill=0.5)})
     assert "same" in repr(report)
     assert answer_table({"without": without, "with": report}).count("not named") == 3
     assert answer_table({"with": evaluate_edits(model, tokenizer, [PARIS], greedy=False, progress=False)}) == ""

@@ -27,6 +27,7 @@ SCORES = (
     "own words",
     "same",
     "leak",
+    "spill",
     "GE",
     "ability",
 )
