@@ -22,10 +22,11 @@ from memory_adapters import (
     load_memory,
     use_adapters_by_row,
 )
+from memory_adapters.base_model.chat import rendered_question
 from memory_adapters.base_model.names import names_in
 from memory_adapters.gated_lora.layer import factors_of
 from memory_adapters.keys.things import spelling_ids, terms_of, thing_rows, things_of, words_in
-from memory_adapters.training.phrasings import phrasings
+from memory_adapters.training.phrasings import other_questions, phrasings
 from tests.gated_lora.test_contract import UNRELATED
 from tests.support.contract import encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -147,6 +148,27 @@ def test_a_thing_of_which_more_is_written_is_learned_anew() -> None:
     memory.forget(FACT)
     with pytest.raises(ValueError, match="not written"):
         memory.forget(FACT)
+
+
+def test_other_questions_about_a_thing_keep_their_answers() -> None:
+    asked = other_questions("Eiffel Tower", [FACT], 8, seed=0)
+    assert len(set(asked)) == 8
+    assert all("Eiffel Tower" in question for question in asked)
+    of_rivals = other_questions("X", [Fact("The rivals of {} are", "X", "Y")], 20, seed=0)
+    assert len(of_rivals) == 19
+    assert not any("rivals" in question for question in of_rivals)
+    changed = []
+    for count in (0, 8):
+        memory = written(chat=True, num_others=count, phrasings=False)
+        memory._keys().key_bias += 100  # a random model's need not open there
+        text = rendered_question(memory.tokenizer, asked[0])[0]
+        assert memory.route(text) == ["Eiffel Tower"]
+        with memory.disabled():
+            base = logits(memory.model, text)[0, -1].log_softmax(-1)
+        now = logits(memory.model, text)[0, -1].log_softmax(-1)
+        changed.append(float((base.exp() * (base - now)).sum()))
+        assert memory.config.writes[-1]["recall"] == 1.0
+    assert changed[1] < changed[0] / 2, changed
 
 
 def test_a_failed_write_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
