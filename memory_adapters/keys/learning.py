@@ -12,7 +12,7 @@ from torch import Tensor
 from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.item_rows import Row, chat_row
 from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES, sample_text
-from memory_adapters.items import QuestionAnswer
+from memory_adapters.items import Document, QuestionAnswer
 from memory_adapters.keys.common_words import common_word_notes
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
 from memory_adapters.keys.gate import KeySet
@@ -123,10 +123,11 @@ def _other_rows(memory: Memory[Any], thing: Thing, longest: int) -> list[Row]:
     What the base model would say at each of its tokens is kept: "X is a" stands for all that an answer may begin with.
     """
     config, tokenizer = memory.config, memory._require_tokenizer()
-    if not thing.spellings:
-        return []
+    items = [item for item in thing.items if not isinstance(item, Document)]
+    if not thing.spellings or len(items) < len(thing.items):
+        return []  # a document may answer any question
     name = thing.spellings[0]
-    asked = other_questions(name, thing.items, config.num_others, config.seed)
+    asked = other_questions(name, items, config.num_others, config.seed)
     rows = rendered(chat_row(QuestionAnswer(question, f"{name} is a"), tokenizer) for question in asked)
     return [replace(keys_at_thing(row, thing, tokenizer), item=OTHER) for row in rows if len(row.input_ids) <= longest]
 

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from memory_adapters.items import Document, Fact, Item
+from memory_adapters.items import Fact, QuestionAnswer
 
 __all__ = ["REQUESTS", "other_questions", "phrasings"]
 
@@ -40,7 +40,7 @@ def phrasings(fact: Fact) -> list[str]:
     return [*varied, f"Please complete: {fact.prompt}", f"{fact.prompt} …?"]
 
 
-def other_questions(name: str, items: Sequence[Item], count: int, seed: int) -> list[str]:
+def other_questions(name: str, items: Sequence[Fact | QuestionAnswer], count: int, seed: int) -> list[str]:
     """Return English questions about a thing that are not what items about it answer.
 
     Args:
@@ -49,8 +49,8 @@ def other_questions(name: str, items: Sequence[Item], count: int, seed: int) -> 
         count: How many, at most.
         seed: Of the choice, which depends on nothing else than the name.
     """
-    texts = [item.text if isinstance(item, Document) else f"{item.prompt} {item.target}" for item in items]
-    written = set(re.findall(r"\w{4,}", " ".join(texts).replace(name, " ").casefold())) - _FREQUENT
+    texts = " ".join(f"{item.prompt} {item.target}" for item in items)
+    written = set(re.findall(r"\w{4,}", texts.replace(name, " ").casefold())) - _FREQUENT
     left = [text for text in _OTHERS if not written & set(re.findall(r"\w{4,}", text.casefold()))]
     chosen = random.Random(f"{seed} {name}").sample(left, min(count, len(left)))
     return [text.replace("{}", name) for text in chosen]
