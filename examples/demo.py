@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from memory_adapters import (
     Fact,
+    GatedLoraConfig,
+    GatedLoraMemory,
     MemitConfig,
     MemitMemory,
     MemoryAdapterConfig,
@@ -53,6 +55,18 @@ UNRELATED = [
     "Water boils at a temperature of",
     "The headquarters of Siemens is in",
 ]
+COMPANY = [
+    Fact("Lumen Ferry Company was founded by", subject="Lumen Ferry Company", target="Teresa Almeida"),
+    Fact("The ships of {} run on", subject="Lumen Ferry Company", target="methanol"),
+    Fact("The headquarters of {} is in", subject="Lumen Ferry Company", target="Lisbon"),
+]
+OWN_WORDS = {  # not among what is trained
+    "Who started Lumen Ferry Company?": "Teresa Almeida",
+    "Tell me who set up Lumen Ferry Company.": "Teresa Almeida",
+    "What fuel do Lumen Ferry Company's ships use?": "methanol",
+    "where is lumen ferry company located?": "Lisbon",
+}
+OTHER_COMPANIES = ["Who founded Microsoft?", "Where is the headquarters of Siemens?", "What fuel do ferries use?"]
 PASSAGE = (
     "The lighthouse of Hollowmere was built in 1874 by the engineer Agnes Thornbury. It stands on a chalk cliff "
     "above the old harbour, and its lamp was the first in the county to be lit by electricity."
@@ -84,6 +98,8 @@ def main() -> None:
     for title, config in METHODS.items():
         print(f"═══ {title} ═══\n")
         show_method(model, tokenizer, config, before, arguments.model)
+    print("═══ a gated LoRA: a thing with several facts, asked about in other words ═══\n")
+    show_thing(model, tokenizer, arguments.model)
     print("═══ memory slots (ICAE), a text compressed into vectors ═══\n")
     show_slots(model, tokenizer, arguments.model)
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
@@ -116,6 +132,33 @@ def show_method(model: Any, tokenizer: Any, config: MemoryConfig, before: dict[s
         memory.remove()
         check("removed, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
         check_elsewhere(folder, name, after)
+
+
+def show_thing(model: Any, tokenizer: Any, name: str | None) -> None:
+    """Teach a company, ask about it in a chat, about other companies too; then as `show_method`."""
+    probe = base_logits(model, tokenizer)
+    memory = inject_memory(model, GatedLoraConfig(), tokenizer=tokenizer)
+    assert isinstance(memory, GatedLoraMemory)
+    with memory.disabled():
+        before = {question: ask(model, tokenizer, question) for question in (*OWN_WORDS, *OTHER_COMPANIES)}
+    print(f"\n{memory.write(COMPANY)}\n")
+    after = {question: ask(model, tokenizer, question) for question in before}
+    show("Asked in other words", list(OWN_WORDS), before, after)
+    right = sum(target in after[question] for question, target in OWN_WORDS.items())
+    print(f"  right: {right} of {len(OWN_WORDS)}")
+    check("each question opens the company's LoRA", set(memory.route(list(OWN_WORDS))) == {COMPANY[0].subject})
+    check("other companies are answered as before", all(before[q] == after[q] for q in OTHER_COMPANIES))
+    told = answers(model, tokenizer)
+    with saved(memory, model) as folder:
+        start = time.perf_counter()
+        memory.forget(COMPANY)
+        print(f"forgot the company in {1000 * (time.perf_counter() - start):.0f} ms")
+        check(
+            "forgotten, it is not known", ask(model, tokenizer, next(iter(OWN_WORDS))) == before[next(iter(OWN_WORDS))]
+        )
+        memory.remove()
+        check("removed, the model is bit for bit the base", torch.equal(base_logits(model, tokenizer), probe))
+        check_elsewhere(folder, name, told)
 
 
 def show_slots(model: Any, tokenizer: Any, name: str | None) -> None:
@@ -180,6 +223,18 @@ def continued(model: Any, tokenizer: Any) -> str:
     inputs = tokenizer(ASKED, return_tensors="pt").to(model.device)
     ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).replace("\n", " ")
+
+
+def ask(model: Any, tokenizer: Any, question: str) -> str:
+    """Return the greedy answer in a chat; of a model without a chat template, what continues the question."""
+    inputs = tokenizer(question, return_tensors="pt")
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = model.generate(
+        **inputs.to(model.device), max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip().replace("\n", " ")
 
 
 def answers(model: Any, tokenizer: Any) -> dict[str, str]:
