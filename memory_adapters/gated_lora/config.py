@@ -30,8 +30,8 @@ class GatedLoraConfig(ThingConfig):
     model is the base, bit for bit. See `ThingConfig` for the settings of keys and rows.
 
     Attributes:
-        layers: Blocks with LoRAs, all above `key_layer`: indices (negatives count from the top), or a range of depth.
-            Resolved to indices when the memory is injected.
+        layers: Blocks with LoRAs, all above `key_layer`: indices (negatives count from the top), or a range of depth;
+            None for all of them. Resolved to indices when the memory is injected.
         lora_rank: Rank of a thing's LoRA.
         lora_alpha: Its scale is `lora_alpha / lora_rank`.
         target_modules: Names of the matrices it sits on, such as `["q_proj", "down_proj"]`; by default those of the
@@ -51,7 +51,7 @@ class GatedLoraConfig(ThingConfig):
         "memory-adapters, but then without its gate: all of its things act at once, in every text.\n\n"
     )
 
-    layers: Sequence[int | float] | int | float = (0.4, 1.0)
+    layers: Sequence[int | float] | int | float | None = None
     lora_rank: int = 2
     lora_alpha: int = 4
     target_modules: list[str] | None = None
@@ -66,7 +66,8 @@ class GatedLoraConfig(ThingConfig):
         super().__post_init__()
         self.peft_type = self.kind
         self.task_type = "CAUSAL_LM"
-        self.layers = checked_layers(self.layers)
+        if self.layers is not None:
+            self.layers = checked_layers(self.layers)
         check_target_modules(self.target_modules)
         check_number("lora_rank", self.lora_rank, low=1, integer=True)
         check_number("lora_alpha", self.lora_alpha, low=0, open_low=True)
@@ -98,8 +99,8 @@ class GatedLoraConfig(ThingConfig):
     def resolve(self, decoder: Decoder) -> None:
         """Fill in the block of the keys, the blocks with LoRAs, and the full names of their matrices."""
         self.resolve_key_layer(decoder)
-        assert isinstance(self.layers, list)
-        self.layers = resolve_layers(self.layers, decoder.num_layers)
+        above = range(self.block + 1, decoder.num_layers)
+        self.layers = resolve_layers(checked_layers(self.layers), decoder.num_layers) if self.layers else list(above)
         self.check_above_keys(decoder, self.blocks)
         self.target_modules = sorted(self.modules(decoder))
 

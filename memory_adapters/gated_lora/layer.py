@@ -11,10 +11,11 @@ Only the ranks of things that some row is open to are computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ __all__ = [
     "factors_of",
     "gate_lora",
     "gated_matrices",
+    "keep_factors",
     "set_factors",
     "set_lora",
     "thing_gate",
@@ -166,6 +168,19 @@ def set_factors(memory: Memory[GatedLoraConfig], factors: Mapping[str, Values]) 
         if len(A) == 0:
             A, B = A.new_zeros(1, rank, down.in_features), B.new_zeros(1, up.out_features, rank)
         A, B = A.flatten(0, 1).to(dtype), B.transpose(0, 1).flatten(1, 2).to(dtype)
+        set_lora(layer, memory.adapter_name, memory._adapter_config, A, B)
+
+
+def keep_factors(memory: Memory[GatedLoraConfig], things: Sequence[int]) -> None:
+    """Let the adapter hold the LoRAs of these of its things alone, in rising order; copies whole runs of them."""
+    rank = memory._config.lora_rank
+    gaps = [i for i in range(1, len(things)) if things[i] != things[i - 1] + 1]
+    bounds = zip([0, *gaps], [*gaps, len(things)], strict=True)
+    runs = [(things[i] * rank, (things[j - 1] + 1) * rank) for i, j in bounds]
+    for layer in gated_matrices(memory).values():
+        down, up = lora_linears(layer, memory.adapter_name)
+        A = torch.cat([down.weight.detach()[start:end] for start, end in runs])
+        B = torch.cat([up.weight.detach()[:, start:end] for start, end in runs], 1)
         set_lora(layer, memory.adapter_name, memory._adapter_config, A, B)
 
 

@@ -19,7 +19,15 @@ from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX,
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.gated_lora.config import GatedLoraConfig
 from memory_adapters.gated_lora.export import vllm
-from memory_adapters.gated_lora.layer import ThingGate, factors_of, gate_lora, gated_matrices, set_factors, set_lora
+from memory_adapters.gated_lora.layer import (
+    ThingGate,
+    factors_of,
+    gate_lora,
+    gated_matrices,
+    keep_factors,
+    set_factors,
+    set_lora,
+)
 from memory_adapters.gated_lora.train import train
 from memory_adapters.items import Item
 from memory_adapters.keys.learning import learn_keys, longest_row
@@ -83,6 +91,12 @@ class GatedLoraMemory(ThingMemory[GatedLoraConfig]):
 
     def _values(self) -> dict[str, Values]:
         return factors_of(self)
+
+    def _keep(self, places: Sequence[int]) -> None:
+        if places:
+            keep_factors(self, places)
+        else:
+            super()._keep(places)
 
     def _set_values(self, values: Mapping[str, Values]) -> None:
         set_factors(self, values)

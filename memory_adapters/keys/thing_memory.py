@@ -78,6 +78,10 @@ class ThingMemory(Memory[ThingT]):
     def _set_values(self, values: Mapping[str, Values]) -> None:
         """Let the memory hold these values, by place."""
 
+    def _keep(self, places: Sequence[int]) -> None:
+        """Drop the values of all things but these."""
+        self._set_values({name: own.things(places) for name, own in self._values().items()})
+
     def _attach_gate(self, decoder: Decoder) -> KeyReader:
         """Put what finds where rows are open on the model."""
         config = self._config
@@ -132,12 +136,12 @@ class ThingMemory(Memory[ThingT]):
 
     def _write_things(self, items: Sequence[Item], *, progress: bool, unrelated: Sequence[str] | None) -> Outcome:
         """Learn the things of which something is new, with all that is known of them; others stay as they are."""
-        every = [*self._kept(items), *items]
-        held = self._held()
+        every, written = [*self._kept(items), *items], self.items
+        held = self._held(written)
         things = things_of(every, self._require_tokenizer())
         kept = {thing.name for thing in things if held.get(thing.name) == set(thing.items)}
         new = [thing for thing in things if thing.name not in kept]
-        learned = self._replace(every, kept, new, unrelated=unrelated, progress=progress)
+        learned = self._replace(written, every, kept, new, unrelated=unrelated, progress=progress)
         return Outcome(losses=learned.losses, notes=learned.keys.notes)
 
     def forget(self, items: Items) -> None:
@@ -159,26 +163,28 @@ class ThingMemory(Memory[ThingT]):
             written = self.items
             if missing := gone.difference(written):
                 raise ValueError(f"`items` holds {next(iter(missing))!r}, which is not written; see `items`.")
-            held = self._held()
-            left = [item for own in held.values() if own & gone for item in written if item in own - gone]
+            held = self._held(written)
+            touched = set[Item]().union(*(own for own in held.values() if own & gone))
+            left = [item for item in written if item in touched - gone]
             new = things_of(left, self._require_tokenizer()) if left else []
             every = [item for item in written if item not in gone]
             with rollback_on_error(*self._saved_state()), self._taking_part() if new else nullcontext():
                 with evaluating(self.model):
                     kept = {name for name, own in held.items() if not own & gone}
-                    self._replace(every, kept, new, unrelated=None, progress=False)
+                    self._replace(written, every, kept, new, unrelated=None, progress=False)
                 self._config.set_items(every)
 
-    def _held(self) -> dict[str, set[Item]]:
-        """Return what is written about each thing."""
+    def _held(self, written: Sequence[Item]) -> dict[str, set[Item]]:
+        """Return which of the written items are about each thing."""
         config = self._config
         held: dict[str, set[Item]] = {name: set() for name in config.things}
-        for item, index in zip(config.written_items(), config.item_things, strict=True):
+        for item, index in zip(written, config.item_things, strict=True):
             held[config.things[index]].add(item)
         return held
 
     def _replace(
         self,
+        written: Sequence[Item],
         items: Sequence[Item],
         kept: Collection[str],
         new: Sequence[Thing],
@@ -186,27 +192,22 @@ class ThingMemory(Memory[ThingT]):
         unrelated: Sequence[str] | None,
         progress: bool,
     ) -> Learned:
-        """Let the memory hold these items: drop the things that are not kept, and learn the new ones."""
+        """Let the memory hold items instead of what is written: drop things that are not kept, and learn new ones."""
         config, keys = self._config, self._keys()
         learned = self._learn(new, unrelated=unrelated, progress=progress) if new else Learned()
         places = [i for i, name in enumerate(config.things) if name in kept]
-        of_item = {
-            item: place
-            for place, old in enumerate(places)
-            for item, index in zip(config.written_items(), config.item_things, strict=True)
-            if index == old
-        }
+        place_of = {old: place for place, old in enumerate(places)}
+        of_item = {item: place_of[i] for item, i in zip(written, config.item_things, strict=True) if i in place_of}
         of_item |= {item: len(places) + i for i, thing in enumerate(new) for item in thing.items}
-        values = {}
-        for place_name, old_values in self._values().items():
-            own = old_values.things(places) if len(places) < len(config.things) else old_values
-            added = learned.values.get(place_name)
-            values[place_name] = own if added is None else own.with_more(added)
-        self._set_values(values)
         found = learned.keys
-        keys.keep(places)
-        keys.add(found.keys, found.bias, found.owners, found.names, found.windows)
-        config.things = [*(config.things[i] for i in places), *(thing.name for thing in new)]
+        if len(places) < len(config.things):
+            self._keep(places)
+            keys.keep(places)
+            config.things = [config.things[i] for i in places]
+        if new:
+            self._set_values({name: own.with_more(learned.values[name]) for name, own in self._values().items()})
+            keys.add(found.keys, found.bias, found.owners, found.names, found.windows)
+            config.things = [*config.things, *(thing.name for thing in new)]
         config.names, config.windows, config.key_owners = keys.names, keys.windows, keys.owners
         config.item_things = [of_item[item] for item in items]
         return learned

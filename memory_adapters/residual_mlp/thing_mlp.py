@@ -79,7 +79,8 @@ class ThingMLP(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            n, size = F.layer_norm(x, x.shape[-1:]), x.square().mean(-1, keepdim=True).sqrt()
+            n = F.layer_norm(x, x.shape[-1:])
+            size = x.square().mean(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()  # padding may be 0
             if (trained := self.trained) is not None:
                 inner, outer = trained.values.inner[trained.owners], trained.values.outer[trained.owners]
                 hidden = self.activation(n @ inner.transpose(1, 2))
