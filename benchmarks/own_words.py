@@ -71,11 +71,13 @@ METHODS: dict[str, Written | InMessage | None] = {
     "residual": Written("residual"),
     "residual, with training questions": Written("residual", training_questions=True),
     "residual, per key": Written("residual", dict(values="per_key")),
+    "residual, per key, num_others=0": Written("residual", dict(values="per_key", num_others=0)),
     "MEMIT": Written("memit", dict(chat=False)),
     "MEMIT, chat": Written("memit", dict(chat=True)),
     "MEMIT, gate": Written("memit", dict(gate="keys")),
     "slots": Written("slots"),
     "gated LoRA": Written("gated_lora"),
+    "gated LoRA, all blocks above the keys": Written("gated_lora", dict(layers=None)),
     "gated LoRA, num_others=0": Written("gated_lora", dict(num_others=0)),
     "gated LoRA, with training questions": Written("gated_lora", training_questions=True),
 }

@@ -51,7 +51,7 @@ class GatedLoraConfig(ThingConfig):
         "memory-adapters, but then without its gate: all of its things act at once, in every text.\n\n"
     )
 
-    layers: Sequence[int | float] | int | float | None = None
+    layers: Sequence[int | float] | int | float | None = (0.4, 1.0)
     lora_rank: int = 2
     lora_alpha: int = 4
     target_modules: list[str] | None = None
