@@ -46,8 +46,6 @@ import memory_adapters
 from benchmarks.common import ROOT, BenchmarkParser, byte_tokenizer, dumps, table
 from memory_adapters import (
     Fact,
-    GatedLoraConfig,
-    GatedLoraMemory,
     MemitConfig,
     MemoryAdapterConfig,
     MemorySlotsConfig,
@@ -69,7 +67,6 @@ METHODS: dict[str, list[Any]] = {
         MemoryAdapterConfig(**QUICK_MLP, token_gate="none", gate_init=1.0),
     ],
     "memit": [MemitConfig(steps=3, covariance_tokens=512, num_prefixes=2, prefix_length=4)],
-    "gated_lora": [GatedLoraConfig(num_train_epochs=1, steps_per_epoch=2, num_prefixes=1, phrasings=False)],
     "slots": [MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=4, refine_steps=3)],
 }
 DEPTH = 4
@@ -541,8 +538,6 @@ def live(row: str, model: Any, memory: Any, before: tuple[Any, ...], base: Mappi
             expect(torch.equal(logits(model), base_logits), "an empty memory changes the logits")
     with stage("write"):
         memory.write(FACTS, progress=False)
-        if isinstance(memory, GatedLoraMemory):  # keys of a random model need not open
-            memory._keys().key_bias += 100
     with stage("use"):
         written = logits(model)
         expect(bool(written.isfinite().all()), "the logits are not finite")
@@ -701,12 +696,6 @@ REASONS: list[tuple[str, str, str]] = [
         "that gives other tokens in a padded batch does so by itself.",
     ),
     (
-        "does not run a gated memory",
-        "not read in parts alike",
-        "A gated LoRA keeps where its rows are open with the cache. Tried at injection, the model gives no cache, or "
-        "other logits when a text is read in two parts.",
-    ),
-    (
         "does not compress tokens into slots",
         "not by embeddings",
         "Slots are vectors in place of token embeddings. The model does not take such in place of tokens.",
@@ -761,7 +750,7 @@ def page(results: Mapping[str, Any]) -> str:
     lines = [(row, found, [cell(found[name]) for name in METHODS]) for row, found in built.items()]
     met = {word for _, _, cells in lines for word in cells}
     reasons = table(["in the table", "what it means"], [[word, why] for _, word, why in REASONS if word in met])
-    head = ["model type", "such as", "residual memory", "edit (MEMIT)", "gated LoRA", "slots", "the model itself"]
+    head = ["model type", "such as", "residual memory", "edit (MEMIT)", "slots", "the model itself"]
     body = [[f"`{row}`", found["example"], *cells, alone(found["base"])] for row, found, cells in lines]
     total = [
         f"{sum(word.startswith('works') for word in column)}" for column in zip(*(c for *_, c in lines), strict=True)
@@ -788,8 +777,8 @@ T5 and other types that only `AutoModelForSeq2SeqLM` builds are encoder–decode
 
 ## The table
 
-Of {len(lines)} architectures, the residual memory works on {total[0]}, closed-form editing on {total[1]}, the gated
-LoRA on {total[2]}, slots on {total[3]}.
+Of {len(lines)} architectures, the residual memory works on {total[0]}, closed-form editing on {total[1]}, slots on
+{total[2]}.
 
 """
         + table(head, body)
