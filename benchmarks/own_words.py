@@ -205,7 +205,8 @@ def written(model: Any, tokenizer: Any, method: Written | InMessage | None, aske
         items += [QuestionAnswer(question.prompt, question.answer) for question in asked.training]
     try:
         times, report = timed(memory.write, items, progress=False, **method.options)
-        yield {"perplexity": report.perplexity, "seconds": times.wall, "cpu": times.cpu}
+        each = times.cpu / len(asked.facts)
+        yield {"perplexity": report.perplexity, "seconds": times.wall, "cpu": times.cpu, "cpu_a_fact": each}
     finally:
         memory.remove()
 
