@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import CACHE, BlockOutput, hidden_state
 from memory_adapters.keys.router import KeyedLayer
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
 from memory_adapters.peft_layers.rollback import Restore
+from memory_adapters.validation import shown
 
-__all__ = ["GateState", "KeyReader", "KeySet", "Opened"]
+__all__ = ["GateState", "KeyReader", "KeySet", "Opened", "attach_keys", "check_keys", "key_shapes"]
 
 MARK = "_memory_gates"  # attribute of a cache: where its rows are open, by adapter name, and their last tokens
 SHARE = 0.6  # of a name's tokens that must stand in a text
@@ -319,3 +321,29 @@ class KeyReader(KeyedLayer):
         beams = len(found.mask) // len(self.rows)  # PEFT gives the rows of this adapter alone
         own = [i for i, row in enumerate(self.rows) if row == adapter_name]
         return found.rows(torch.tensor([i * beams + j for i in own for j in range(beams)], dtype=torch.long))
+
+
+def attach_keys(model: nn.Module, decoder: Decoder, block: int, adapter_name: str, keys: KeySet) -> KeyReader:
+    """Put a memory's keys, and what finds where rows are open to them, on a model."""
+    at = decoder.blocks[block]
+    state = GateState.attach(model.get_submodule(decoder.stack_path))
+    state.gated[adapter_name] = nn.Identity()
+    reader = KeyReader.attach(at, state)
+    reader.key_sets[adapter_name] = keys.to(execution_device(at))
+    return reader
+
+
+def key_shapes(owners: Sequence[int], hidden_size: int) -> dict[str, torch.Size]:
+    """Return names and shapes of the tensors of a `KeySet`."""
+    return {"keys": torch.Size((len(owners), hidden_size)), "key_bias": torch.Size((len(owners),))}
+
+
+def check_keys(names: Any, owners: Any) -> None:
+    """Raise a `ValueError` unless names are lists of lists of token ids, and owners are indices of them."""
+    nested = isinstance(names, list) and all(isinstance(x, list) and all(isinstance(y, list) for y in x) for x in names)
+    if not nested or not all(type(i) is int and i >= 0 for own in names for ids in own for i in ids):
+        raise ValueError(
+            f"`names` must have a list of lists of token ids for each thing or subject, got {shown(names)}."
+        )
+    if not isinstance(owners, list) or not all(type(i) is int and 0 <= i < len(names) for i in owners):
+        raise ValueError(f"`key_owners` must be a list of indices of `names`, got {shown(owners)}.")

@@ -10,6 +10,7 @@ import torch
 
 from memory_adapters.base_model.decoder import Decoder, resolve_layers
 from memory_adapters.config import STATE, TRAINING, MemoryConfig
+from memory_adapters.keys.gate import check_keys, key_shapes
 from memory_adapters.validation import check_flag, check_number, checked_layers, shown
 
 __all__ = ["ThingConfig"]
@@ -86,24 +87,18 @@ class ThingConfig(MemoryConfig):
 
     def key_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the keys' tensors."""
-        number = len(self.key_owners)
-        return {"keys": torch.Size((number, decoder.hidden_size)), "key_bias": torch.Size((number,))}
+        return key_shapes(self.key_owners, decoder.hidden_size)
 
 
 def _check_things(things: Any, names: Any, windows: Any, item_things: Any, key_owners: Any) -> None:
     """Raise a `ValueError` unless things have names, which are lists of lists of token ids, and indices are theirs."""
     if not isinstance(things, list) or not all(isinstance(one, str) for one in things):
         raise ValueError(f"`things` must be a list of names, got {shown(things)}.")
-    nested = isinstance(names, list) and all(isinstance(x, list) and all(isinstance(y, list) for y in x) for x in names)
-    if (
-        not nested
-        or len(names) != len(things)
-        or not all(type(i) is int and i >= 0 for own in names for ids in own for i in ids)
-    ):
-        raise ValueError(f"`names` must have a list of lists of token ids for each of `things`, got {shown(names)}.")
+    check_keys(names, key_owners)
+    if len(names) != len(things):
+        raise ValueError(f"`names` must have a list of spellings for each of `things`, got {shown(names)}.")
     counts = isinstance(windows, list) and all(type(i) is int and i >= 0 for i in windows)
     if not counts or len(windows) != len(things):
         raise ValueError(f"`windows` must have a number for each of `things`, got {shown(windows)}.")
-    for field_name, indices in (("item_things", item_things), ("key_owners", key_owners)):
-        if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < len(things) for i in indices):
-            raise ValueError(f"`{field_name}` must be a list of indices of `things`, got {shown(indices)}.")
+    if not isinstance(item_things, list) or not all(type(i) is int and 0 <= i < len(things) for i in item_things):
+        raise ValueError(f"`item_things` must be a list of indices of `things`, got {shown(item_things)}.")

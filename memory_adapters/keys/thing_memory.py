@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
@@ -18,7 +18,7 @@ from memory_adapters.base_model.partial_forward import CACHE, positioned
 from memory_adapters.base_model.tokens import pad_rows, tokenize
 from memory_adapters.base_model.trial import differs, trial
 from memory_adapters.items import Item, Items, as_items
-from memory_adapters.keys.gate import GateState, KeyReader, KeySet
+from memory_adapters.keys.gate import KeyReader, KeySet, attach_keys
 from memory_adapters.keys.learning import LearnedKeys
 from memory_adapters.keys.thing_config import ThingConfig
 from memory_adapters.keys.things import Thing, things_of
@@ -85,13 +85,8 @@ class ThingMemory(Memory[ThingT]):
     def _attach_gate(self, decoder: Decoder) -> KeyReader:
         """Put what finds where rows are open on the model."""
         config = self._config
-        block = decoder.blocks[config.block]
-        state = GateState.attach(self.model.get_submodule(decoder.stack_path))
-        state.gated[self.adapter_name] = nn.Identity()
-        reader = KeyReader.attach(block, state)
         keys = KeySet(decoder.hidden_size, config.key_owners, config.names, config.windows, held=True)
-        reader.key_sets[self.adapter_name] = keys.to(execution_device(block))
-        return reader
+        return attach_keys(self.model, decoder, config.block, self.adapter_name, keys)
 
     def _try_gate(self, decoder: Decoder, remedy: str) -> None:
         """Read a few tokens with all rows open, in parts with a cache and as a whole."""

@@ -12,10 +12,11 @@ from peft import LoraConfig, PeftConfig
 from memory_adapters.base_model.decoder import Decoder, resolve_layers
 from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
 from memory_adapters.items import Fact, by_subject
+from memory_adapters.keys.gate import check_keys, key_shapes
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.solvers import SOLVERS
-from memory_adapters.validation import check_choice, check_flag, check_number, checked_layers, shown
+from memory_adapters.validation import check_choice, check_flag, check_number, checked_layers
 
 __all__ = ["MemitConfig"]
 
@@ -100,7 +101,7 @@ class MemitConfig(MemoryConfig):
         check_number("null_space", self.null_space, low=0, high=1, open_low=True)
         if self.gate is not None:
             check_choice("gate", self.gate, GATES)
-        _check_keys(self.names, self.key_owners)
+        check_keys(self.names, self.key_owners)
         check_number("steps", self.steps, low=1, integer=True)
         check_number("learning_rate", self.learning_rate, low=0, open_low=True)
         check_number("clamp", self.clamp, low=0, open_low=True)
@@ -155,8 +156,7 @@ class MemitConfig(MemoryConfig):
 
     def key_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the gate's tensors."""
-        number = len(self.key_owners)
-        return {"keys": torch.Size((number, decoder.hidden_size)), "key_bias": torch.Size((number,))}
+        return key_shapes(self.key_owners, decoder.hidden_size)
 
     def adapter_config(self, decoder: Decoder) -> PeftConfig:
         """Return the LoRA adapter that the edit is on the model, of rank 1 as long as nothing is written."""
@@ -189,12 +189,3 @@ class MemitConfig(MemoryConfig):
         """Return the authors' settings for GPT-J."""
         gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384, chat=False)
         return cls(**{**gptj, **settings})
-
-
-def _check_keys(names: Any, owners: Any) -> None:
-    """Raise a `ValueError` unless names are lists of lists of token ids, and owners are indices of them."""
-    nested = isinstance(names, list) and all(isinstance(x, list) and all(isinstance(y, list) for y in x) for x in names)
-    if not nested or not all(type(i) is int and i >= 0 for own in names for ids in own for i in ids):
-        raise ValueError(f"`names` must have a list of lists of token ids for each subject, got {shown(names)}.")
-    if not isinstance(owners, list) or not all(type(i) is int and 0 <= i < len(names) for i in owners):
-        raise ValueError(f"`key_owners` must be a list of indices of `names`, got {shown(owners)}.")

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import Decoder, context_length, execution_device
+from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.item_rows import Row, chat_row, fact_row
 from memory_adapters.base_model.sampling import sample_text
 from memory_adapters.items import Fact
 from memory_adapters.keys.fitting import BlockKeys, fit_keys, unrelated_rows
-from memory_adapters.keys.gate import GateState, KeyReader, KeySet
+from memory_adapters.keys.gate import KeyReader, KeySet, attach_keys
 from memory_adapters.keys.things import NAME_WINDOW, Thing, key_rows, rendered, spelling_ids
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.peft_layers.layers import lora_linears
@@ -56,14 +56,9 @@ def gate_lora(layer: LoraLayer, adapter_name: str, reader: KeyReader) -> None:
 
 def attach_gate(model: PreTrainedModel, decoder: Decoder, config: MemitConfig, adapter_name: str) -> KeyReader:
     """Put the keys that a config has on the model: their values are set later."""
-    block = decoder.blocks[config.key_block]
-    state = GateState.attach(model.get_submodule(decoder.stack_path))
-    state.gated[adapter_name] = nn.Identity()
-    reader = KeyReader.attach(block, state)
     windows = [NAME_WINDOW] * len(config.names)
     keys = KeySet(decoder.hidden_size, config.key_owners, config.names, windows, held=HELD)
-    reader.key_sets[adapter_name] = keys.to(execution_device(block))
-    return reader
+    return attach_keys(model, decoder, config.key_block, adapter_name, keys)
 
 
 def found_keys(
