@@ -342,8 +342,6 @@ def check_keys(names: Any, owners: Any) -> None:
     """Raise a `ValueError` unless names are lists of lists of token ids, and owners are indices of them."""
     nested = isinstance(names, list) and all(isinstance(x, list) and all(isinstance(y, list) for y in x) for x in names)
     if not nested or not all(type(i) is int and i >= 0 for own in names for ids in own for i in ids):
-        raise ValueError(
-            f"`names` must have a list of lists of token ids for each thing or subject, got {shown(names)}."
-        )
+        raise ValueError(f"`names` must have a list of lists of token ids for each subject, got {shown(names)}.")
     if not isinstance(owners, list) or not all(type(i) is int and 0 <= i < len(names) for i in owners):
         raise ValueError(f"`key_owners` must be a list of indices of `names`, got {shown(owners)}.")

@@ -96,7 +96,7 @@ def _check_things(things: Any, names: Any, windows: Any, item_things: Any, key_o
         raise ValueError(f"`things` must be a list of names, got {shown(things)}.")
     check_keys(names, key_owners)
     if len(names) != len(things):
-        raise ValueError(f"`names` must have a list of spellings for each of `things`, got {shown(names)}.")
+        raise ValueError(f"`names` must have a list of lists of token ids for each of `things`, got {shown(names)}.")
     counts = isinstance(windows, list) and all(type(i) is int and i >= 0 for i in windows)
     if not counts or len(windows) != len(things):
         raise ValueError(f"`windows` must have a number for each of `things`, got {shown(windows)}.")
