@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import DEVICE, BenchmarkParser, counterfact, load_model, save, save_tables, stored, table, timed
+from benchmarks.many_things import many_things
 from memory_adapters import Fact, QuestionAnswer, inject_memory
 from memory_adapters.base_model.modes import computes_in_bfloat16
 from memory_adapters.evaluation.questions import load_things, record_questions, relation_questions, thing_questions
@@ -148,9 +149,15 @@ def counterfact_set(arguments: argparse.Namespace, count: int) -> Asked:
 
 
 def things_set(arguments: argparse.Namespace, count: int) -> Asked:
-    """Return the first facts of things from all of the package's kinds; others are the things that are left."""
+    """Return the first facts of things from all of the package's kinds; others are the things that are left.
+
+    Where the package has too few, things like them are invented, and all of the package's are left.
+    """
     things = [replace(thing, facts=thing.facts[:FACTS_A_THING]) for thing in load_things()]
-    chosen = [things[int(i * len(things) / count)] for i in range(count)]
+    if count < len(things):
+        chosen = [things[int(i * len(things) / count)] for i in range(count)]
+    else:
+        chosen = many_things(things, count, arguments.seed)
     facts = [fact for thing in chosen for fact in thing.facts]
     return Asked(
         [fact.fact for fact in facts],

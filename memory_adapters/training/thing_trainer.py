@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from memory_adapters.base_model.decoder import Decoder
+from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.modes import plain_attention
 from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.base_model.tokens import batches_of
@@ -27,6 +27,8 @@ OTHER = -1  # the item of rows in which nothing is written: questions about the 
 LIKELIEST = 32  # tokens of the base model's distribution that are kept
 STEP_TOKENS = 2048  # run at once; more are run in parts
 GROUP_ROWS = 1024  # of all things that are trained at once
+MOST_ON_GPU = 8  # times as many tokens and rows, on a GPU that has the memory
+STATES = 32  # about how many hidden states training keeps of a token in a block
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ def train_things(
     found: list[list[Tensor]] = []
     losses: list[list[float]] = []
     with tqdm(total=len(things), desc="Training", unit="thing", disable=not progress) as bar:
-        for group in _groups(things):
-            trainer = _Trainer(memory, decoder, group, recipe, make(len(group)), first_block, bar)
+        times = _times_as_many(decoder, first_block)
+        for group in _groups(things, times * GROUP_ROWS):
+            trainer = _Trainer(memory, decoder, group, recipe, make(len(group)), first_block, bar, times * STEP_TOKENS)
             found.append(trainer.train())
             losses += trainer.losses
     passes = max(map(len, losses), default=0)
@@ -116,10 +119,20 @@ def train_things(
     return [torch.cat(parts) for parts in zip(*found, strict=True)], [sum(values) / len(values) for values in means]
 
 
-def _groups(things: Sequence[ThingRows]) -> Iterator[list[ThingRows]]:
+def _times_as_many(decoder: Decoder, first_block: int) -> int:
+    """Return how many times the tokens and rows that a CPU takes at once fit into a quarter of a GPU's free memory."""
+    device = execution_device(decoder.blocks[first_block])
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    a_token = STATES * decoder.hidden_size * (decoder.num_layers - first_block) * 4  # of 4 bytes at most
+    return max(1, min(MOST_ON_GPU, free // 4 // (a_token * STEP_TOKENS)))
+
+
+def _groups(things: Sequence[ThingRows], most_rows: int) -> Iterator[list[ThingRows]]:
     group: list[ThingRows] = []
     for thing in things:
-        if group and sum(len(one.rows) for one in [*group, thing]) > GROUP_ROWS:
+        if group and sum(len(one.rows) for one in [*group, thing]) > most_rows:
             yield group
             group = []
         group.append(thing)
@@ -143,8 +156,10 @@ class _Trainer:
         values: ThingValues,
         first_block: int,
         bar: tqdm,
+        step_tokens: int,
     ) -> None:
         self.memory, self.decoder, self.things, self.bar = memory, decoder, things, bar
+        self.step_tokens = step_tokens
         self.recipe, self.values, self.parameters = recipe, values, values.tensors
         rows = [row for thing in things for row in thing.rows]
         starts = [start for thing in things for start in thing.starts]
@@ -210,7 +225,7 @@ class _Trainer:
         chosen.sort(key=lambda pair: self.suffixes.length(pair[0]))
         part: list[tuple[int, int]] = []
         for pair in chosen:
-            if part and (len(part) + 1) * self.suffixes.length(pair[0]) > STEP_TOKENS:
+            if part and (len(part) + 1) * self.suffixes.length(pair[0]) > self.step_tokens:
                 losses += self._backward(part, weights)
                 part = []
             part.append(pair)
@@ -285,7 +300,7 @@ class _Trainer:
         """Return the likeliest tokens, and their probabilities, at the labels of rows in which nothing is written."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         others = [i for i, other in enumerate(self.is_other) if other]
-        for part in batches_of([self.suffixes.rows[i] for i in others], STEP_TOKENS):
+        for part in batches_of([self.suffixes.rows[i] for i in others], self.step_tokens):
             indices = [others[i] for i in part]
             batch = self.suffixes.batch(indices)
             wanted = self._wanted(indices, batch.inputs["input_ids"])
