@@ -12,7 +12,7 @@ were. On a CPU with AVX-512 and on a GPU the model is in bfloat16, else in float
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from benchmarks.common import DEVICE, BenchmarkParser, counterfact, load_model, save, score, stored, timed, wikitext
 from memory_adapters import inject_memory, load_memory
 from memory_adapters.base_model.modes import computes_in_bfloat16
+from memory_adapters.base_model.names import occurs
 from memory_adapters.base_model.tokens import pad_rows
 from memory_adapters.evaluation.questions import record_questions
 from memory_adapters.evaluation.records import EditRecord
@@ -56,7 +57,9 @@ def main() -> None:
     asked = records[:: max(len(records) // arguments.asked, 1)]
     if "base" not in found:
         found["base"] = score(model, tokenizer, records, text, arguments.perplexity_tokens)
-    questions = record_questions(asked).with_base_answers(model, tokenizer)
+    questions = record_questions(asked)
+    others = tuple(q for q in questions.others if not any(occurs(r.fact.subject, q) for r in records))
+    questions = replace(questions, others=others).with_base_answers(model, tokenizer)
     if found["writes"]:
         memory: Any = load_memory(model, folder, tokenizer=tokenizer)
     else:

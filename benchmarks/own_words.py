@@ -159,9 +159,10 @@ def things_set(arguments: argparse.Namespace, count: int) -> Asked:
     else:
         chosen = many_things(things, count, arguments.seed)
     facts = [fact for thing in chosen for fact in thing.facts]
+    every = tuple(question for fact in facts for question in fact.questions)
     return Asked(
         [fact.fact for fact in facts],
-        thing_questions(chosen, things),
+        replace(thing_questions(chosen, things), asked=every),
         [question for fact in facts for question in fact.training_questions],
         [fact.fact for fact in facts for _ in fact.questions],
         [fact.fact for fact in facts for _ in fact.training_questions],

@@ -30,7 +30,7 @@ from memory_adapters.validation import shown
 __all__ = ["GateState", "KeyReader", "KeySet", "Opened", "attach_keys", "check_keys", "key_shapes"]
 
 MARK = "_memory_gates"  # attribute of a cache: where its rows are open, by adapter name, and their last tokens
-SHARE = 0.6  # of a name's tokens that must stand in a text
+SHARE = 0.8  # of a name's tokens that must stand in a text
 LAST_TOKENS = 32  # of a row, that its cache keeps
 CACHE_OPERATIONS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")  # on the rows of a cache
 
@@ -70,6 +70,8 @@ def begin_pass(stack: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     continued = cache is not None and cache.get_seq_length() > 0
     before, last = getattr(cache, MARK, ({}, None)) if continued else ({}, None)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if ids is not None and ids.is_floating_point():
+        ids = None  # the stack is given embeddings
     if ids is not None and last is not None and len(ids) == len(last):
         ids = torch.cat([last, ids], 1)
     GateState.of(stack).begin(_Pass(mask, dict(before), ids))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.item_rows import Row, chat_row
 from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES, sample_text
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, QuestionAnswer
 from memory_adapters.keys.common_words import common_word_notes
 from memory_adapters.keys.fitting import fit_keys, unrelated_rows
@@ -35,6 +38,7 @@ from memory_adapters.training.thing_trainer import OTHER, ThingRows
 
 __all__ = ["LearnedKeys", "learn_keys", "longest_row"]
 
+NUM_PASSING, PASSING_TOKENS = 2, 32  # of the texts that go on as they would
 RAMP = 0.1  # scale of a gate's slope, which is only read above or below 0
 
 
@@ -91,7 +95,7 @@ def learn_keys(
             for row in (*own, *key_rows(thing, tokenizer))
             if row.key_positions
         ]
-        others = [_other_rows(memory, thing, longest) for thing in things]
+        others = [_other_rows(memory, thing, longest, texts) for thing in things]
         items = [thing.named_item for thing in things]
         (keys,), notes = fit_keys(
             model,
@@ -117,10 +121,11 @@ def learn_keys(
     return LearnedKeys(keys.weights, keys.bias, keys.owners, names, windows, notes), trained
 
 
-def _other_rows(memory: Memory[Any], thing: Thing, longest: int) -> list[Row]:
-    """Return questions about a thing that nothing written answers, with the beginning of an answer.
+def _other_rows(memory: Memory[Any], thing: Thing, longest: int, texts: Sequence[str]) -> list[Row]:
+    """Return questions about a thing that nothing written answers, with the beginning of an answer, and plain text.
 
-    What the base model would say at each of its tokens is kept: "X is a" stands for all that an answer may begin with.
+    What the base model would say at each of these tokens is kept: "X is a" stands for all that an answer may begin
+    with. Text that names the thing in passing goes on as it would.
     """
     config, tokenizer = memory.config, memory._require_tokenizer()
     items = [item for item in thing.items if not isinstance(item, Document)]
@@ -129,7 +134,16 @@ def _other_rows(memory: Memory[Any], thing: Thing, longest: int) -> list[Row]:
     name = thing.spellings[0]
     asked = other_questions(name, items, config.num_others, config.seed)
     rows = rendered(chat_row(QuestionAnswer(question, f"{name} is a"), tokenizer) for question in asked)
+    passing = random.Random(f"{config.seed} {name}").sample(texts, min(NUM_PASSING if asked else 0, len(texts)))
+    rows += [_passing_row(name, text, tokenizer) for text in passing]
     return [replace(keys_at_thing(row, thing, tokenizer), item=OTHER) for row in rows if len(row.input_ids) <= longest]
+
+
+def _passing_row(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Return plain text behind a sentence that names a thing."""
+    ids = tokenize(tokenizer, f"{name} was in the news again.")
+    text_ids = tokenize(tokenizer, f" {text}", rendered=True)[:PASSING_TOKENS]
+    return Row([*ids, *text_ids], first_label=len(ids), key_positions=[], context=[])
 
 
 def _with_starts(

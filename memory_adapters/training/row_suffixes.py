@@ -90,6 +90,8 @@ class RowSuffixes:
         cache = self.model(input_ids=probe, use_cache=True).get(CACHE)
         if not keeps_keys_alone(cache) or len(cache.layers) != self.decoder.num_layers:
             return None
+        if any(layer.keys is None for layer in cache.layers):  # some blocks read images alone
+            return None
         shapes = {tuple(part.shape) for layer in cache.layers for part in (layer.keys, layer.values)}
         return cache if len(shapes) == 1 else None
 
