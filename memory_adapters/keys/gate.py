@@ -1,8 +1,9 @@
 """Where a memory is open: found at one block from its keys, and kept for what continues a row.
 
-A token is near a thing where the block's output is near one of its keys. States of things that share a part of their
-name are alike, so a second witness is asked: most tokens of one of the thing's names must stand there. A gate is open
-at those tokens alone or, if it is held, from the first of them on, also in later passes that continue the row's cache.
+A thing is named where its own name stands in full, if that has several tokens. Else a token must be near it, where the
+block's output is near one of its keys, and most tokens of one of its spellings must stand there: states of things that
+share a part of their name are alike. A gate is open at those tokens alone or, if it is held, from the first of them on,
+also in later passes that continue the row's cache.
 Two layers work together: one on the decoder stack, which has the tokens, the cache and the mask; and one on the block
 that the keys are compared with. What uses the gate asks the second one, in later blocks of the same pass.
 """
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import CACHE, BlockOutput, hidden_state
 from memory_adapters.keys.router import KeyedLayer
+from memory_adapters.keys.spellings import Spellings
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
 from memory_adapters.peft_layers.rollback import Restore
 from memory_adapters.validation import shown
@@ -174,6 +176,7 @@ class KeySet(nn.Module):
         super().__init__()
         self.owners, self.names = list(owners), [[list(ids) for ids in spellings] for spellings in names]
         self.windows, self.held = list(windows), held
+        self._spellings: tuple[list[list[list[int]]], Spellings] = ([], Spellings([]))  # of which names they are
         self.register_buffer("keys", torch.zeros(len(owners), hidden_size, dtype=torch.float32))
         self.register_buffer("key_bias", torch.zeros(len(owners), dtype=torch.float32))
 
@@ -250,9 +253,15 @@ class KeySet(nn.Module):
             return Opened(torch.arange(len(self.names), device=x.device), near.float() @ of_things > 0)
         texts, offset = (None, 0) if ids is None else (ids.tolist(), ids.shape[1] - x.shape[1])
         places = {(row, token, self.owners[key]) for row, token, key in near.nonzero().tolist()}
-        open_at = [
+        open_at = {
             place for place in places if texts is None or self._named(place[2], texts[place[0]], offset + place[1])
-        ]
+        }
+        if texts is not None:
+            counts = None if mask is None else mask.bool().tolist()
+            for row, text in enumerate(texts):
+                for thing, _, last in self._own_names().found(text):
+                    if (token := last - offset) >= 0 and (counts is None or counts[row][token]):
+                        open_at.add((row, token, thing))
         things = sorted({thing for _, _, thing in open_at})
         column = {thing: i for i, thing in enumerate(things)}
         found = torch.zeros(*x.shape[:2], len(things), dtype=torch.bool)
@@ -260,6 +269,13 @@ class KeySet(nn.Module):
             rows, tokens, columns = zip(*((row, token, column[thing]) for row, token, thing in open_at), strict=True)
             found[list(rows), list(tokens), list(columns)] = True
         return Opened(torch.tensor(things, dtype=torch.long, device=x.device), found.to(x.device))
+
+    def _own_names(self) -> Spellings:
+        """Return the names of things as they are written, of several tokens: at the beginning of a text and within."""
+        if self._spellings[0] is not self.names:
+            own = [(thing, ids) for thing, spelled in enumerate(self.names) for ids in spelled[:2] if len(ids) > 1]
+            self._spellings = (self.names, Spellings(own))
+        return self._spellings[1]
 
     def _named(self, thing: int, ids: Sequence[int], place: int) -> bool:
         """Return whether most tokens of one of a thing's spellings stand up to a place in a row."""

@@ -207,8 +207,8 @@ def _at(row: Row, words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> R
 def spelling_ids(thing: Thing, terms: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], int]:
     """Return the token ids that must stand where a thing is named, and over how many tokens more they may be spread.
 
-    They are those of its spellings, at the beginning of a text and within one; or, of a thing without a name, the last
-    token of each of its terms.
+    They are those of its spellings, within a text and at its beginning, its own name first; or, of a thing without a
+    name, the last token of each of its terms.
     """
     if not thing.spellings:
         ids = [tokenize(tokenizer, f" {term}", rendered=True)[-1:] for term in terms]
