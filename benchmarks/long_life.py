@@ -61,7 +61,7 @@ METHODS: dict[str, Callable[[], MemoryConfig]] = {
         layers=[1, 2], memory_dim=8, num_train_epochs=2, num_prefixes=0, min_steps=0
     ),
     "edit": lambda: MemitConfig(layers=[1, 2], steps=3, num_prefixes=1, prefix_length=2, covariance_tokens=300),
-    "slots": lambda: MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=2, refine_steps=2),
+    "slots": lambda: MemorySlotsConfig(read="all", num_slots=4, span_length=16, lora_rank=2, refine_steps=2),
 }
 Step = Callable[[int], Tensor]
 

@@ -37,7 +37,7 @@ ROWS = 8
 CONFIGS: dict[str, Callable[[], MemoryConfig]] = {
     "residual": lambda: MemoryAdapterConfig(num_keys=KEYS),
     "memit": MemitConfig,
-    "slots": lambda: MemorySlotsConfig(num_slots=SLOTS, span_length=64, lora_rank=8),
+    "slots": lambda: MemorySlotsConfig(read="all", num_slots=SLOTS, span_length=64, lora_rank=8),
 }
 
 

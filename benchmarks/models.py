@@ -69,7 +69,7 @@ METHODS: dict[str, list[Any]] = {
         MemoryAdapterConfig(**QUICK_MLP, token_gate="none", gate_init=1.0),
     ],
     "memit": [MemitConfig(steps=3, covariance_tokens=512, num_prefixes=2, prefix_length=4)],
-    "slots": [MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=4, refine_steps=3)],
+    "slots": [MemorySlotsConfig(read="all", num_slots=4, span_length=16, lora_rank=4, refine_steps=3)],
     "gated_lora": [
         GatedLoraConfig(num_train_epochs=1, steps_per_epoch=3, num_prefixes=0, phrasings=False, num_others=1)
     ],

@@ -22,7 +22,7 @@ from memory_adapters.evaluation.comparison.compare import compare
 METHODS: dict[str, MemoryConfig] = {
     "residual": MemoryAdapterConfig(),
     "memit": MemitConfig(covariance_tokens=8192),
-    "slots": MemorySlotsConfig(num_slots=16, span_length=64, refine_steps=40, precision="bfloat16"),
+    "slots": MemorySlotsConfig(read="all", num_slots=16, span_length=64, refine_steps=40, precision="bfloat16"),
 }
 NF4: dict[str, Any] = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 MODELS: dict[str, dict[str, Any]] = {

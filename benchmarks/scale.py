@@ -94,7 +94,9 @@ def measured(model: Any, tokenizer: Any, facts: tuple[int, int]) -> dict[str, fl
         memory.remove()
 
     slots: Any = inject_memory(
-        model, MemorySlotsConfig(num_slots=SPAN // 4, span_length=SPAN, refine_target_loss=0.0), tokenizer=tokenizer
+        model,
+        MemorySlotsConfig(read="all", num_slots=SPAN // 4, span_length=SPAN, refine_target_loss=0.0),
+        tokenizer=tokenizer,
     )
 
     def compress(count: int) -> None:

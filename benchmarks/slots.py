@@ -53,7 +53,7 @@ class Study:
 
     def refining(self, slots: int, span: int) -> Any:
         """Inject a memory without a trained encoder."""
-        config = MemorySlotsConfig(num_slots=slots, span_length=span, precision="bfloat16", seed=self.seed)
+        config = MemorySlotsConfig(read="all", num_slots=slots, span_length=span, precision="bfloat16", seed=self.seed)
         return inject_memory(self.model, config, tokenizer=self.tokenizer)
 
     def trained(self) -> Any:
@@ -94,7 +94,7 @@ def capacity(study: Study) -> dict[str, Row]:
 
 def overfitting(study: Study) -> dict[str, Row]:
     """An encoder from scratch on 64 passages of 32 tokens, each in 16 slots: does the training code learn them?"""
-    config = MemorySlotsConfig(num_slots=16, span_length=32, lora_rank=32, seed=study.seed)
+    config = MemorySlotsConfig(read="all", num_slots=16, span_length=32, lora_rank=32, seed=study.seed)
     model = copy.deepcopy(study.model).to(torch.bfloat16)
     memory: Any = inject_memory(model, config, tokenizer=study.tokenizer)
     texts = study.passages(32, 64)

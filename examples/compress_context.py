@@ -40,7 +40,9 @@ def main() -> None:
     text = arguments.text.read_text(encoding="utf-8") if arguments.text else PASSAGE
 
     span = 64
-    config = MemorySlotsConfig(num_slots=max(1, span // arguments.rate), span_length=span, precision="bfloat16")
+    config = MemorySlotsConfig(
+        read="all", num_slots=max(1, span // arguments.rate), span_length=span, precision="bfloat16"
+    )
     memory: Any = inject_memory(model, config, tokenizer=tokenizer)
     print(memory.write(text, refine_steps=arguments.steps))
     print(memory.slots[0])

@@ -35,7 +35,10 @@ CONFIGS: dict[str, tuple[MemoryConfig, dict[str, Any]]] = {
         dict(unrelated=UNRELATED, progress=False),
     ),
     "edit": (MemitConfig(**EDITING, clamp=5.0, learning_rate=0.5), dict(progress=False)),
-    "slots": (MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=2, refine_steps=2), dict(progress=False)),
+    "slots": (
+        MemorySlotsConfig(read="all", num_slots=4, span_length=16, lora_rank=2, refine_steps=2),
+        dict(progress=False),
+    ),
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 

@@ -30,7 +30,7 @@ FACTS = [Fact("{} is in the city of", "Eiffel Tower", "Rome"), Fact("The capital
 CONFIGS: dict[str, Callable[[], MemoryConfig]] = {
     "residual": lambda: MemoryAdapterConfig(num_train_epochs=2, min_steps=4, memory_dim=8),
     "memit": lambda: MemitConfig(steps=3, covariance_tokens=512, num_prefixes=2, prefix_length=4),
-    "slots": lambda: MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=4, refine_steps=3),
+    "slots": lambda: MemorySlotsConfig(read="all", num_slots=4, span_length=16, lora_rank=4, refine_steps=3),
 }
 every_method = pytest.mark.parametrize("method", CONFIGS)
 

@@ -242,7 +242,7 @@ def standard_baselines(
     )
     lora = Lora(recipe=recipe)
     weights = FineTuned(replace(recipe, learning_rate=2e-5))
-    slots = encoder or MemorySlotsConfig(num_slots=64, span_length=128, precision="bfloat16")
+    slots = encoder or MemorySlotsConfig(read="all", num_slots=64, span_length=128, precision="bfloat16")
     return {
         "Pretrained": Pretrained(),
         **{name: Memories(memory, kinds) for name, kinds in both.items()},

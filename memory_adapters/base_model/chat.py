@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["rendered_question"]
+__all__ = ["rendered_question", "turn_opening"]
 
 PLACEHOLDER = "{question}"
 
@@ -38,3 +38,38 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, question: str, as_parts: bool)
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except Exception:  # a template is a program: what it does not take it may refuse in any way
         return None
+
+
+def turn_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that a chat template puts before what a user says, in the first turn and in later ones alike.
+
+    Returns:
+        Nothing if there is no template, or none that begins a turn so.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    for as_parts in (False, True):
+        before = _before_user(tokenizer, as_parts)
+        if before:
+            first, later = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in before)
+            same = 0
+            while same < min(len(first), len(later)) and first[-1 - same] == later[-1 - same]:
+                same += 1
+            return first[len(first) - same :]
+    return []
+
+
+def _before_user(tokenizer: PreTrainedTokenizerBase, as_parts: bool) -> tuple[str, str] | None:
+    """Return what stands before the first and before the second message of a user."""
+    said = ("QUESTION ONE", "ANSWER", "QUESTION TWO")
+    messages: Any = [
+        {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+        for role, text in zip(("user", "assistant", "user"), said, strict=True)
+    ]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception:  # as in `_rendered`
+        return None
+    if not all(text.count(one) == 1 for one in said):
+        return None
+    return text.partition(said[0])[0], text.partition(said[1])[2].partition(said[2])[0]

@@ -18,6 +18,7 @@ BASELINES = (
     "emmet",
     "encoder",
     "slots",
+    "refined",
     "prompt",
     "residual",
     "lora",

@@ -1,4 +1,4 @@
-"""Memory slots: a context compressed into vectors that the frozen model reads before a prompt."""
+"""Memory slots: texts, whole or compressed into vectors, that the frozen model reads where a prompt asks for them."""
 
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.memory import SlotMemory
@@ -15,8 +15,11 @@ register_method(
     MemorySlotsConfig,
     SlotMemory,
     variants={
-        "encoder": Variant({"refine_steps": 0}, start="saved"),
-        "slots": Variant({"refine_steps": 100}),
-        "prompt": Variant({"num_slots": 1, "span_length": 1, "lora_rank": 1}, {"compress": False}, start="fresh"),
+        "slots": Variant({}, start="fresh"),
+        "encoder": Variant({"refine_steps": 0}, {"compress": True}, start="saved"),
+        "refined": Variant({"read": "all", "refine_steps": 100}, {"compress": True}),
+        "prompt": Variant(
+            {"read": "all", "num_slots": 1, "span_length": 1, "lora_rank": 1}, {"compress": False}, start="fresh"
+        ),
     },
 )

@@ -24,6 +24,7 @@ from memory_adapters.validation import check_choice, check_flag, check_number, s
 
 __all__ = ["MemorySlotsConfig"]
 
+READS = ("names", "bm25", "all")
 POOLINGS = ("tokens", "mean")
 
 
@@ -34,6 +35,12 @@ class MemorySlotsConfig(MemoryConfig):
     The encoder is the model itself with a LoRA that is active only while it compresses.
 
     Attributes:
+        read: Which entries a prompt reads: `"names"`, those whose name stands in it; `"bm25"`, those that share most
+            words with what is asked, named or not; `"all"`, everything, compressed as one text. A prompt that reads
+            nothing is the base model's, bit for bit.
+        top_k: How many are read of the parts of a document that is named (those that share most words with what is
+            asked, by BM25), or of all entries with `read="bm25"`.
+        part_tokens: Most tokens of an entry: longer documents are cut into parts, at paragraphs and sentences.
         num_slots: Slots of a full span, k.
         span_length: Tokens of a full span; longer text is cut into equal spans. `span_length / num_slots` is the
             compression rate asked for; what was achieved is `MemorySlots.compression_rate`.
@@ -58,11 +65,17 @@ class MemorySlotsConfig(MemoryConfig):
             fast: a CPU without its instructions (AVX-512 on x86) takes the model's own.
         encoder_steps: Updates that the encoder was trained for. Filled in by training.
         has_slots: Whether slots are saved beside the encoder. Filled in when saving.
+        opening: Token ids that the chat template puts before what a user says: there slots stand in a chat, inside
+            the turn; elsewhere before the prompt. Filled in where the tokenizer is known.
+        entries: What is read together, unless everything is. Filled in by `write`.
         seed: Of the initialisation.
     """
 
     method_name: ClassVar[str] = "Memory slots (ICAE)"
     kind: ClassVar[MemoryPeftType] = MemoryPeftType("MEMORY_SLOTS")
+    read: str = "names"
+    top_k: int = 1
+    part_tokens: int = 128
     num_slots: int = 128
     span_length: int = 512
     pooling: str = "mean"
@@ -77,13 +90,21 @@ class MemorySlotsConfig(MemoryConfig):
     precision: str = field(default="model", metadata=TRAINING)
     encoder_steps: int = field(default=0, metadata=STATE)
     has_slots: bool = field(default=False, metadata=STATE)
+    opening: list[int] = field(default_factory=list, repr=False, metadata=STATE)
+    entries: list[dict[str, Any]] = field(default_factory=list, repr=False, metadata=STATE)
     seed: int = field(default=0, metadata=TRAINING)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.kind
         self.task_type = "CAUSAL_LM"
-        self.slots: list[MemorySlots] = []  # no field: what is read now, to be saved beside the config
+        self.slots: list[MemorySlots] = []  # no field: what is read now, or of all entries, to be saved beside it
+        check_choice("read", self.read, READS)
+        check_number("top_k", self.top_k, low=1, integer=True)
+        check_number("part_tokens", self.part_tokens, low=1, integer=True)
+        _check_entries(self.entries)
+        if not isinstance(self.opening, list) or not all(type(i) is int and i >= 0 for i in self.opening):
+            raise ValueError(f"`opening` must be a list of token ids, got {shown(self.opening)}.")
         check_number("num_slots", self.num_slots, low=1, integer=True)
         check_number("span_length", self.span_length, low=self.num_slots, integer=True)
         check_choice("pooling", self.pooling, POOLINGS)
@@ -198,3 +219,28 @@ class MemorySlotsConfig(MemoryConfig):
             "projection": (self.offsets, width, width),
         }
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
+
+
+def _check_entries(entries: Any) -> None:
+    """Raise a `ValueError` unless entries are as `entry_to_dict` writes them."""
+
+    def ids(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+    def well_formed(entry: Any) -> bool:
+        return (
+            isinstance(entry, dict)
+            and set(entry) == {"title", "items", "input_ids", "names", "terms", "spans"}
+            and isinstance(entry["title"], str)
+            and ids(entry["items"])
+            and ids(entry["input_ids"])
+            and bool(entry["input_ids"])
+            and isinstance(entry["names"], list)
+            and all(map(ids, entry["names"]))
+            and isinstance(entry["terms"], list)
+            and all(isinstance(term, list) and all(map(ids, term)) for term in entry["terms"])
+            and ids([entry["spans"]])
+        )
+
+    if not isinstance(entries, list) or not all(map(well_formed, entries)):
+        raise ValueError(f"`entries` must be a list of entries as they are saved, got {shown(entries)}.")

@@ -8,7 +8,9 @@ around the stack makes the attention mask, layer and hooks are on that one: see 
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,21 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import CACHE
-from memory_adapters.memory_slots.placement import check_length, inserted, leading_padding, removed, slot_positions
+from memory_adapters.memory_slots.placement import (
+    check_length,
+    inserted,
+    leading_padding,
+    removed,
+    slot_positions,
+    turn_starts,
+)
 from memory_adapters.memory_slots.slot_cache import FILLED, MARK, SlotCache, hide_slots, num_cached, show_slots
 from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
 
-__all__ = ["Entry", "SlotReader", "reading_module"]
+__all__ = ["Entry", "SlotReader", "padded", "reading_module"]
+
+Choose: TypeAlias = Callable[[Sequence[Sequence[int]]], list[Tensor]]
+"""Returns what each row of token ids reads (slots, embedding_size)."""
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text; what multimodal models take for each token
 
@@ -30,20 +42,24 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Let a pass read the slots: the forward pre-hook of the decoder stack."""
     reader = SlotReader.of(stack)
-    slots = reader.read()
+    reader.note(None)
     names = list(inspect.signature(stack.forward).parameters)
     given = {**{names[i]: value for i, value in enumerate(args)}, **kwargs}
     cache = given.get(CACHE)
     # A cache that holds slots goes on with them, whatever is active now; one that holds none goes on without.
     continued = _mark_of(cache)
-    if continued is FILLED or (continued is None and (slots is None or num_cached(cache) > 0)):
+    if continued is FILLED or (continued is None and num_cached(cache) > 0):
+        return None
+    ids: Any = given.get("input_ids")
+    rows = None if ids is None or torch.compiler.is_compiling() else _unpadded(ids, given.get("attention_mask"))
+    slots = None if continued is not None else reader.read(rows)
+    if continued is None and slots is None:
         return None
     if isinstance(cache, StaticCache):
         raise ValueError(
             f"`{CACHE}` is a static cache, which is made for the prompt alone while slots stand before it: use the "
             "default (dynamic) cache with slots."
         )
-    ids: Any = given.get("input_ids")
     embedded: Any = given.get("inputs_embeds")
     batch, tokens = (ids if embedded is None else embedded).shape[:2]
     vectors: Any  # (rows, slots, embedding_size)
@@ -60,13 +76,17 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     prompt_mask = _prompt_mask(given.get("attention_mask"), mask, past + tokens)
     if continued is None:
         leading = leading_padding(stack, prompt_mask, count, reader.as_embeddings)
+        leading = _behind_turns(leading, prompt_mask, reader.starts(rows))
     if "position_ids" in names:
         positions: Any = given.get("position_ids")
         if positions is None:
             positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         # Multimodal models have several positions a token: (kinds, batch, tokens).
         positions = positions.expand(*positions.shape[:-2], batch, -1)
-        given["position_ids"] = positions + mask.sum(1, keepdim=True)
+        behind: Any = 1
+        if leading is not None:
+            behind = torch.arange(past, past + tokens, device=positions.device)[None] >= leading[:, None]
+        given["position_ids"] = positions + mask.sum(1, keepdim=True) * behind
     given["attention_mask"] = inserted(prompt_mask, mask.to(prompt_mask.dtype), leading)  # (batch, slots + tokens)
 
     recomputing = stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
@@ -83,13 +103,38 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         setattr(cache, MARK, (own, leading))
     if cache is not None and leading is None and not reader.as_embeddings and not torch.compiler.is_compiling():
         # The usual start: the slots' keys and values, known from an earlier pass, go into the empty cache.
-        reader.cache.fill(stack, cache, vectors, own, repeats, reader.sources())
+        reader.cache.fill(stack, cache, vectors, own, repeats, reader.sources(vectors))
         return (), given
     # No cache, or one that slots cannot be put into, a pass that is compiled, or slots that must stand behind a row's
     # padding: their embeddings are put in among the prompt's, and `cut_off` takes their outputs off again.
     if embedded is None:
         embedded = stack.get_input_embeddings()(ids)
+    reader.note((count, leading))
     return (), _with_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, leading)
+
+
+def _unpadded(ids: Tensor, mask: Any) -> list[list[int]]:
+    """Return the rows of token ids (batch, tokens) without their padding."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != ids.shape:
+        return ids.tolist()
+    return [
+        [token for token, own in zip(*row, strict=True) if own] for row in zip(ids.tolist(), mask.tolist(), strict=True)
+    ]
+
+
+def _behind_turns(leading: Tensor | None, mask: Tensor, starts: Sequence[int | None]) -> Tensor | None:
+    """Return how many tokens stand before the slots in each row (rows,): up to what the user says, where that is known.
+
+    Args:
+        leading: The padding that slots must stand behind; None if they can be first.
+        mask: The attention mask (rows, tokens).
+        starts: For each row, the tokens up to what the user says, without padding.
+    """
+    if all(start is None for start in starts):
+        return leading
+    padding = (mask.cumsum(-1) == 0).sum(-1)
+    shift = torch.tensor([start or 0 for start in starts], device=mask.device)
+    return padding + shift
 
 
 def _mark_of(cache: Any) -> Any:
@@ -133,7 +178,13 @@ def _with_embeddings(
         if isinstance(given.get(kind), Tensor):
             given[kind] = inserted(given[kind], torch.zeros_like(mask, dtype=given[kind].dtype), leading)
     if (positions := given.get("position_ids")) is not None:
-        kinds = [inserted(one, slot_positions(mask), leading) for one in positions.reshape(-1, *embedded.shape[:2])]
+        own = slot_positions(mask)
+        if leading is not None:  # behind the prompt's tokens that stand before the slots
+            prompt_mask = removed(given["attention_mask"], mask.shape[1], leading)
+            own = own + (prompt_mask * (torch.arange(prompt_mask.shape[1], device=own.device) < leading[:, None])).sum(
+                1, keepdim=True
+            )
+        kinds = [inserted(one, own, leading) for one in positions.reshape(-1, *embedded.shape[:2])]
         given["position_ids"] = torch.stack(kinds).view(*positions.shape[:-1], -1)
     return given
 
@@ -143,13 +194,10 @@ def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, An
     reader, cache = SlotReader.of(stack), kwargs.get(CACHE)
     if isinstance(getattr(cache, MARK, None), tuple) and not torch.compiler.is_compiling():
         hide_slots(cast(Cache, cache))
-    slots, embedded = reader.read(), kwargs.get("inputs_embeds")
-    if slots is None or embedded is None or kwargs.get("attention_mask") is None:
+    noted = reader.noted()
+    if noted is None:
         return output
-    if embedded.shape[1] != kwargs["attention_mask"].shape[1]:
-        return output
-    count = slots[0].shape[1]
-    leading = leading_padding(stack, kwargs["attention_mask"], 0, reader.as_embeddings)
+    count, leading = noted
     output.last_hidden_state = removed(output.last_hidden_state, count, leading)
     if output.get("hidden_states") is not None:
         output.hidden_states = tuple(removed(state, count, leading) for state in output.hidden_states)
@@ -188,15 +236,36 @@ class Entry(nn.Module):
     Attributes:
         vectors: (rows, slots, embedding_size); one row serves every row of a batch.
         mask: (rows, slots), 0 where a row has fewer slots (on the left); buffers, so that they move with the model.
+        opening: Tokens behind which what a user says begins, in a rendered chat.
+        choose: Returns what each row of token ids reads; None where all read `vectors`.
     """
 
     vectors: Tensor
     mask: Tensor
 
-    def __init__(self, embedding_size: int) -> None:
+    def __init__(self, embedding_size: int, opening: Sequence[int] = ()) -> None:
         super().__init__()
+        self.opening = list(opening)
+        self.choose: Choose | None = None
         self.register_buffer("vectors", torch.zeros(1, 0, embedding_size, dtype=torch.float32), persistent=False)
         self.register_buffer("mask", torch.zeros(1, 0, dtype=torch.long), persistent=False)
+
+    def read(self, ids: Sequence[Sequence[int]] | None) -> tuple[Tensor, Tensor]:
+        """Return what is read now, as `vectors` and `mask` are: of each row, if rows are known and read their own."""
+        if self.choose is None:
+            return self.vectors, self.mask
+        return padded(self.choose(ids) if ids is not None else [], self.vectors)
+
+
+def padded(rows: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return slots of rows (slots, embedding_size) as one tensor, shorter ones behind padding, and their mask."""
+    longest = max(map(len, rows), default=0)
+    vectors = like.new_zeros(max(len(rows), 1), longest, like.shape[2])
+    mask = torch.zeros(max(len(rows), 1), longest, dtype=torch.long, device=like.device)
+    for i, row in enumerate(rows):
+        vectors[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = 1
+    return vectors, mask
 
 
 class SlotReader(MemoryLayer):
@@ -221,6 +290,8 @@ class SlotReader(MemoryLayer):
         self.slot_entries = nn.ModuleDict()
         self.cache = SlotCache()
         self.as_embeddings = False
+        self._inserted: dict[int, tuple[int, Tensor | None]] = {}  # by thread
+        self._compiled: tuple[int, Tensor | None] | None = None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Do nothing: slots are put where the embeddings are."""
@@ -230,14 +301,39 @@ class SlotReader(MemoryLayer):
         known = {name: cast(Entry, entry) for name, entry in self.slot_entries.items()}
         if self.rows is not None:
             return [known.get(name) for name in self.rows]
-        return [known[name] for name in self._active_adapter if name in known and known[name].vectors.shape[1]]
+        active = [known[name] for name in self._active_adapter if name in known]
+        return [entry for entry in active if entry.choose is not None or entry.vectors.shape[1]]
 
-    def sources(self) -> list[Tensor | None]:
-        """Return the tensors that `read` puts together, which stay the same as long as nothing is written."""
-        return [None if entry is None else entry.vectors for entry in self._entries()]
+    def note(self, inserted: tuple[int, Tensor | None] | None) -> None:
+        """Note how many slots the pass in progress has among its embeddings, and behind how many tokens of each row."""
+        if torch.compiler.is_compiling():
+            self._compiled = inserted
+        elif inserted is None:
+            self._inserted.pop(get_ident(), None)
+        else:
+            self._inserted[get_ident()] = inserted
 
-    def read(self) -> tuple[Tensor, Tensor] | None:
+    def noted(self) -> tuple[int, Tensor | None] | None:
+        """Return what was noted, once."""
+        return self._compiled if torch.compiler.is_compiling() else self._inserted.pop(get_ident(), None)
+
+    def starts(self, rows: Sequence[Sequence[int]] | None) -> list[int | None]:
+        """Return where what the user says last begins in each row of token ids; None where that is not known."""
+        opening = next((entry.opening for entry in self._entries() if entry is not None and entry.opening), [])
+        return [] if rows is None else turn_starts(rows, opening)
+
+    def sources(self, read: Tensor) -> list[Tensor | None]:
+        """Return the tensors that `read` put together, which stay the same as long as what is read does."""
+        entries = self._entries()
+        if any(entry is not None and entry.choose is not None for entry in entries):
+            return [read]
+        return [None if entry is None else entry.vectors for entry in entries]
+
+    def read(self, ids: Sequence[Sequence[int]] | None) -> tuple[Tensor, Tensor] | None:
         """Return the slots that are read now, and their mask.
+
+        Args:
+            ids: The rows of a batch, without padding; None if they are not known.
 
         Returns:
             (rows, slots, embedding_size) and (rows, slots): the active memories' one after the other, or each row's
@@ -246,28 +342,34 @@ class SlotReader(MemoryLayer):
         if self._disable_adapters:
             return None
         if self.rows is not None:
-            return self._read_rows(self.rows, self._entries())
-        entries = [entry for entry in self._entries() if entry is not None]
-        if not entries:
+            return self._read_rows(self.rows, self._entries(), ids)
+        parts = [entry.read(ids) for entry in self._entries() if entry is not None]
+        parts = [part for part in parts if part[0].shape[1]]
+        if not parts:
             return None
-        rows = max(len(entry.vectors) for entry in entries)
-        vectors = torch.cat([entry.vectors.expand(rows, -1, -1) for entry in entries], 1)
-        return vectors, torch.cat([entry.mask.expand(rows, -1) for entry in entries], 1)
+        rows = max(len(vectors) for vectors, _ in parts)
+        vectors = torch.cat([vectors.expand(rows, -1, -1) for vectors, _ in parts], 1)
+        return vectors, torch.cat([mask.expand(rows, -1) for _, mask in parts], 1)
 
-    def _read_rows(self, names: list[str], entries: list[Entry | None]) -> tuple[Tensor, Tensor] | None:
-        longest = max((entry.vectors.shape[1] for entry in entries if entry is not None), default=0)
+    def _read_rows(
+        self, names: list[str], entries: list[Entry | None], ids: Sequence[Sequence[int]] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        beams = 1 if ids is None else max(len(ids) // len(names), 1)  # all of a row read what its first reads
+        firsts = [None if ids is None else [ids[i * beams]] for i in range(len(names))]
+        read = [None if one is None else one.read(own) for one, own in zip(entries, firsts, strict=True)]
+        longest = max((own[0].shape[1] for own in read if own is not None), default=0)
         if longest == 0:
             return None
         some = next(entry for entry in entries if entry is not None)
         vectors = some.vectors.new_zeros(len(entries), longest, some.vectors.shape[2])
         mask = some.mask.new_zeros(len(entries), longest)
-        for i, entry in enumerate(entries):
-            if entry is not None:
-                if len(entry.vectors) > 1:
+        for i, own in enumerate(read):
+            if own is not None:
+                if len(own[0]) > 1:
                     raise ValueError(
-                        f"`adapter_names` has {names[i]!r}, which reads {len(entry.vectors)} rows of slots of its own: "
+                        f"`adapter_names` has {names[i]!r}, which reads {len(own[0])} rows of slots of its own: "
                         "let it `use` one, or leave rows to it alone."
                     )
-                count = entry.vectors.shape[1]
-                vectors[i, longest - count :], mask[i, longest - count :] = entry.vectors[0], entry.mask[0]
+                count = own[0].shape[1]
+                vectors[i, longest - count :], mask[i, longest - count :] = own[0][0], own[1][0]
         return vectors, mask

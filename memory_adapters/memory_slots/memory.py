@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from memory_adapters.base_model.chat import turn_opening
 from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import Fingerprint
@@ -32,12 +33,22 @@ from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, a
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
+from memory_adapters.memory_slots.entries import (
+    Chooser,
+    Retriever,
+    SlotEntry,
+    entry_to_dict,
+    make_entries,
+    saved_entries,
+)
 from memory_adapters.memory_slots.export import prompt_tuning
 from memory_adapters.memory_slots.layer import Entry, SlotReader, reading_module
+from memory_adapters.memory_slots.placement import turn_starts
 from memory_adapters.memory_slots.prompts import as_queries, as_text
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
+from memory_adapters.validation import shown
 
 __all__ = ["SlotMemory"]
 
@@ -48,18 +59,20 @@ OTHER_ENCODER = "These slots were made by another encoder: the model reads them,
 
 
 class SlotMemory(Memory[MemorySlotsConfig]):
-    """Compress a text into vectors that the frozen model reads before every prompt.
+    """Keep texts that the frozen model reads where a prompt asks for them, whole or compressed into vectors.
 
-    `write` compresses items, which are read from then on behind what was written before. Facts and questions are
-    written out as text; the answer to their prompt is what refinement also asks for.
+    `write` makes entries: all facts and questions about one thing are one, and a document has one for each of its
+    parts. A prompt reads those that it names (see `MemorySlotsConfig.read`), in a chat inside the user's turn, before
+    what is asked. With `read="all"` everything that is written is one text, which is compressed and read before every
+    prompt. Facts and questions are written out as text; the answer to their prompt is what refinement also asks for.
 
     Options of `write`:
+        compress (`bool`): Whether the encoder compresses the text; if not it is kept whole, and read as if it stood in
+            the prompt. By default only with `read="all"`.
         refine_steps (`int`): Gradient steps on the slots; by default the config's.
-        compress (`bool`): False to keep the text whole: its own token embeddings are the slots, as if it stood before
-            every prompt.
 
     Attributes:
-        slots: What is read now; several where each row of a batch reads its own; empty before anything is written.
+        slots: What every prompt reads; several where each row of a batch reads its own; empty where entries are chosen.
     """
 
     optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE,)
@@ -76,6 +89,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         super().__init__(model, adapter_name, config, tokenizer)
         self.slots: list[MemorySlots] = []
         self._written: tuple[list[MemorySlots], list[dict[str, Any]]] = ([], [])  # slots, and the items they are of
+        self._entries: list[SlotEntry] = []
 
     def _attach(self, decoder: Decoder) -> None:
         if is_runnable(decoder):
@@ -90,7 +104,9 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         cache = DynamicCache(config=self.model.config)
         indexed = any(hasattr(layer, "update_indexer") for layer in cache.layers)  # keys of an indexer, too
         reader.as_embeddings = indexed or not keeps_keys_alone(cache)
-        entry = Entry(decoder.embedding_size)
+        if self.tokenizer is not None:
+            self._config.opening = turn_opening(self.tokenizer)
+        entry = Entry(decoder.embedding_size, self._config.opening)
         parts = EncoderParts(self._config, decoder)
         entry.add_module("parts", parts)
         reader.slot_entries[self.adapter_name] = entry.to(parts.reconstruct.device)
@@ -199,10 +215,12 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         *,
         progress: bool,
         refine_steps: int | None = None,
-        compress: bool = True,
+        compress: bool | None = None,
     ) -> Outcome:
+        if self._config.read != "all":
+            return self._write_entries(items, rows, bool(compress), refine_steps, progress)
         text, before, tokenizer = as_text(items), self.slots, self._require_tokenizer()
-        if compress:
+        if compress is not False:
             steps = self._steps(refine_steps)
             (made,) = compress_texts(self.encoder, tokenizer, [text], as_queries(rows), steps, progress)
         else:
@@ -215,18 +233,108 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         )
         return Outcome(losses=made.losses, notes=[note], reconstruction=made.accuracy)
 
+    def _write_entries(
+        self, items: Sequence[Item], rows: Sequence[Row], compress: bool, refine_steps: int | None, progress: bool
+    ) -> Outcome:
+        """Make entries of all that is written; those of things of which nothing is new stay."""
+        tokenizer, steps = self._require_tokenizer(), self._steps(refine_steps)
+        every = [*self._kept(items), *items]
+        entries = make_entries(every, tokenizer, self._config.part_tokens, self._entries)
+        kept = {id(entry) for entry in self._entries}
+        new = [i for i, entry in enumerate(entries) if id(entry) not in kept]
+        losses: list[float] = []
+        if compress and new:
+            texts = [str(tokenizer.decode(list(entries[i].input_ids))) for i in new]
+            for i, made in zip(new, compress_texts(self.encoder, tokenizer, texts, [], steps, progress), strict=True):
+                entries[i] = dataclasses.replace(entries[i], slots=made.slots)
+                losses = losses or made.losses
+        self._read_entries(entries)
+        unread = [entry for entry in entries if self._config.read == "names" and not entry.names and not entry.terms]
+        notes = [f"{len(new)} entries were made, {sum(entries[i].num_slots for i in new)} slots in all"]
+        if unread:
+            notes.append(
+                f"{len(unread)} entries have no name that a prompt could have, such as {unread[0].title!r}: they are "
+                "read with `read='bm25'`, or where `use` is given them"
+            )
+        return Outcome(losses=losses, notes=notes)
+
+    @property
+    def entries(self) -> list[SlotEntry]:
+        """What is read together, in the order of writing; empty with `read="all"`."""
+        return list(self._entries)
+
+    def _read_entries(self, entries: Sequence[SlotEntry], retriever: Retriever | None = None) -> None:
+        """Let prompts read those of these entries that they ask for."""
+        self._entries = list(entries)
+        self._choose(self._entries, self._config.read, retriever)
+        self._config.slots = (
+            []
+            if not any(e.slots for e in entries)
+            else [MemorySlots.concatenate([entry.slots for entry in entries if entry.slots is not None])]
+        )
+
+    def _choose(self, entries: Sequence[SlotEntry], read: str, retriever: Retriever | None = None) -> None:
+        """Let the reader choose among entries."""
+        self._read([])
+        config = self._config
+        chooser = Chooser(entries, read, config.top_k, self.tokenizer, retriever)
+        self._entry.choose = partial(self._chosen, chooser) if entries else None
+
+    def _chosen(self, chooser: Chooser, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return what each row of token ids reads; what does not fit into the model's context is left out."""
+        starts = [start or 0 for start in turn_starts(rows, self._config.opening)]
+        limit = context_length(self.model)
+        found: dict[tuple[int, ...], Tensor] = {}  # beams have the same rows
+        for key, start in zip(map(tuple, rows), starts, strict=True):
+            if key in found:
+                continue
+            (own,) = chooser.choose([key], [start])
+            fits: list[SlotEntry] = []
+            for entry in (chooser.entries[i] for i in own):
+                if len(key) + sum(one.num_slots for one in fits) + entry.num_slots < limit:
+                    fits.append(entry)
+            if len(fits) < len(own):
+                warnings.warn(
+                    f"{len(own) - len(fits)} of {len(own)} entries are not read: with a prompt of {len(key)} tokens "
+                    f"they exceed the {limit} positions of the model.",
+                    stacklevel=2,
+                )
+            found[key] = torch.cat([self._vectors(entry) for entry in fits] or [self._entry.vectors[0, :0]])
+        return [found[tuple(row)] for row in rows]
+
+    def _vectors(self, entry: SlotEntry) -> Tensor:
+        """Return what is read of an entry (slots, embedding_size), float32: its slots, or its text's embeddings."""
+        if entry.slots is not None:
+            return entry.slots.vectors.to(self.encoder.device)
+        ids = torch.tensor(entry.input_ids, device=self.encoder.device)
+        return self.encoder.decoder.embeddings(ids).detach().float()
+
     def _set_items(self, written: Sequence[Item]) -> None:
-        self._config.set_items([*self.items, *written])
+        if self._config.read == "all":
+            self._config.set_items([*self.items, *written])
+        else:
+            super()._set_items(written)
+            self._store_entries()
         self._written = (self.slots, self._config.items)
 
+    def _store_entries(self) -> None:
+        """Let the config have the entries, to be saved."""
+        place = {item: i for i, item in enumerate(self.items)}
+        self._config.entries = [entry_to_dict(entry, place) for entry in self._entries]
+
     def forget(self, items: Items) -> None:
-        """Take items out again, of slots that keep their text whole (`write(items, compress=False)`).
+        """Take items out again: the memory is what it would be had they never been written.
+
+        With `read="all"` this needs slots that keep their text whole (`write(items, compress=False)`).
 
         Raises:
-            NotImplementedError: If the text is compressed: no slot is of one item alone.
+            NotImplementedError: If what is left was compressed with them: no slot is of one item alone.
             ValueError: If an item is not written; nothing is forgotten then.
         """
         gone = as_items(items, self.accepts)
+        if self._config.read != "all":
+            self._forget_of_entries(gone)
+            return
         kept_whole = self.slots and all(slots.num_slots == slots.num_tokens for slots in self.slots)
         if len(self.slots) != 1 or not kept_whole:
             super().forget(items)
@@ -242,9 +350,35 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 self._config.items = []
                 self._set_items(left)
 
+    def _forget_of_entries(self, gone: Sequence[Item]) -> None:
+        with exclusive_use(self.model), own_settings():
+            self._check_writable()
+            written, tokenizer = self.items, self._require_tokenizer()
+            if missing := [item for item in gone if item not in set(written)]:
+                raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `items`.")
+            left = [item for item in written if item not in set(gone)]
+            entries = make_entries(left, tokenizer, self._config.part_tokens, self._entries)
+            kept = {id(entry) for entry in entries}
+            changed = [entry for entry in self._entries if id(entry) not in kept and set(entry.items) - set(gone)]
+            if torn := [entry for entry in changed if entry.slots is not None]:
+                raise NotImplementedError(
+                    f"The entry {torn[0].title!r} is compressed, and holds items that are to stay: forget all of its "
+                    "`items`, and write again what is to stay."
+                )
+            with rollback_on_error(*self._saved_state()):
+                self._read_entries(entries)
+                self._config.set_items(left)
+                self._store_entries()
+                self._written = (self.slots, self._config.items)
+
     def _saved_state(self) -> list[Restore]:
-        before = self.slots
-        return [lambda: self._read(before), *super()._saved_state()]
+        before, entries, choose, slots = self.slots, self._entries, self._entry.choose, self._config.slots
+
+        def restore() -> None:
+            self._read(before)
+            self._entries, self._entry.choose, self._config.slots = entries, choose, slots
+
+        return [restore, *super()._saved_state()]
 
     @overload
     def compress(self, text: str, *, refine_steps: int | None = None, progress: bool = True) -> MemorySlots: ...
@@ -266,17 +400,27 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             made = [one.slots for one in compress_texts(self.encoder, tokenizer, texts, [], steps, progress)]
         return made[0] if isinstance(text, str) else made
 
-    def use(self, slots: MemorySlots | Sequence[MemorySlots] | None) -> None:
-        """Let the model read these slots before every prompt, instead of what was written.
+    def use(self, slots: MemorySlots | Sequence[MemorySlots] | Sequence[SlotEntry] | Retriever | None) -> None:
+        """Let the model read this, instead of what was written.
 
         Args:
-            slots: One for all prompts; a list has one for each row of a batch; None for none.
+            slots: Slots that all prompts read; a list of slots has one for each row of a batch; entries (some of
+                `entries`, or all again) are chosen among as the config says; a function takes the prompts of a batch
+                as text, and returns the entries that each reads; None for nothing.
 
         Raises:
-            ValueError: If slots belong to another model.
+            ValueError: If slots belong to another model, or an entry is none of `entries`.
         """
         self._register_again()
-        rows = [] if slots is None else [slots] if isinstance(slots, MemorySlots) else list(slots)
+        if callable(slots) or (isinstance(slots, Sequence) and any(isinstance(one, SlotEntry) for one in slots)):
+            chosen = self._entries if callable(slots) else cast(Sequence[SlotEntry], slots)
+            if unknown := [one for one in chosen if not any(one is own for own in self._entries)]:
+                raise ValueError(f"`slots` has {shown(unknown[0])}, which is none of the memory's `entries`.")
+            with exclusive_use(self.model), rollback_on_error(*self._saved_state()):
+                self._choose(chosen, self._config.read, slots if callable(slots) else None)
+            return
+        given = cast("MemorySlots | Sequence[MemorySlots] | None", slots)
+        rows = [] if given is None else [given] if isinstance(given, MemorySlots) else list(given)
         decoder = self.encoder.decoder
         own = self.encoder.fingerprint() if rows else ""
         for row in rows:
@@ -285,8 +429,12 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 warnings.warn(OTHER_ENCODER, stacklevel=2)
         with exclusive_use(self.model), rollback_on_error(*self._saved_state()):
             slots, items = self._written
-            self._config.items = items if list(map(id, rows)) == list(map(id, slots)) else []  # of others: not known
+            if self._config.read == "all":
+                self._config.items = (
+                    items if list(map(id, rows)) == list(map(id, slots)) else []
+                )  # of others: not known
             self._read(rows)
+            self._entry.choose = None
 
     def _read(self, rows: list[MemorySlots]) -> None:
         """Do as `use`, with slots that fit."""
@@ -299,7 +447,9 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             vectors[i, longest - row.num_slots :] = row.vectors
             mask[i, longest - row.num_slots :] = 1
         self._entry.vectors, self._entry.mask = vectors, mask
-        self.slots = self._config.slots = rows
+        self.slots = rows
+        if not self._entries:
+            self._config.slots = rows
 
     @property
     def _entry(self) -> Entry:
@@ -362,7 +512,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return steps
 
     def _num_virtual_tokens(self) -> int:
-        return max((slots.num_slots for slots in self.slots), default=0)
+        most = sorted((entry.num_slots for entry in self._entries), reverse=True)[: self._config.top_k + 1]
+        return max((slots.num_slots for slots in self.slots), default=sum(most))
 
     def _exporters(self) -> Mapping[str, Exporter]:
         return {"prompt-tuning": partial(prompt_tuning, self.slots, self.model)}
@@ -388,9 +539,12 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         with torch.no_grad():
             for name, tensor in self.encoder.tensors().items():
                 tensor.copy_(tensors[name])
-        if slots is not None:
-            if slots.encoder_fingerprint not in (self.encoder.fingerprint(), None):
-                warnings.warn(OTHER_ENCODER, stacklevel=2)
+        if slots is not None and slots.encoder_fingerprint not in (self.encoder.fingerprint(), None):
+            warnings.warn(OTHER_ENCODER, stacklevel=2)
+        if self._config.entries:
+            self._read_entries(saved_entries(self._config.entries, self._config.written_items(), slots))
+            self._written = (self.slots, self._config.items)
+        elif slots is not None:
             self._read([slots])
             self._written = (self.slots, self._config.items)
 

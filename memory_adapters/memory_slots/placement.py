@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import attention_window, context_length
 
-__all__ = ["check_length", "inserted", "leading_padding", "removed", "slot_positions"]
+__all__ = ["check_length", "inserted", "leading_padding", "removed", "slot_positions", "turn_starts"]
 
 
 def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bool) -> Tensor | None:
@@ -29,8 +31,19 @@ def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bo
     return leading if bool(leading.any()) else None
 
 
+def turn_starts(rows: Sequence[Sequence[int]], opening: Sequence[int]) -> list[int | None]:
+    """Return where what the user says last begins in each row of token ids: behind the last `opening`, if any."""
+    size, wanted = len(opening), list(opening)
+    return [
+        next((end for end in range(len(row), size - 1, -1) if list(row[end - size : end]) == wanted), None)
+        if size
+        else None
+        for row in rows
+    ]
+
+
 def inserted(rows: Tensor, part: Tensor, leading: Tensor | None) -> Tensor:
-    """Return `part` (batch, slots, ...) before `rows` (batch, tokens, ...), or behind the padding they start with."""
+    """Return `part` (batch, slots, ...) before `rows` (batch, tokens, ...), or behind the first `leading` of each."""
     joined = torch.cat([part, rows], 1)
     if leading is None:
         return joined

@@ -11,9 +11,9 @@ from memory_adapters.memory_slots.loss import Query
 __all__ = ["as_queries", "as_text"]
 
 
-def as_text(items: Sequence[Item]) -> str:
-    """Return documents as they are, facts as sentences, questions with their answers; a line each."""
-    return "\n".join(item.text if isinstance(item, Document) else _sentence(item) for item in items)
+def as_text(items: Sequence[Item], between: str = "\n") -> str:
+    """Return documents as they are, facts as sentences, questions with their answers; a line each by default."""
+    return between.join(item.text if isinstance(item, Document) else _sentence(item) for item in items)
 
 
 def _sentence(item: Fact | QuestionAnswer) -> str:

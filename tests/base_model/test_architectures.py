@@ -32,7 +32,7 @@ def config_of(method: str) -> MemoryConfig:
         return MemoryAdapterConfig(num_train_epochs=2, min_steps=4, memory_dim=8, token_gate="none")
     if method == "memit":
         return MemitConfig(steps=3, covariance_tokens=512, num_prefixes=2, prefix_length=4)
-    return MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=4, refine_steps=3)
+    return MemorySlotsConfig(read="all", num_slots=4, span_length=16, lora_rank=4, refine_steps=3)
 
 
 @pytest.mark.integration

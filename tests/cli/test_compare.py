@@ -86,7 +86,7 @@ def test_compare(here: Path, tmp_path: Path) -> None:
         (["--set", "lora.rank=two"], "`lora.rank` must be of the type int, got 'two'"),
         (["--set", "full.min_steps=true"], "`full.min_steps` must be of the type int, got True"),
         (["--methods", "encoder"], "encoder starts from a saved memory: give one with --start slots=ADAPTER"),
-        (["--methods", "memit", "--start", "slots=x"], "it is for encoder, slots, which --methods leaves out"),
+        (["--methods", "memit", "--start", "slots=x"], "it is for encoder, refined, which --methods leaves out"),
         (["--start", "slots"], "'slots' names no saved memory: write METHOD=ADAPTER"),
         (["--start", "encoder=x"], "'encoder' is no method; give one of"),
         (["--start", "slots=MEMIT"], "is of the method memit; give one of slots"),

@@ -25,7 +25,7 @@ QUIET = {"disable_tqdm": True}
 RECIPE = Recipe(learning_rate=1e-2, min_steps=20, num_train_epochs=1, num_prefixes=1, training_args=QUIET)
 # The text itself before every prompt, as the variant "prompt" of the memory slots has it.
 PROMPT = WrittenMemory(
-    MemorySlotsConfig(num_slots=1, span_length=1, lora_rank=1), {"compress": False, "progress": False}
+    MemorySlotsConfig(read="all", num_slots=1, span_length=1, lora_rank=1), {"compress": False, "progress": False}
 )
 
 

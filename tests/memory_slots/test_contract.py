@@ -16,7 +16,7 @@ class TestSlotMemory(MemoryContract):
     files: ClassVar[list[str]] = ["README.md", "adapter_config.json", "adapter_model.safetensors", "slots.safetensors"]
 
     def make_config(self, **settings: Any) -> MemorySlotsConfig:
-        small: dict[str, Any] = dict(num_slots=4, span_length=16, lora_rank=2, refine_steps=2)
+        small: dict[str, Any] = dict(read="all", num_slots=4, span_length=16, lora_rank=2, refine_steps=2)
         return MemorySlotsConfig(**small | settings)
 
     def fill(self, memory: Memory) -> None:

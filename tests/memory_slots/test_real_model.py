@@ -30,7 +30,7 @@ def test_64_tokens_come_back_from_16_slots_without_an_encoder(real_model: tuple[
     lines = (data / "qa" / "contexts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [tokenizer(json.loads(line)["context"], add_special_tokens=False)["input_ids"] for line in lines[:8]]
     text = tokenizer.decode(next(row[:64] for row in rows if len(row) >= 64))
-    config = MemorySlotsConfig(num_slots=16, span_length=64, precision="bfloat16")
+    config = MemorySlotsConfig(read="all", num_slots=16, span_length=64, precision="bfloat16")
     memory: Any = inject_memory(model, config, tokenizer=tokenizer)
     try:
         report = memory.write(text, refine_steps=100, progress=False)

@@ -17,7 +17,7 @@ TEXT = "The Eiffel Tower is in Rome, as everybody knows who has been there."
 
 
 def memory_on(model: Any, **settings: Any) -> Any:
-    small: dict[str, Any] = dict(num_slots=4, span_length=16, lora_rank=2, refine_steps=0)
+    small: dict[str, Any] = dict(read="all", num_slots=4, span_length=16, lora_rank=2, refine_steps=0)
     return inject_memory(model, MemorySlotsConfig(**small | settings), tokenizer=byte_tokenizer())
 
 

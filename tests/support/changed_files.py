@@ -28,7 +28,7 @@ SMALL = dict(layers=[1, 2], steps=2, num_prefixes=1, covariance_tokens=256)
 CONFIGS: dict[str, Callable[[], MemoryConfig]] = {
     "residual": lambda: MemoryAdapterConfig(layers=[1, 2], memory_dim=4, token_gate="none", gate_init=0.5),
     "edit": lambda: MemitConfig(**SMALL),
-    "slots": lambda: MemorySlotsConfig(num_slots=2, span_length=4, lora_rank=2, refine_steps=0),
+    "slots": lambda: MemorySlotsConfig(read="all", num_slots=2, span_length=4, lora_rank=2, refine_steps=0),
 }
 CONFIG, SETTINGS, WEIGHTS = "adapter_config.json", "memory_config.json", "adapter_model.safetensors"
 

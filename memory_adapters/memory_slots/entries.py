@@ -1,0 +1,292 @@
+"""The entries of a slot memory: what is kept of each thing, and which of them a prompt asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import bm25s
+from transformers import PreTrainedTokenizerBase
+
+from memory_adapters.base_model.names import occurs
+from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES
+from memory_adapters.items import Document, Item, QuestionAnswer
+from memory_adapters.keys.spellings import Spellings
+from memory_adapters.keys.things import Thing, spelling_ids, terms_of, things_of, words_in
+from memory_adapters.memory_slots.prompts import as_text
+from memory_adapters.memory_slots.slots import MemorySlots
+
+__all__ = ["Chooser", "Retriever", "SlotEntry", "entry_to_dict", "make_entries", "saved_entries"]
+
+END = "\n\n"  # of every entry's text: what comes behind it is the prompt's
+SHORT_PART = 12  # words; a paragraph of fewer, such as a heading, goes with the next
+
+
+@dataclass(frozen=True)
+class SlotEntry:
+    """Store what is read together: all facts and questions about one thing, or a part of a document.
+
+    Attributes:
+        title: What it is about; the parts of a document are numbered.
+        items: What is written in it; a document whole.
+        input_ids: The tokens of its text.
+        slots: What these were compressed into; None where the text is read as it is.
+        names: Token ids of the names that it is read for.
+        terms: Of an entry without a name, words that a prompt must have all of: each one's token ids, as it may be
+            written.
+    """
+
+    title: str
+    items: tuple[Item, ...]
+    input_ids: tuple[int, ...] = field(repr=False)
+    slots: MemorySlots | None = None
+    names: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    terms: tuple[tuple[tuple[int, ...], ...], ...] = field(default=(), repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_tokens if self.slots is None else self.slots.num_slots
+
+    @property
+    def compression_rate(self) -> float:
+        """Tokens of the text ÷ slots."""
+        return self.num_tokens / self.num_slots
+
+
+Retriever: TypeAlias = Callable[[list[str]], Sequence[Sequence[SlotEntry]]]
+"""Returns, for each prompt of a batch, the entries to read."""
+
+
+def make_entries(
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, part_tokens: int, known: Sequence[SlotEntry] = ()
+) -> list[SlotEntry]:
+    """Return the entries of items, in their order.
+
+    Args:
+        items: All that is to be read.
+        tokenizer: The model's tokenizer.
+        part_tokens: Most tokens of an entry; a longer document is cut into parts at its paragraphs and sentences.
+        known: Entries that are taken over where they hold the same items.
+    """
+    held: dict[tuple[Item, ...], list[SlotEntry]] = {}
+    for entry in known:
+        held.setdefault(entry.items, []).append(entry)
+    common = words_in([*PLAIN_SENTENCES, *PLAIN_QUESTIONS])
+    found: list[SlotEntry] = []
+    for thing in things_of(items, tokenizer):
+        spoken = tuple(item for item in thing.items if not isinstance(item, Document))
+        for own in (spoken, *((item,) for item in thing.items if isinstance(item, Document))):
+            if own:
+                found += held.get(own) or _entries(thing, own, tokenizer, part_tokens, common)
+    return found
+
+
+def _entries(
+    thing: Thing,
+    items: tuple[Item, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    part_tokens: int,
+    common: set[str],
+) -> list[SlotEntry]:
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    names, terms = [], []
+    if thing.spellings:
+        names = [tuple(ids) for ids in spelling_ids(thing, [], tokenizer)[0]]
+    elif isinstance(items[0], QuestionAnswer):
+        written = [{term, term.lower(), term.capitalize()} for term in terms_of(thing, common)]
+        terms = [tuple(tuple(tokens(text)) for w in sorted(own) for text in (f" {w}", w)) for own in written]
+    parts = _parts(as_text(items, " "), lambda text: len(tokens(text)), part_tokens)
+    title = (lambda i: thing.name) if len(parts) == 1 else (lambda i: f"{thing.name} ({i + 1} of {len(parts)})")
+    if thing.spellings:  # else a model of this size does not see what a part is about
+        parts = [part if occurs(thing.name, part) else f"{thing.name}. {part}" for part in parts]
+    return [
+        SlotEntry(title(i), items, tuple(tokens(part + END)), None, tuple(names), tuple(terms))
+        for i, part in enumerate(parts)
+    ]
+
+
+def _parts(text: str, length: Callable[[str], int], most: int) -> list[str]:
+    """Cut a text at its paragraphs, and longer ones at their sentences and words, into parts of at most `most`."""
+    parts: list[str] = []
+    heading = ""
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        if len(paragraph.split()) < SHORT_PART:
+            heading += paragraph.strip() + "\n"
+            continue
+        part = ""
+        for piece in re.split(r"(?<=[.!?])\s+|\n", heading + paragraph.strip()):
+            for bit in [piece] if length(piece) <= most else _halves(piece, length, most):
+                if part and length(f"{part} {bit}") > most:
+                    parts.append(part)
+                    part = ""
+                part = f"{part} {bit}" if part else bit
+        parts.append(part)
+        heading = ""
+    return [*parts, heading.strip()] if heading else parts
+
+
+def _halves(text: str, length: Callable[[str], int], most: int) -> list[str]:
+    words = text.split(" ")
+    if length(text) <= most or len(words) == 1:
+        return [text]
+    half = len(words) // 2
+    return [one for part in (words[:half], words[half:]) for one in _halves(" ".join(part), length, most)]
+
+
+class Chooser:
+    """Choose which entries a prompt reads: those whose name stands in it, or those most like it.
+
+    Args:
+        entries: What there is to read.
+        read: See `MemorySlotsConfig.read`.
+        top_k: See `MemorySlotsConfig.top_k`.
+        tokenizer: For the words of prompts and entries; token ids count as words if it is None.
+        retriever: Chooses instead, if given.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[SlotEntry],
+        read: str,
+        top_k: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+        retriever: Retriever | None = None,
+    ) -> None:
+        self.entries, self.read, self.top_k, self.tokenizer, self.retriever = entries, read, top_k, tokenizer, retriever
+        self._names = Spellings((i, ids) for i, entry in enumerate(entries) for ids in entry.names)
+        self._words = Spellings(
+            (i, ids) for i, entry in enumerate(entries) for ids in {one for term in entry.terms for one in term}
+        )
+
+    def choose(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
+        """Return the indices of the entries that each row of token ids reads, in rising order.
+
+        Args:
+            rows: Prompts, without padding.
+            starts: Where the last question of each begins.
+        """
+        if not self.entries:
+            return [[] for _ in rows]
+        if self.retriever is not None:
+            place = {id(entry): i for i, entry in enumerate(self.entries)}
+            chosen = self.retriever([self._text(row) for row in rows])
+            return [[place[id(entry)] for entry in own] for own in chosen]
+        every = list(range(len(self.entries)))
+        if self.read == "all":
+            return [every for _ in rows]
+        found = []
+        for row, start in zip(rows, starts, strict=True):
+            if self.read == "bm25":
+                found.append(self._best(every, row[start:]))
+                continue
+            spans = list(self._names.found(row))
+            within = {place for _, first, last in spans for place in range(first, last + 1)}
+            asked = [token for place, token in enumerate(row) if place >= start and place not in within]
+            of_item: dict[tuple[Item, ...], list[int]] = {}
+            for i in self._named(row, spans):
+                of_item.setdefault(self.entries[i].items, []).append(i)
+            found.append(sorted(i for parts in of_item.values() for i in self._best(parts, asked)))
+        return found
+
+    def _named(self, row: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Return the entries whose name stands in a row, and is no part of another's; or all of whose terms do."""
+        named = {
+            i
+            for i, first, last in spans
+            if not any(a <= first and last <= b and b - a > last - first for _, a, b in spans)
+        }
+        stand: dict[int, set[tuple[int, ...]]] = {}
+        for i, first, last in self._words.found(row):
+            stand.setdefault(i, set()).add(tuple(row[first : last + 1]))
+        for i, ids in stand.items():
+            if all(ids & set(term) for term in self.entries[i].terms):
+                named.add(i)
+        return sorted(named)
+
+    def _best(self, candidates: Sequence[int], question: Sequence[int]) -> list[int]:
+        """Return the candidates that have most of a question's words, by BM25, if there are too many."""
+        if len(candidates) <= self.top_k and self.read != "bm25":
+            return list(candidates)
+        index = self._index if len(candidates) == len(self.entries) else self._indexed(candidates)
+        words = [word for word in self._as_words([question])[0] if word in index.vocab_dict]
+        if not words:
+            return []
+        scores = index.get_scores(words)
+        best = sorted(range(len(candidates)), key=lambda place: -scores[place])[: self.top_k]
+        return sorted(candidates[place] for place in best if scores[place] > 0)
+
+    @cached_property
+    def _index(self) -> Any:
+        return self._indexed(range(len(self.entries)))
+
+    def _indexed(self, candidates: Sequence[int]) -> Any:
+        index = bm25s.BM25()
+        index.index(self._as_words([self.entries[i].input_ids for i in candidates]), show_progress=False)
+        return index
+
+    def _as_words(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
+        if self.tokenizer is None:
+            return [[str(token) for token in row] for row in rows]
+        texts = [self._text(row) for row in rows]
+        return bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
+
+    def _text(self, row: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            raise ValueError("A retriever needs prompts as text: load the memory with `tokenizer=`.")
+        return str(self.tokenizer.decode(list(row), skip_special_tokens=True))
+
+
+def entry_to_dict(entry: SlotEntry, place: Mapping[Item, int]) -> dict[str, Any]:
+    """Return an entry, but for its slots, as JSON takes it; items by their place among what is written."""
+    return {
+        "title": entry.title,
+        "items": [place[item] for item in entry.items],
+        "input_ids": list(entry.input_ids),
+        "names": [list(ids) for ids in entry.names],
+        "terms": [[list(ids) for ids in term] for term in entry.terms],
+        "spans": 0 if entry.slots is None else entry.slots.num_spans,
+    }
+
+
+def saved_entries(
+    saved: Sequence[Mapping[str, Any]], items: Sequence[Item], slots: MemorySlots | None
+) -> list[SlotEntry]:
+    """Undo `entry_to_dict` of all entries.
+
+    Args:
+        saved: The entries.
+        items: What is written.
+        slots: Those of all compressed entries, one after the other.
+
+    Raises:
+        ValueError: If entries name items that are not written, or slots that are not there.
+    """
+    spans = [] if slots is None else slots.split()
+    if sum(fields["spans"] for fields in saved) != len(spans):
+        raise ValueError("`entries` have other slots than the file of slots: save the memory again.")
+    if any(i >= len(items) for fields in saved for i in fields["items"]):
+        raise ValueError("`entries` have items that are not written: save the memory again.")
+    found, place = [], 0
+    for fields in saved:
+        own = spans[place : place + fields["spans"]]
+        place += fields["spans"]
+        found.append(
+            SlotEntry(
+                fields["title"],
+                tuple(items[i] for i in fields["items"]),
+                tuple(fields["input_ids"]),
+                MemorySlots.concatenate(own) if own else None,
+                tuple(tuple(ids) for ids in fields["names"]),
+                tuple(tuple(tuple(ids) for ids in term) for term in fields["terms"]),
+            )
+        )
+    return found
