@@ -116,22 +116,24 @@ def _entries(
 
 def _parts(text: str, length: Callable[[str], int], most: int) -> list[str]:
     """Cut a text at its paragraphs, and longer ones at their sentences and words, into parts of at most `most`."""
-    parts: list[str] = []
+    paragraphs: list[str] = []
     heading = ""
     for paragraph in re.split(r"\n\s*\n", text.strip()):
-        if len(paragraph.split()) < SHORT_PART:
-            heading += paragraph.strip() + "\n"
-            continue
+        heading += paragraph.strip() + "\n"
+        if len(paragraph.split()) >= SHORT_PART:
+            paragraphs.append(heading.strip())
+            heading = ""
+    parts: list[str] = []
+    for paragraph in [*paragraphs, *([heading.strip()] if heading else [])]:
         part = ""
-        for piece in re.split(r"(?<=[.!?])\s+|\n", heading + paragraph.strip()):
-            for bit in [piece] if length(piece) <= most else _halves(piece, length, most):
+        for piece in re.split(r"(?<=[.!?])\s+|\n", paragraph):
+            for bit in _halves(piece, length, most):
                 if part and length(f"{part} {bit}") > most:
                     parts.append(part)
                     part = ""
                 part = f"{part} {bit}" if part else bit
         parts.append(part)
-        heading = ""
-    return [*parts, heading.strip()] if heading else parts
+    return parts
 
 
 def _halves(text: str, length: Callable[[str], int], most: int) -> list[str]:

@@ -21,7 +21,7 @@ COMPARED = {
     "gated_lora": ("lora_rank=2", "num_train_epochs=2", "num_prefixes=1"),
     "residual": QUICK["residual"],
     **dict.fromkeys(("memit", "alphaedit", "emmet"), QUICK["memit"]),
-    "slots": QUICK["slots"],
+    **dict.fromkeys(("slots", "refined"), QUICK["slots"]),
     **dict.fromkeys(("lora", "full"), TRAINING),
 }
 
@@ -114,7 +114,7 @@ def test_compare_everything_and_go_on(here: Path, tmp_path: Path, monkeypatch: p
         (tmp_path / name).write_text(json.dumps(rows))
     folder = tmp_path / "deep" / "comparison"
     arguments: list[Any] = ["compare", here / "model", here / "records.json", "--folder", folder]
-    arguments += ["--methods", "encoder,slots,lora,prompt", "--start", f"slots={here / 'slots'}", "--limit", 1]
+    arguments += ["--methods", "encoder,refined,lora,prompt", "--start", f"slots={here / 'slots'}", "--limit", 1]
     arguments += [
         "--fact-counts",
         "1,2",
@@ -124,16 +124,16 @@ def test_compare_everything_and_go_on(here: Path, tmp_path: Path, monkeypatch: p
         tmp_path / "known_1000.json",
     ]
     arguments += ["--fluency", 1, "--text", here / "text.txt", *settings_of("lora"), "--set", "lora.rank=1"]
-    arguments += ["--set", "slots.refine_steps=1", "--set", 'lora.training_args={"adam_beta2": 0.99}']
+    arguments += ["--set", "refined.refine_steps=1", "--set", 'lora.training_args={"adam_beta2": 0.99}']
     result = said(*arguments)
     assert json.loads((folder / "comparison.json").read_text()) == result
     assert Comparison.from_dict(result).markdown() == (folder / "comparison.md").read_text()
     for name in ("quality_damage.png", "quality_cost.png", "curves.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     methods = result["methods"]
-    assert list(methods) == ["nothing", "encoder", "slots", "lora", "prompt"]
+    assert list(methods) == ["nothing", "encoder", "refined", "lora", "prompt"]
     losses = {name: len(found["write"]["losses"]) for name, found in methods.items()}
-    assert losses["encoder"] == 0 < losses["slots"], "one as it is, the other refined"
+    assert losses["encoder"] == 0 < losses["refined"], "one as it is, the other refined"
     for found in methods.values():
         assert found["report"]["num_records"] == found["portability"]["num_records"] == 1
         assert found["ability"] is not None
