@@ -1,0 +1,196 @@
+"""Ask in a chat about the entries of a slot memory: alone, beside 1,000 others, and with the text in the message.
+
+    python -m benchmarks.entries --data FOLDER [--others 1000] [--parts own_words others records manual time]
+
+FOLDER holds counterfact/edit.json, things/things.json and wikitext2. Greedy answers are scored as in
+`benchmarks/own_words.py`. *Own words*: the first CounterFact facts, and things with three facts each. *Others*: the same
+with facts about `--others` other subjects in the store, WikiText-2's perplexity with them, and how many answers about
+things that are not written stay as they were. *Records*: exact match and neighbourhood score of 100 records. *Manual*:
+ten questions about a text of 718 words. *Time*: milliseconds to make an entry, and, for growing stores, a prompt that
+names nothing in them ÷ the same without a memory. Rows are saved as they come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import (
+    DEVICE,
+    BenchmarkParser,
+    counterfact,
+    in_turn,
+    load_model,
+    save,
+    score,
+    stored,
+    timed,
+    wikitext,
+)
+from benchmarks.own_words import Asked, counterfact_set, with_text
+from memory_adapters import Document, Fact, MemorySlotsConfig, inject_memory
+from memory_adapters.base_model.modes import computes_in_bfloat16
+from memory_adapters.base_model.names import occurs
+from memory_adapters.evaluation.questions import load_things, thing_questions
+from memory_adapters.evaluation.records import Question
+from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
+from memory_adapters.evaluation.scores.perplexity import perplexity
+from memory_adapters.memory_slots.entries import make_entries
+
+MANUAL = Path(__file__).with_name("manual.json")
+PARTS = ("own_words", "others", "records", "manual", "time")
+
+
+def main() -> None:
+    parser = BenchmarkParser(__doc__, "entries", data=True)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--others", type=int, default=1000, quick=3)
+    parser.add_argument("--counterfact", type=int, default=24, quick=2)
+    parser.add_argument("--records", type=int, default=100, quick=2)
+    parser.add_argument("--perplexity-tokens", type=int, default=16_384, quick=128)
+    parser.add_argument("--store", type=int, nargs="*", default=[100, 1000, 10_000], quick=[5])
+    arguments = parser.parse()
+    in_bfloat16 = computes_in_bfloat16("bfloat16", torch.device(DEVICE))
+    model, tokenizer = load_model(arguments, torch.bfloat16 if in_bfloat16 else torch.float32)
+    rows = stored(arguments, "rows")
+    measures: dict[str, Callable[[Any, Any, Any], Any]] = {
+        "own_words": own_words,
+        "others": with_others,
+        "records": records_of,
+        "manual": manual,
+        "time": times,
+    }
+    for part in arguments.parts:
+        for name, row in measures[part](arguments, model, tokenizer):
+            rows[name] = row
+            print(name, row, flush=True)
+            save(arguments, {"rows": rows}, dtype=str(model.dtype))
+
+
+def sets(arguments: Any) -> dict[str, Asked]:
+    """The facts that are asked about: CounterFact's, and things with three each (the first four, and all)."""
+    things = [replace(t, facts=t.facts[:3]) for t in load_things(arguments.data / "things" / "things.json")]
+    found = {f"CounterFact, {arguments.counterfact}": counterfact_set(arguments, arguments.counterfact)}
+    for count in (4, len(things)):
+        facts = [fact for thing in things[:count] for fact in thing.facts]
+        every = tuple(question for fact in facts for question in fact.questions)
+        questions = replace(thing_questions(things[:count], load_things()), asked=every)
+        about = [fact.fact for fact in facts for _ in fact.questions]
+        found[f"things, {count} with {len(facts)} facts"] = Asked([f.fact for f in facts], questions, [], about, [])
+    return found
+
+
+def written(model: Any, tokenizer: Any, items: Sequence[Any], **settings: Any) -> Any:
+    memory: Any = inject_memory(model, MemorySlotsConfig(**settings), tokenizer=tokenizer)
+    memory.write(list(items), progress=False)
+    return memory
+
+
+def own_words(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    for name, asked in sets(arguments).items():
+        questions = asked.questions.with_base_answers(model, tokenizer)
+        of_subject: dict[str, list[str]] = {}
+        for fact in asked.facts:
+            of_subject.setdefault(fact.subject, []).append(f"{fact.prompt}{fact.continuation}.")
+        told: Callable[[Fact], str] = lambda fact: " ".join(of_subject[fact.subject]) + "\n\n"  # noqa: B023, E731
+        in_message = OwnWordsQuestions(with_text(questions.asked, asked.about, told))
+        yield f"{name}: base", shares(score_own_words(model, tokenizer, replace(questions, base_answers=None)))
+        yield f"{name}: in the message", shares(score_own_words(model, tokenizer, in_message))
+        memory = written(model, tokenizer, asked.facts)
+        yield f"{name}: entries", shares(score_own_words(model, tokenizer, questions))
+        memory.remove()
+
+
+def with_others(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    every = counterfact(arguments, 10 * arguments.others)
+    text = wikitext(arguments, "test")
+    base = perplexity(model, tokenizer, text, max_tokens=arguments.perplexity_tokens)
+    for name, asked in sets(arguments).items():
+        own = {fact.subject.casefold() for fact in asked.facts}
+        others = {r.fact.subject: r.fact for r in every if r.fact.subject.casefold() not in own}
+        more = list(others.values())[: arguments.others]
+        away = tuple(q for q in asked.questions.others if not any(occurs(fact.subject, q) for fact in more))
+        questions = replace(asked.questions, others=away).with_base_answers(model, tokenizer)
+        memory = written(model, tokenizer, [*asked.facts, *more])
+        row = shares(score_own_words(model, tokenizer, questions))
+        found = perplexity(model, tokenizer, text, max_tokens=arguments.perplexity_tokens)
+        yield f"{name}: beside {len(more)} others", {**row, "perplexity": found, "base perplexity": base}
+        memory.remove()
+
+
+def records_of(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    records, text = counterfact(arguments, arguments.records), wikitext(arguments, "test")
+    yield f"{len(records)} records: base", score(model, tokenizer, records, text, arguments.perplexity_tokens)
+    for read in ("names", "bm25"):
+        memory = written(model, tokenizer, [record.fact for record in records], read=read)
+        found = score(model, tokenizer, records, text, arguments.perplexity_tokens)
+        yield f"{len(records)} records: entries, read={read!r}", found
+        memory.remove()
+
+
+def manual(_arguments: Any, model: Any, tokenizer: Any) -> Any:
+    about = json.loads(MANUAL.read_text(encoding="utf-8"))
+    asked = tuple(Question(q["question"], q["answer"], tuple(q["alternatives"])) for q in about["questions"])
+    whole = tuple(q._replace(prompt=f"{about['text']}\n\n{q.prompt}") for q in asked)
+    unnamed = tuple(q._replace(prompt=without(about["thing"], q.prompt)) for q in asked)
+    yield "manual: base", shares(score_own_words(model, tokenizer, OwnWordsQuestions(asked)), answers=True)
+    yield "manual: in the message", shares(score_own_words(model, tokenizer, OwnWordsQuestions(whole)), answers=True)
+    for read, top_k, questions in (("names", 1, asked), ("names", 2, asked), ("bm25", 1, asked), ("bm25", 1, unnamed)):
+        memory: Any = inject_memory(model, MemorySlotsConfig(read=read, top_k=top_k), tokenizer=tokenizer)
+        taken, _ = timed(memory.write, [Document(about["text"])], progress=False)
+        row = shares(score_own_words(model, tokenizer, OwnWordsQuestions(questions)), answers=True)
+        label = "" if questions is asked else ", questions without its name"
+        yield f"manual: entries, read={read!r}, top_k={top_k}{label}", {**row, "write seconds": taken.wall}
+        memory.remove()
+
+
+def without(name: str, question: str) -> str:
+    """Leave a name out of a question, with the word before it."""
+    before, _, after = question.partition(f" {name}")
+    return before.rsplit(" ", 2)[0] + after
+
+
+def times(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    every = counterfact(arguments, 2 * max(arguments.store))
+    facts = list({record.fact.subject: record.fact for record in every}.values())
+    question = "Which vegetables can I grow on a balcony in the shade, and how often do they need water?"
+    chat = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = {name: own.to(DEVICE) for name, own in ids.items()}
+    memory: Any = inject_memory(model, MemorySlotsConfig(), tokenizer=tokenizer)
+
+    @torch.no_grad()
+    def read() -> None:
+        model(**inputs)
+
+    def without_memory() -> None:
+        with memory.disabled():
+            read()
+
+    for count in arguments.store:
+        making, entries = timed(make_entries, facts[:count], tokenizer, memory.config.part_tokens)
+        memory._read_entries(entries)
+        found = in_turn({"base": without_memory, "memory": read}, 3 if arguments.quick else 25)
+        yield (
+            f"{len(entries)} entries",
+            {
+                "milliseconds to make one": 1000 * making.cpu / count,
+                "prompt": (found["memory"] / found["base"])._asdict(),
+            },
+        )
+    memory.remove()
+
+
+def shares(scores: Any, answers: bool = False) -> dict[str, Any]:
+    row = {name: getattr(scores, name) for name in ("own_words", "same", "leak", "spill")}
+    said = {"answers": [[a.question.splitlines()[-1], a.says, a.named] for a in scores.answers]} if answers else {}
+    return {**row, **said}
+
+
+if __name__ == "__main__":
+    main()
