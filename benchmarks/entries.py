@@ -3,7 +3,7 @@
     python -m benchmarks.entries --data FOLDER [--others 1000] [--parts own_words others records manual time]
 
 FOLDER holds counterfact/edit.json, things/things.json and wikitext2. Greedy answers are scored as in
-`benchmarks/own_words.py`. *Own words*: the first CounterFact facts, and things with three facts each. *Others*: the same
+`benchmarks/own_words.py`. *Own words*: the first CounterFact facts, things with three facts each. *Others*: the same
 with facts about `--others` other subjects in the store, WikiText-2's perplexity with them, and how many answers about
 things that are not written stay as they were. *Records*: exact match and neighbourhood score of 100 records. *Manual*:
 ten questions about a text of 718 words. *Time*: milliseconds to make an entry, and, for growing stores, a prompt that

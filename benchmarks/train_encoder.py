@@ -43,7 +43,8 @@ def main() -> None:
     ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
     held_out = [tokenizer(row["context"], add_special_tokens=False)["input_ids"] for row in rows[-HELD_OUT:]]
 
-    config = MemorySlotsConfig(num_slots=arguments.slots, span_length=arguments.span, lora_rank=arguments.rank)
+    settings: dict[str, Any] = dict(num_slots=arguments.slots, span_length=arguments.span, lora_rank=arguments.rank)
+    config = MemorySlotsConfig(read="all", **settings)
     config.lora_alpha, config.seed = arguments.rank, arguments.seed
     memory: Any = inject_memory(model, config, tokenizer=tokenizer)
     count = arguments.steps * arguments.batch

@@ -54,7 +54,8 @@ def main() -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     held_out = len(ids) // 20
 
-    config = MemorySlotsConfig(num_slots=arguments.slots, span_length=arguments.span, lora_rank=arguments.rank)
+    settings: dict[str, Any] = dict(num_slots=arguments.slots, span_length=arguments.span, lora_rank=arguments.rank)
+    config = MemorySlotsConfig(read="all", **settings)
     memory: Any = inject_memory(model, config, tokenizer=tokenizer)
     shape: dict[str, Any] = dict(lengths=(arguments.span // 2, 4 * arguments.span), continuation=64, share=0.5)
     log = train_encoder(

@@ -155,7 +155,7 @@ class Memory(OnHub, Generic[ConfigT]):
 
     # Writing.
 
-    def write(self, items: Items, *, progress: bool = True, **options: Any) -> WriteReport:
+    def write(self, items: Items, *, progress: bool = True, measure: bool = True, **options: Any) -> WriteReport:
         """Learn items; what was written before stays.
 
         The memory takes part while it is written, whether or not it is active. If the write fails or is interrupted
@@ -164,6 +164,8 @@ class Memory(OnHub, Generic[ConfigT]):
         Args:
             items: One item or many: `Fact`, `Document` (or a plain string) and `QuestionAnswer`; see `accepts`.
             progress: Whether to show progress bars.
+            measure: Whether to measure, before and after, what is recalled and what else changes. It takes seconds,
+                however few items there are; without it the report has neither.
             options: The method's own options; `write_options` names them, and the class says what they do.
 
         Returns:
@@ -185,47 +187,27 @@ class Memory(OnHub, Generic[ConfigT]):
             listed, repeated = without_repetitions(listed)
             written, notes = self._check_items(listed, **options)
             notes = [*remarks(written), *repeated, *notes]
-            earlier = evenly(self._kept(written), MOST_EARLIER)
+            earlier = evenly(self._kept(written), MOST_EARLIER) if measure else []
             rows = self._rows([*written, *earlier])
             self._warn_of_repeated(written)
             with self._taking_part(), rollback_on_error(*self._saved_state()):
-                with evaluating(self.model):
-                    before = self._scores(rows)
-                    others = self._unrelated_answers(written)
-                if before.perplexity > find_decoder(self.model, self._config.layers_path).vocab_size:
-                    notes.append(
-                        "the base model finds plain English harder than random tokens (perplexity "
-                        f"{before.perplexity:,.0f}): check that the tokenizer belongs to the model"
-                    )
+                measured = _Measured(self, written, earlier, rows) if measure else None
                 own = [row for row in rows if row.item < len(written)]
                 outcome = self._write(written, own, progress=progress, **options) if written else Outcome()
-                with evaluating(self.model):
-                    after = self._scores(rows)
-                    results = self._results([*written, *earlier], len(written), before, after)
-                    same = share_same(others, self._unrelated_answers(written))
+                found = {} if measured is None else measured.after()
                 self._set_items(written)
                 rebuilt_before, rebuilt = outcome.reconstruction or (None, None)
-                new, old = range(len(written)), range(len(written), len(written) + len(earlier))
                 report = WriteReport(
                     method=self._config.method_name,
                     num_items=dict(Counter(type(item).__name__ for item in written)),
-                    recall=after.recall(new),
-                    recall_before=before.recall(new),
-                    earlier_recall=after.recall(old),
-                    earlier_recall_before=before.recall(old),
-                    token_accuracy=after.token_accuracy,
-                    token_accuracy_before=before.token_accuracy,
                     reconstruction=rebuilt,
                     reconstruction_before=rebuilt_before,
-                    perplexity=after.perplexity,
-                    perplexity_before=before.perplexity,
-                    same=same,
                     losses=outcome.losses,
                     num_parameters=self.num_parameters(),
-                    seconds=time.perf_counter() - start,
-                    notes=[*notes, *outcome.notes, *_missed(results), *_changed(same)],
-                    results=results,
+                    notes=[*notes, *outcome.notes, *found.pop("notes", [])],
+                    **found,
                 )
+                report.seconds = time.perf_counter() - start
                 self._config.record(report)
         return report
 
@@ -589,6 +571,48 @@ def evenly(values: Sequence[Any], most: int) -> list[Any]:
     """Return at most so many of `values`, evenly spread over them."""
     step = max(len(values) / most, 1)
     return [values[int(i * step)] for i in range(min(len(values), most))]
+
+
+class _Measured:
+    """Measure a memory before a write, and after it; see `WriteReport`."""
+
+    def __init__(
+        self, memory: Memory[Any], written: Sequence[Item], earlier: Sequence[Item], rows: Sequence[ScoredRow]
+    ) -> None:
+        self.memory, self.written, self.earlier, self.rows = memory, written, earlier, rows
+        self.scores, self.answers = self._now()
+
+    def _now(self) -> tuple[Scores, list[str]]:
+        with evaluating(self.memory.model):
+            return self.memory._scores(self.rows), self.memory._unrelated_answers(self.written)
+
+    def after(self) -> dict[str, Any]:
+        """Return the fields of a report."""
+        before, (after, answers) = self.scores, self._now()
+        count = len(self.written)
+        with evaluating(self.memory.model):
+            results = self.memory._results([*self.written, *self.earlier], count, before, after)
+        same = share_same(self.answers, answers)
+        new, old = range(count), range(count, count + len(self.earlier))
+        notes = [*_missed(results), *_changed(same)]
+        if before.perplexity > find_decoder(self.memory.model, self.memory._config.layers_path).vocab_size:
+            notes.append(
+                "the base model finds plain English harder than random tokens (perplexity "
+                f"{before.perplexity:,.0f}): check that the tokenizer belongs to the model"
+            )
+        return dict(
+            recall=after.recall(new),
+            recall_before=before.recall(new),
+            earlier_recall=after.recall(old),
+            earlier_recall_before=before.recall(old),
+            token_accuracy=after.token_accuracy,
+            token_accuracy_before=before.token_accuracy,
+            perplexity=after.perplexity,
+            perplexity_before=before.perplexity,
+            same=same,
+            notes=notes,
+            results=results,
+        )
 
 
 def _missed(results: Sequence[ItemResult]) -> list[str]:

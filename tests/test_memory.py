@@ -54,6 +54,17 @@ def test_a_write_sets_what_it_needs(method: str, mode: Callable[[], Any]) -> Non
 
 
 @every_method
+def test_a_write_that_measures_nothing_writes_the_same(method: str) -> None:
+    expected = memory_on(tiny_model(), method)
+    assert expected.write(FACTS, progress=False).recall is not None
+    memory = memory_on(tiny_model(), method)
+    report = memory.write(FACTS, measure=False, progress=False)
+    assert (report.recall, report.perplexity, report.same, report.results) == (None, None, None, [])
+    assert report.num_items == {"Fact": 2}
+    assert torch.equal(logits(memory.model), logits(expected.model))
+
+
+@every_method
 def test_another_default_dtype_changes_nothing(method: str) -> None:
     expected = memory_on(tiny_model(), method)
     expected.write(FACTS, progress=False)
