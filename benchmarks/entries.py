@@ -87,7 +87,7 @@ def sets(arguments: Any) -> dict[str, Asked]:
 
 def written(model: Any, tokenizer: Any, items: Sequence[Any], **settings: Any) -> Any:
     memory: Any = inject_memory(model, MemorySlotsConfig(**settings), tokenizer=tokenizer)
-    memory.write(list(items), progress=False)
+    memory.write(list(items), progress=False, measure=False)
     return memory
 
 
@@ -142,7 +142,7 @@ def manual(_arguments: Any, model: Any, tokenizer: Any) -> Any:
     yield "manual: in the message", shares(score_own_words(model, tokenizer, OwnWordsQuestions(whole)), answers=True)
     for read, top_k, questions in (("names", 1, asked), ("names", 2, asked), ("bm25", 1, asked), ("bm25", 1, unnamed)):
         memory: Any = inject_memory(model, MemorySlotsConfig(read=read, top_k=top_k), tokenizer=tokenizer)
-        taken, _ = timed(memory.write, [Document(about["text"])], progress=False)
+        taken, _ = timed(memory.write, [Document(about["text"])], progress=False, measure=False)
         row = shares(score_own_words(model, tokenizer, OwnWordsQuestions(questions)), answers=True)
         label = "" if questions is asked else ", questions without its name"
         yield f"manual: entries, read={read!r}, top_k={top_k}{label}", {**row, "write seconds": taken.wall}
