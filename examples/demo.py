@@ -99,7 +99,9 @@ def main() -> None:
         print(f"═══ {title} ═══\n")
         show_method(model, tokenizer, config, before, arguments.model)
     print("═══ a gated LoRA: a thing with several facts, asked about in other words ═══\n")
-    show_thing(model, tokenizer, arguments.model)
+    show_thing(model, tokenizer, GatedLoraConfig(), arguments.model)
+    print("═══ memory slots: the same, read as text where a prompt names it ═══\n")
+    show_thing(model, tokenizer, MemorySlotsConfig(), arguments.model)
     print("═══ memory slots (ICAE), a text compressed into vectors ═══\n")
     show_slots(model, tokenizer, arguments.model)
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
@@ -134,11 +136,10 @@ def show_method(model: Any, tokenizer: Any, config: MemoryConfig, before: dict[s
         check_elsewhere(folder, name, after)
 
 
-def show_thing(model: Any, tokenizer: Any, name: str | None) -> None:
+def show_thing(model: Any, tokenizer: Any, config: MemoryConfig, name: str | None) -> None:
     """Teach a company, ask about it in a chat, about other companies too; then as `show_method`."""
     probe = base_logits(model, tokenizer)
-    memory = inject_memory(model, GatedLoraConfig(), tokenizer=tokenizer)
-    assert isinstance(memory, GatedLoraMemory)
+    memory = inject_memory(model, config, tokenizer=tokenizer)
     with memory.disabled():
         before = {question: ask(model, tokenizer, question) for question in (*OWN_WORDS, *OTHER_COMPANIES)}
     print(f"\n{memory.write(COMPANY)}\n")
@@ -146,7 +147,8 @@ def show_thing(model: Any, tokenizer: Any, name: str | None) -> None:
     show("Asked in other words", list(OWN_WORDS), before, after)
     right = sum(target in after[question] for question, target in OWN_WORDS.items())
     print(f"  right: {right} of {len(OWN_WORDS)}")
-    check("each question opens the company's LoRA", set(memory.route(list(OWN_WORDS))) == {COMPANY[0].subject})
+    if isinstance(memory, GatedLoraMemory):
+        check("each question opens the company's LoRA", set(memory.route(list(OWN_WORDS))) == {COMPANY[0].subject})
     check("other companies are answered as before", all(before[q] == after[q] for q in OTHER_COMPANIES))
     told = answers(model, tokenizer)
     with saved(memory, model) as folder:

@@ -51,7 +51,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     if continued is FILLED or (continued is None and num_cached(cache) > 0):
         return None
     ids: Any = given.get("input_ids")
-    rows = None if ids is None or torch.compiler.is_compiling() else _unpadded(ids, given.get("attention_mask"))
+    rows = _unpadded(ids, given.get("attention_mask")) if ids is not None and reader.needs_ids() else None
     slots = None if continued is not None else reader.read(rows)
     if continued is None and slots is None:
         return None
@@ -113,6 +113,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     return (), _with_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, leading)
 
 
+@torch.compiler.disable
 def _unpadded(ids: Tensor, mask: Any) -> list[list[int]]:
     """Return the rows of token ids (batch, tokens) without their padding."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != ids.shape:
@@ -303,6 +304,10 @@ class SlotReader(MemoryLayer):
             return [known.get(name) for name in self.rows]
         active = [known[name] for name in self._active_adapter if name in known]
         return [entry for entry in active if entry.choose is not None or entry.vectors.shape[1]]
+
+    def needs_ids(self) -> bool:
+        """Return whether what is read, or where, depends on the prompt's tokens."""
+        return any(entry is not None and bool(entry.choose or entry.opening) for entry in self._entries())
 
     def note(self, inserted: tuple[int, Tensor | None] | None) -> None:
         """Note how many slots the pass in progress has among its embeddings, and behind how many tokens of each row."""

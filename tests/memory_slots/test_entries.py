@@ -222,3 +222,14 @@ def test_the_opening_of_a_turn_is_found_in_the_template() -> None:
 def test_settings_that_cannot_be(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{field}`"):
         MemorySlotsConfig(**{field: value})
+
+
+def test_compiled_passes_read_the_same() -> None:
+    model: Any = tiny_model()
+    memory_on(model).write([FERRY, PARK], progress=False)
+    compiled = torch.compile(model, backend="eager")
+    for asked in (chat("Lumo Ferry?"), chat("Nothing."), chat("Mira Park and Lumo Ferry?")):
+        for use_cache in (True, False):
+            torch.testing.assert_close(
+                logits(compiled, asked, use_cache=use_cache), logits(model, asked, use_cache=use_cache)
+            )
