@@ -1,13 +1,14 @@
 """Ask in a chat about the entries of a slot memory: alone, beside 1,000 others, and with the text in the message.
 
-    python -m benchmarks.entries --data FOLDER [--others 1000] [--parts own_words others records manual time]
+    python -m benchmarks.entries --data FOLDER [--others 1000] [--parts own_words others …]
 
 FOLDER holds counterfact/edit.json, things/things.json and wikitext2. Greedy answers are scored as in
 `benchmarks/own_words.py`. *Own words*: the first CounterFact facts, things with three facts each. *Others*: the same
 with facts about `--others` other subjects in the store, WikiText-2's perplexity with them, and how many answers about
-things that are not written stay as they were. *Records*: exact match and neighbourhood score of 100 records. *Manual*:
-ten questions about a text of 718 words. *Time*: milliseconds to make an entry, and, for growing stores, a prompt that
-names nothing in them ÷ the same without a memory. Rows are saved as they come.
+things that are not written stay as they were. *Records*: exact match and neighbourhood score of 100 records.
+*Portability*: what follows from 50 zsRE facts, with entries and with all facts before every prompt. *Manual*: ten
+questions about a text of 718 words. *Time*: milliseconds to make an entry, and, for growing stores, a prompt that names
+nothing in them ÷ the same without a memory. Rows are saved as they come.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ from memory_adapters import Document, Fact, MemorySlotsConfig, inject_memory
 from memory_adapters.base_model.modes import computes_in_bfloat16
 from memory_adapters.base_model.names import occurs
 from memory_adapters.evaluation.questions import load_things, thing_questions
-from memory_adapters.evaluation.records import Question
+from memory_adapters.evaluation.records import Question, load_zsre
+from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
 from memory_adapters.evaluation.scores.perplexity import perplexity
 from memory_adapters.memory_slots.entries import make_entries
 
 MANUAL = Path(__file__).with_name("manual.json")
-PARTS = ("own_words", "others", "records", "manual", "time")
+PARTS = ("own_words", "others", "records", "portability", "manual", "time")
 
 
 def main() -> None:
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=1000, quick=3)
     parser.add_argument("--counterfact", type=int, default=24, quick=2)
     parser.add_argument("--records", type=int, default=100, quick=2)
+    parser.add_argument("--portability", type=int, default=50, quick=2, help="zsRE records")
     parser.add_argument("--perplexity-tokens", type=int, default=16_384, quick=128)
     parser.add_argument("--store", type=int, nargs="*", default=[100, 1000, 10_000], quick=[5])
     arguments = parser.parse()
@@ -62,6 +65,7 @@ def main() -> None:
         "own_words": own_words,
         "others": with_others,
         "records": records_of,
+        "portability": portability,
         "manual": manual,
         "time": times,
     }
@@ -131,6 +135,25 @@ def records_of(arguments: Any, model: Any, tokenizer: Any) -> Any:
         found = score(model, tokenizer, records, text, arguments.perplexity_tokens)
         yield f"{len(records)} records: entries, read={read!r}", found
         memory.remove()
+
+
+def portability(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    records = load_zsre(arguments.data / "zsre" / "edit.json", arguments.portability)
+    facts = [record.fact for record in records]
+    name = f"portability, {len(facts)} zsRE records"
+    yield f"{name}: base", what_follows(score_edits(model, tokenizer, records))
+    memory = written(model, tokenizer, facts)
+    yield f"{name}: entries", what_follows(score_edits(model, tokenizer, records))
+    memory.remove()
+    memory = inject_memory(model, MemorySlotsConfig(read="all"), tokenizer=tokenizer)
+    memory.write(facts, compress=False, measure=False, progress=False)
+    yield f"{name}: all facts before every prompt", what_follows(score_edits(model, tokenizer, records))
+    memory.remove()
+
+
+def what_follows(scores: Any) -> dict[str, float | None]:
+    names = ("exact_match", "portability_exact_match", "portability_token_accuracy")
+    return {name: getattr(scores, name) for name in names}
 
 
 def manual(_arguments: Any, model: Any, tokenizer: Any) -> Any:
