@@ -264,8 +264,9 @@ def padded(rows: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
     vectors = like.new_zeros(max(len(rows), 1), longest, like.shape[2])
     mask = torch.zeros(max(len(rows), 1), longest, dtype=torch.long, device=like.device)
     for i, row in enumerate(rows):
-        vectors[i, longest - len(row) :] = row
-        mask[i, longest - len(row) :] = 1
+        if len(row):
+            vectors[i, longest - len(row) :] = row
+            mask[i, longest - len(row) :] = 1
     return vectors, mask
 
 

@@ -43,8 +43,8 @@ from memory_adapters.memory_slots.entries import (
 )
 from memory_adapters.memory_slots.export import prompt_tuning
 from memory_adapters.memory_slots.layer import Entry, SlotReader, reading_module
-from memory_adapters.memory_slots.placement import turn_starts
 from memory_adapters.memory_slots.prompts import as_queries, as_text
+from memory_adapters.memory_slots.reading import Reading
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
@@ -218,7 +218,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         compress: bool | None = None,
     ) -> Outcome:
         if self._config.read != "all":
-            return self._write_entries(items, rows, bool(compress), refine_steps, progress)
+            return self._write_entries(items, bool(compress), refine_steps, progress)
         text, before, tokenizer = as_text(items), self.slots, self._require_tokenizer()
         if compress is not False:
             steps = self._steps(refine_steps)
@@ -234,7 +234,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return Outcome(losses=made.losses, notes=[note], reconstruction=made.accuracy)
 
     def _write_entries(
-        self, items: Sequence[Item], rows: Sequence[Row], compress: bool, refine_steps: int | None, progress: bool
+        self, items: Sequence[Item], compress: bool, refine_steps: int | None, progress: bool
     ) -> Outcome:
         """Make entries of all that is written; those of things of which nothing is new stay."""
         tokenizer, steps = self._require_tokenizer(), self._steps(refine_steps)
@@ -263,51 +263,21 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         """What is read together, in the order of writing; empty with `read="all"`."""
         return list(self._entries)
 
-    def _read_entries(self, entries: Sequence[SlotEntry], retriever: Retriever | None = None) -> None:
-        """Let prompts read those of these entries that they ask for."""
+    def _read_entries(self, entries: Sequence[SlotEntry]) -> None:
+        """Let the memory hold these entries, and prompts read those that they ask for."""
         self._entries = list(entries)
-        self._choose(self._entries, self._config.read, retriever)
-        self._config.slots = (
-            []
-            if not any(e.slots for e in entries)
-            else [MemorySlots.concatenate([entry.slots for entry in entries if entry.slots is not None])]
-        )
+        self._choose(self._entries)
+        compressed = [entry.slots for entry in entries if entry.slots is not None]
+        self._config.slots = [MemorySlots.concatenate(compressed)] if compressed else []
 
-    def _choose(self, entries: Sequence[SlotEntry], read: str, retriever: Retriever | None = None) -> None:
-        """Let the reader choose among entries."""
+    def _choose(self, entries: Sequence[SlotEntry], retriever: Retriever | None = None) -> None:
+        """Let prompts read those of some entries that they ask for, or that a retriever chooses."""
         self._read([])
         config = self._config
-        chooser = Chooser(entries, read, config.top_k, self.tokenizer, retriever)
-        self._entry.choose = partial(self._chosen, chooser) if entries else None
-
-    def _chosen(self, chooser: Chooser, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return what each row of token ids reads; what does not fit into the model's context is left out."""
-        starts = [start or 0 for start in turn_starts(rows, self._config.opening)]
-        limit = context_length(self.model)
-        found: dict[tuple[int, ...], Tensor] = {}  # beams have the same rows
-        for key, start in zip(map(tuple, rows), starts, strict=True):
-            if key in found:
-                continue
-            (own,) = chooser.choose([key], [start])
-            fits: list[SlotEntry] = []
-            for entry in (chooser.entries[i] for i in own):
-                if len(key) + sum(one.num_slots for one in fits) + entry.num_slots < limit:
-                    fits.append(entry)
-            if len(fits) < len(own):
-                warnings.warn(
-                    f"{len(own) - len(fits)} of {len(own)} entries are not read: with a prompt of {len(key)} tokens "
-                    f"they exceed the {limit} positions of the model.",
-                    stacklevel=2,
-                )
-            found[key] = torch.cat([self._vectors(entry) for entry in fits] or [self._entry.vectors[0, :0]])
-        return [found[tuple(row)] for row in rows]
-
-    def _vectors(self, entry: SlotEntry) -> Tensor:
-        """Return what is read of an entry (slots, embedding_size), float32: its slots, or its text's embeddings."""
-        if entry.slots is not None:
-            return entry.slots.vectors.to(self.encoder.device)
-        ids = torch.tensor(entry.input_ids, device=self.encoder.device)
-        return self.encoder.decoder.embeddings(ids).detach().float()
+        chooser = Chooser(entries, config.read, config.top_k, self.tokenizer, retriever)
+        embeddings = self.encoder.decoder.embeddings
+        reading = Reading(chooser, embeddings, config.opening, context_length(self.model))
+        self._entry.choose = reading if entries else None
 
     def _set_items(self, written: Sequence[Item]) -> None:
         if self._config.read == "all":
@@ -417,7 +387,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             if unknown := [one for one in chosen if not any(one is own for own in self._entries)]:
                 raise ValueError(f"`slots` has {shown(unknown[0])}, which is none of the memory's `entries`.")
             with exclusive_use(self.model), rollback_on_error(*self._saved_state()):
-                self._choose(chosen, self._config.read, slots if callable(slots) else None)
+                self._choose(chosen, slots if callable(slots) else None)
             return
         given = cast("MemorySlots | Sequence[MemorySlots] | None", slots)
         rows = [] if given is None else [given] if isinstance(given, MemorySlots) else list(given)

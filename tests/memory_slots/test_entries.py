@@ -113,7 +113,7 @@ def test_a_longer_name_hides_the_names_in_it_and_words_find_what_has_no_name() -
     inner = Fact("Lumo is", "Lumo", "red")
     memory.write([inner, FERRY, WIFI], progress=False)
     first, ferry, wifi = memory.entries
-    chooser = memory._entry.choose.args[0]
+    chooser = memory._entry.choose.chooser
 
     def read(text: str) -> list[SlotEntry]:
         ids = TOKENIZER(text)["input_ids"]
@@ -132,7 +132,7 @@ def test_parts_are_chosen_by_the_words_of_the_question() -> None:
     for read, named in (("names", "Lumo Ferry: "), ("bm25", "")):
         memory = memory_on(tiny_model(), read=read, part_tokens=90)
         memory.write([Document(text), PARK], progress=False)
-        chooser = memory._entry.choose.args[0]
+        chooser = memory._entry.choose.chooser
         for words, part in (("when does the captain sleep", 1), ("are there cakes", 0)):
             (own,) = chooser.choose([TOKENIZER(named + words)["input_ids"]], [0])
             assert own == [part]
