@@ -18,6 +18,7 @@ from memory_adapters.keys.spellings import Spellings
 from memory_adapters.keys.things import Thing, spelling_ids, terms_of, things_of, words_in
 from memory_adapters.memory_slots.prompts import as_text
 from memory_adapters.memory_slots.slots import MemorySlots
+from memory_adapters.validation import shown
 
 __all__ = ["Chooser", "Retriever", "SlotEntry", "entry_to_dict", "make_entries", "saved_entries"]
 
@@ -179,9 +180,7 @@ class Chooser:
         if not self.entries:
             return [[] for _ in rows]
         if self.retriever is not None:
-            place = {id(entry): i for i, entry in enumerate(self.entries)}
-            chosen = self.retriever([self._text(row) for row in rows])
-            return [[place[id(entry)] for entry in own] for own in chosen]
+            return self._retrieved(self.retriever, rows)
         every = list(range(len(self.entries)))
         if self.read == "all":
             return [every for _ in rows]
@@ -198,6 +197,17 @@ class Chooser:
                 of_item.setdefault(self.entries[i].items, []).append(i)
             found.append(sorted(i for parts in of_item.values() for i in self._best(parts, asked)))
         return found
+
+    def _retrieved(self, retriever: Retriever, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        place = {id(entry): i for i, entry in enumerate(self.entries)}
+        chosen = [list(own) for own in retriever([self._text(row) for row in rows])]
+        if len(chosen) != len(rows):
+            raise ValueError(
+                f"The retriever returned entries of {len(chosen)} prompts for {len(rows)}: give a list each."
+            )
+        if unknown := [one for own in chosen for one in own if id(one) not in place]:
+            raise ValueError(f"The retriever returned {shown(unknown[0])}, which is none of the memory's `entries`.")
+        return [[place[id(entry)] for entry in own] for own in chosen]
 
     def _named(self, row: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> list[int]:
         """Return the entries whose name stands in a row, and is no part of another's; or all of whose terms do."""

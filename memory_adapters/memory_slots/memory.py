@@ -24,6 +24,7 @@ from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating, own_settings
 from memory_adapters.base_model.partial_forward import CACHE, keeps_keys_alone, positioned
 from memory_adapters.base_model.scoring import Scores
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.base_model.trial import differs, is_runnable, trial
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
@@ -179,9 +180,16 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     def _rebase(self, fingerprint: Fingerprint) -> None:
         super()._rebase(fingerprint)
-        self._read(
-            [dataclasses.replace(row, base_fingerprint=dict(self._config.base_fingerprint or {})) for row in self.slots]
-        )
+        mark = dict(self._config.base_fingerprint or {})
+        if self._entries:
+            self._read_entries(
+                [
+                    dataclasses.replace(one, slots=one.slots and dataclasses.replace(one.slots, base_fingerprint=mark))
+                    for one in self._entries
+                ]
+            )
+        else:
+            self._read([dataclasses.replace(row, base_fingerprint=mark) for row in self.slots])
 
     def _check_items(self, items: Sequence[Item], **options: Any) -> tuple[Sequence[Item], list[str]]:
         self._steps(options.get("refine_steps"))
@@ -262,6 +270,14 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def entries(self) -> list[SlotEntry]:
         """What is read together, in the order of writing; empty with `read="all"`."""
         return list(self._entries)
+
+    def entries_read(self, prompts: str | Sequence[str]) -> list[list[SlotEntry]]:
+        """Return the entries that the model reads with each prompt, plain or a rendered chat, in their order."""
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokenizer, reading = self._require_tokenizer(), self._entry.choose
+        if not isinstance(reading, Reading):
+            return [[] for _ in listed]
+        return reading.entries([tokenize(tokenizer, prompt) for prompt in listed])
 
     def _read_entries(self, entries: Sequence[SlotEntry]) -> None:
         """Let the memory hold these entries, and prompts read those that they ask for."""

@@ -29,11 +29,15 @@ class Reading:
         self.chooser, self.embeddings, self.opening, self.limit = chooser, embeddings, list(opening), limit
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        starts = [start or 0 for start in turn_starts(rows, self.opening)]
-        asked = dict(zip(map(tuple, rows), starts, strict=True))  # beams have the same rows
-        chosen = self.chooser.choose(list(asked), list(asked.values()))
-        found = {row: self._vectors(self._fitting(len(row), own)) for row, own in zip(asked, chosen, strict=True)}
+        asked = list(dict.fromkeys(map(tuple, rows)))  # beams have the same rows
+        found = {row: self._vectors(own) for row, own in zip(asked, self.entries(asked), strict=True)}
         return [found[tuple(row)] for row in rows]
+
+    def entries(self, rows: Sequence[Sequence[int]]) -> list[list[SlotEntry]]:
+        """Return the entries that each row of token ids reads."""
+        starts = [start or 0 for start in turn_starts(rows, self.opening)]
+        chosen = self.chooser.choose(rows, starts)
+        return [self._fitting(len(row), own) for row, own in zip(rows, chosen, strict=True)]
 
     def _fitting(self, tokens: int, indices: Sequence[int]) -> list[SlotEntry]:
         """Return those of some entries that fit into the context with a prompt of so many tokens."""

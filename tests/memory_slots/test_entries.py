@@ -193,9 +193,17 @@ def test_what_is_read_can_be_given() -> None:
     memory.use(memory.entries)
     assert torch.equal(logits(model, asked), both)
     assert not any(torch.equal(one, other) for one, other in ((both, first), (first, second), (both, second)))
+    assert memory.entries_read(["Mira Park", "Oslo"]) == [memory.entries[1:], []]
     strange = make_entries([WIFI], TOKENIZER, 64)
     with pytest.raises(ValueError, match="none of the memory's `entries`"):
         memory.use(strange)
+    for chosen, why in (
+        (lambda prompts: [strange], "none of the memory's `entries`"),
+        (lambda prompts: [], "of 0 prompts"),
+    ):
+        memory.use(chosen)
+        with pytest.raises(ValueError, match=why):
+            logits(model, asked)
 
 
 def test_entries_that_do_not_fit_are_left_out() -> None:
