@@ -18,6 +18,7 @@ BASELINES = (
     "emmet",
     "encoder",
     "slots",
+    "retrieval",
     "refined",
     "prompt",
     "residual",

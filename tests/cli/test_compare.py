@@ -21,7 +21,7 @@ COMPARED = {
     "gated_lora": ("lora_rank=2", "num_train_epochs=2", "num_prefixes=1"),
     "residual": QUICK["residual"],
     **dict.fromkeys(("memit", "alphaedit", "emmet"), QUICK["memit"]),
-    **dict.fromkeys(("slots", "refined"), QUICK["slots"]),
+    **dict.fromkeys(("slots", "retrieval", "refined"), QUICK["slots"]),
     **dict.fromkeys(("lora", "full"), TRAINING),
 }
 
