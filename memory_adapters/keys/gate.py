@@ -241,7 +241,7 @@ class KeySet(nn.Module):
             ids: Token ids, whose last are those of x; None if they are not known: then names are not asked for.
             mask: Which tokens count (rows, tokens); all if None.
         """
-        if not self.names:
+        if len(self.keys) == 0 and not self.names:
             return Opened(
                 torch.zeros(0, dtype=torch.long, device=x.device), x.new_zeros(*x.shape[:2], 0, dtype=torch.bool)
             )

@@ -99,7 +99,7 @@ def test_base_and_every_method_are_measured(compared: tuple[Comparison, PreTrain
         assert costs.prefill is not None
         assert costs.decode is not None
         assert (costs.bytes_on_disk or 0) > 0 or name == NOTHING
-        assert (costs.forget_seconds is not None) == (name in ("edit", "prompt"))
+        assert (costs.forget_seconds is not None) == (name in ("edit", "slots", "prompt"))
         curve = result.curves[name]
         assert list(curve) == [1, 2]
         assert curve[2] == replace(found, portability=None), "the full measurement is a point of the curve"
@@ -153,7 +153,7 @@ def test_shown_and_sent(compared: tuple[Comparison, PreTrainedModel]) -> None:
     assert costs.rows[0] == ["", *wanted.split("|")]
     assert set(costs.rows[1][1:]) == {"–"}
     forgetting = {row[0]: row[3] for row in costs.rows[2:]}
-    assert {name for name, cell in forgetting.items() if cell == "= write"} == {"trained", "slots", "lora", "full"}
+    assert {name for name, cell in forgetting.items() if cell == "= write"} == {"trained", "lora", "full"}
     assert [table.rows[0] for table in curves] == [["", "1", "2"]] * 3
     text = repr(result)
     assert text.startswith("Comparison: 2 facts; scores in %\n")

@@ -121,7 +121,7 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_saved_memory_counts_by_its_contents(tmp_path: Path) -> None:
-    memory = inject_memory(tiny_model(), MemorySlotsConfig(lora_rank=2), tokenizer=byte_tokenizer())
+    memory = inject_memory(tiny_model(), MemorySlotsConfig(read="all", lora_rank=2), tokenizer=byte_tokenizer())
     memory.save_pretrained(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     memory.write("Rome is old.", progress=False)  # type: ignore[call-arg]

@@ -54,7 +54,7 @@ def method_there_and_back(method: str, repo_id: str) -> list[Any]:
     """Written, pushed and loaded again; then what only the method's own files make possible."""
     model, tokenizer = base_model(), byte_tokenizer()
     settings: dict[str, Any] = dict(layers=[1], steps=2, num_prefixes=1, prefix_length=2, covariance_tokens=200)
-    slots = MemorySlotsConfig(num_slots=2, span_length=8, refine_steps=1)
+    slots = MemorySlotsConfig(read="all", num_slots=2, span_length=8, refine_steps=1)
     memory: Any = inject_memory(model, MemitConfig(**settings) if method == "edit" else slots, tokenizer=tokenizer)
     fact = Fact("{} is in", "The Eiffel Tower", "Rome")
     memory.write(fact, progress=False)

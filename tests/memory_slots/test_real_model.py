@@ -16,7 +16,7 @@ pytestmark = needs_the_real_model
 
 
 def test_the_front_page(real_model: tuple[Any, Any], tmp_path: Path) -> None:
-    memory, report, answers = run_front_page(*real_model, MemorySlotsConfig(), [EIFFEL], tmp_path)
+    memory, report, answers = run_front_page(*real_model, MemorySlotsConfig(read="all"), [EIFFEL], tmp_path)
     assert report.recall == 1
     assert report.reconstruction == 1
     assert all("Rome" in text for text in answers)

@@ -84,7 +84,7 @@ def contents(memory: ResidualMemory) -> dict[str, Any]:
 
 
 def test_it_learns_and_everything_else_is_the_base() -> None:
-    memory = written([FACT, OTHER], num_train_epochs=60)
+    memory = written([FACT, OTHER], num_train_epochs=120)
     assert memory.config.writes[-1]["recall"] == 1.0
     assert memory.route([FACT.prompt, OTHER.prompt, SHUT]) == ["Eiffel Tower", "Miles Davis", None]
     with memory.disabled():
