@@ -258,7 +258,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 losses = losses or made.losses
         self._read_entries(entries)
         unread = [entry for entry in entries if self._config.read == "names" and not entry.names and not entry.terms]
-        notes = [f"{len(new)} entries were made, {sum(entries[i].num_slots for i in new)} slots in all"]
+        notes = [f"entries made: {len(new)}, of {sum(entries[i].num_slots for i in new)} slots in all"]
         if unread:
             notes.append(
                 f"{len(unread)} entries have no name that a prompt could have, such as {unread[0].title!r}: they are "
