@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## teach a real model by every method, switch off, forg
 # Tests run in JOBS processes of one thread each. Markers: pyproject.toml.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: check ## everything CI runs, in under 12 minutes: lint, types, layout, and all tests that are not slow
+test: check ## everything CI runs, in about 15 minutes: lint, types, layout, and all tests that are not slow
 	$(PYTEST) -m "not slow"
 
 test-fast: $(VENV)/.installed ## what to run while working, in under 3 minutes: no real model, processes or compiler
