@@ -204,10 +204,10 @@ class Memory(OnHub, Generic[ConfigT]):
                     reconstruction_before=rebuilt_before,
                     losses=outcome.losses,
                     num_parameters=self.num_parameters(),
+                    seconds=time.perf_counter() - start,
                     notes=[*notes, *outcome.notes, *found.pop("notes", [])],
                     **found,
                 )
-                report.seconds = time.perf_counter() - start
                 self._config.record(report)
         return report
 

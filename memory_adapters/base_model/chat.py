@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from memory_adapters.base_model.tokens import tokenize
 
 __all__ = ["rendered_question", "turn_opening"]
 
@@ -23,19 +26,22 @@ def rendered_question(tokenizer: PreTrainedTokenizerBase, question: str) -> tupl
     if not getattr(tokenizer, "chat_template", None):
         return None
     for as_parts in (False, True):
-        text = _rendered(tokenizer, question, as_parts)
+        text = _rendered(tokenizer, [question], as_parts)
         if text is None or question not in text:
             continue
-        before = (_rendered(tokenizer, PLACEHOLDER, as_parts) or "").partition(PLACEHOLDER)[0]
+        before = (_rendered(tokenizer, [PLACEHOLDER], as_parts) or "").partition(PLACEHOLDER)[0]
         return text, len(before) if text.startswith(before + question) else text.rindex(question)
     return None
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, question: str, as_parts: bool) -> str | None:
-    content = [{"type": "text", "text": question}] if as_parts else question
-    message: Any = [{"role": "user", "content": content}]
+def _rendered(tokenizer: PreTrainedTokenizerBase, said: Sequence[str], as_parts: bool) -> str | None:
+    """Return a chat in which user and model speak in turn, the user first; None if the template refuses it."""
+    messages: Any = [
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}] if as_parts else text}
+        for i, text in enumerate(said)
+    ]
     try:
-        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception:  # a template is a program: what it does not take it may refuse in any way
         return None
 
@@ -51,7 +57,7 @@ def turn_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     for as_parts in (False, True):
         before = _before_user(tokenizer, as_parts)
         if before:
-            first, later = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in before)
+            first, later = (tokenize(tokenizer, text, rendered=True) for text in before)
             same = 0
             while same < min(len(first), len(later)) and first[-1 - same] == later[-1 - same]:
                 same += 1
@@ -62,14 +68,7 @@ def turn_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _before_user(tokenizer: PreTrainedTokenizerBase, as_parts: bool) -> tuple[str, str] | None:
     """Return what stands before the first and before the second message of a user."""
     said = ("QUESTION ONE", "ANSWER", "QUESTION TWO")
-    messages: Any = [
-        {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
-        for role, text in zip(("user", "assistant", "user"), said, strict=True)
-    ]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception:  # as in `_rendered`
-        return None
-    if not all(text.count(one) == 1 for one in said):
+    text = _rendered(tokenizer, said, as_parts)
+    if text is None or not all(text.count(one) == 1 for one in said):
         return None
     return text.partition(said[0])[0], text.partition(said[1])[2].partition(said[2])[0]

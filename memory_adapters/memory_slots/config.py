@@ -30,7 +30,7 @@ POOLINGS = ("tokens", "mean")
 
 @dataclass
 class MemorySlotsConfig(MemoryConfig):
-    """Configure memory slots (ICAE, Ge et al. 2024): contexts compressed into vectors, read as input embeddings.
+    """Configure memory slots: texts, whole or compressed into vectors (ICAE, Ge et al. 2024), read as embeddings.
 
     The encoder is the model itself with a LoRA that is active only while it compresses.
 

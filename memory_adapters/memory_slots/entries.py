@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import Any, TypeAlias
 
 import bm25s
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.names import occurs
 from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Item, QuestionAnswer
 from memory_adapters.keys.spellings import Spellings
 from memory_adapters.keys.things import Thing, spelling_ids, terms_of, things_of, words_in
@@ -96,8 +97,7 @@ def _entries(
     part_tokens: int,
     common: set[str],
 ) -> list[SlotEntry]:
-    def tokens(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens = partial(tokenize, tokenizer, rendered=True)
 
     names, terms = [], []
     if thing.spellings:
@@ -106,12 +106,13 @@ def _entries(
         written = [{term, term.lower(), term.capitalize()} for term in terms_of(thing, common)]
         terms = [tuple(tuple(tokens(text)) for w in sorted(own) for text in (f" {w}", w)) for own in written]
     parts = _parts(as_text(items, " "), lambda text: len(tokens(text)), part_tokens)
-    title = (lambda i: thing.name) if len(parts) == 1 else (lambda i: f"{thing.name} ({i + 1} of {len(parts)})")
-    if thing.spellings:  # else a model of this size does not see what a part is about
+    of_parts = [f"{thing.name} ({i + 1} of {len(parts)})" for i in range(len(parts))]
+    titles = of_parts if len(parts) > 1 else [thing.name]
+    if thing.spellings:  # a small model does not see what a part is about that does not name it
         parts = [part if occurs(thing.name, part) else f"{thing.name}. {part}" for part in parts]
     return [
-        SlotEntry(title(i), items, tuple(tokens(part + END)), None, tuple(names), tuple(terms))
-        for i, part in enumerate(parts)
+        SlotEntry(title, items, tuple(tokens(part + END)), None, tuple(names), tuple(terms))
+        for title, part in zip(titles, parts, strict=True)
     ]
 
 
@@ -169,6 +170,7 @@ class Chooser:
         self._words = Spellings(
             (i, ids) for i, entry in enumerate(entries) for ids in {one for term in entry.terms for one in term}
         )
+        self._indexes: dict[tuple[int, ...], Any] = {}
 
     def choose(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
         """Return the indices of the entries that each row of token ids reads, in rising order.
@@ -177,13 +179,9 @@ class Chooser:
             rows: Prompts, without padding.
             starts: Where the last question of each begins.
         """
-        if not self.entries:
-            return [[] for _ in rows]
         if self.retriever is not None:
             return self._retrieved(self.retriever, rows)
         every = list(range(len(self.entries)))
-        if self.read == "all":
-            return [every for _ in rows]
         found = []
         for row, start in zip(rows, starts, strict=True):
             if self.read == "bm25":
@@ -228,7 +226,7 @@ class Chooser:
         """Return the candidates that have most of a question's words, by BM25, if there are too many."""
         if len(candidates) <= self.top_k and self.read != "bm25":
             return list(candidates)
-        index = self._index if len(candidates) == len(self.entries) else self._indexed(candidates)
+        index = self._index(tuple(candidates))
         words = [word for word in self._as_words([question])[0] if word in index.vocab_dict]
         if not words:
             return []
@@ -236,14 +234,12 @@ class Chooser:
         best = sorted(range(len(candidates)), key=lambda place: -scores[place])[: self.top_k]
         return sorted(candidates[place] for place in best if scores[place] > 0)
 
-    @cached_property
-    def _index(self) -> Any:
-        return self._indexed(range(len(self.entries)))
-
-    def _indexed(self, candidates: Sequence[int]) -> Any:
-        index = bm25s.BM25()
-        index.index(self._as_words([self.entries[i].input_ids for i in candidates]), show_progress=False)
-        return index
+    def _index(self, candidates: tuple[int, ...]) -> Any:
+        """Return the BM25 index of some entries, which is made once: they are all, or the parts of a document."""
+        if candidates not in self._indexes:
+            index = self._indexes[candidates] = bm25s.BM25()
+            index.index(self._as_words([self.entries[i].input_ids for i in candidates]), show_progress=False)
+        return self._indexes[candidates]
 
     def _as_words(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
         if self.tokenizer is None:

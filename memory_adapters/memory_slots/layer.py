@@ -1,4 +1,4 @@
-"""The PEFT layer of memory slots: what the model reads before every prompt, in plain `model(...)` and `generate(...)`.
+"""The PEFT layer of memory slots: what the model reads with a prompt, in plain `model(...)` and `generate(...)`.
 
 A child of the model's decoder stack holds the slots of all memories, and two hooks on that stack use them. Whatever the
 caller gives and gets has the prompt's length, caches too; the prompt's positions are behind the slots. Where a model
@@ -110,7 +110,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     if embedded is None:
         embedded = stack.get_input_embeddings()(ids)
     reader.note((count, leading))
-    return (), _with_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, leading)
+    return (), _with_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, prompt_mask, leading)
 
 
 @torch.compiler.disable
@@ -171,7 +171,7 @@ def _uses_cache(stack: PreTrainedModel, given: dict[str, Any]) -> bool:
 
 
 def _with_embeddings(
-    given: dict[str, Any], embedded: Tensor, vectors: Tensor, mask: Tensor, leading: Tensor | None
+    given: dict[str, Any], embedded: Tensor, vectors: Tensor, mask: Tensor, prompt_mask: Tensor, leading: Tensor | None
 ) -> dict[str, Any]:
     """Return a pass with the slots' embeddings among those of the prompt, and what else it gives for each token."""
     given["input_ids"], given["inputs_embeds"] = None, inserted(embedded, vectors.to(embedded), leading)
@@ -181,10 +181,8 @@ def _with_embeddings(
     if (positions := given.get("position_ids")) is not None:
         own = slot_positions(mask)
         if leading is not None:  # behind the prompt's tokens that stand before the slots
-            prompt_mask = removed(given["attention_mask"], mask.shape[1], leading)
-            own = own + (prompt_mask * (torch.arange(prompt_mask.shape[1], device=own.device) < leading[:, None])).sum(
-                1, keepdim=True
-            )
+            before = torch.arange(prompt_mask.shape[1], device=own.device) < leading[:, None]
+            own = own + (prompt_mask * before).sum(1, keepdim=True)
         kinds = [inserted(one, own, leading) for one in positions.reshape(-1, *embedded.shape[:2])]
         given["position_ids"] = torch.stack(kinds).view(*positions.shape[:-1], -1)
     return given
@@ -259,9 +257,14 @@ class Entry(nn.Module):
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return slots of rows (slots, embedding_size) as one tensor, shorter ones behind padding, and their mask."""
+    """Return slots of rows (slots, embedding_size) as one tensor, shorter ones behind padding, and their mask.
+
+    Args:
+        rows: Of each row of a batch; none for one row without slots.
+        like: Any slots (…, embedding_size) on the device.
+    """
     longest = max(map(len, rows), default=0)
-    vectors = like.new_zeros(max(len(rows), 1), longest, like.shape[2])
+    vectors = torch.zeros(max(len(rows), 1), longest, like.shape[-1], dtype=torch.float32, device=like.device)
     mask = torch.zeros(max(len(rows), 1), longest, dtype=torch.long, device=like.device)
     for i, row in enumerate(rows):
         if len(row):
@@ -363,19 +366,14 @@ class SlotReader(MemoryLayer):
         beams = 1 if ids is None else max(len(ids) // len(names), 1)  # all of a row read what its first reads
         firsts = [None if ids is None else [ids[i * beams]] for i in range(len(names))]
         read = [None if one is None else one.read(own) for one, own in zip(entries, firsts, strict=True)]
-        longest = max((own[0].shape[1] for own in read if own is not None), default=0)
-        if longest == 0:
+        vectors = [own[0] for own in read if own is not None]
+        if not any(own.shape[1] for own in vectors):
             return None
-        some = next(entry for entry in entries if entry is not None)
-        vectors = some.vectors.new_zeros(len(entries), longest, some.vectors.shape[2])
-        mask = some.mask.new_zeros(len(entries), longest)
-        for i, own in enumerate(read):
-            if own is not None:
-                if len(own[0]) > 1:
-                    raise ValueError(
-                        f"`adapter_names` has {names[i]!r}, which reads {len(own[0])} rows of slots of its own: "
-                        "let it `use` one, or leave rows to it alone."
-                    )
-                count = own[0].shape[1]
-                vectors[i, longest - count :], mask[i, longest - count :] = own[0][0], own[1][0]
-        return vectors, mask
+        for name, own in zip(names, read, strict=True):
+            if own is not None and len(own[0]) > 1:
+                raise ValueError(
+                    f"`adapter_names` has {name!r}, which reads {len(own[0])} rows of slots of its own: "
+                    "let it `use` one, or leave rows to it alone."
+                )
+        nothing = vectors[0][0, :0]
+        return padded([nothing if own is None else own[0][0] for own in read], nothing)

@@ -43,7 +43,7 @@ from memory_adapters.memory_slots.entries import (
     saved_entries,
 )
 from memory_adapters.memory_slots.export import prompt_tuning
-from memory_adapters.memory_slots.layer import Entry, SlotReader, reading_module
+from memory_adapters.memory_slots.layer import Entry, SlotReader, padded, reading_module
 from memory_adapters.memory_slots.prompts import as_queries, as_text
 from memory_adapters.memory_slots.reading import Reading
 from memory_adapters.memory_slots.slots import MemorySlots
@@ -339,13 +339,13 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def _forget_of_entries(self, gone: Sequence[Item]) -> None:
         with exclusive_use(self.model), own_settings():
             self._check_writable()
-            written, tokenizer = self.items, self._require_tokenizer()
-            if missing := [item for item in gone if item not in set(written)]:
-                raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `items`.")
-            left = [item for item in written if item not in set(gone)]
+            written, without, tokenizer = self.items, set(gone), self._require_tokenizer()
+            if missing := without.difference(written):
+                raise ValueError(f"`items` holds {next(iter(missing))!r}, which is not written; see `items`.")
+            left = [item for item in written if item not in without]
             entries = make_entries(left, tokenizer, self._config.part_tokens, self._entries)
             kept = {id(entry) for entry in entries}
-            changed = [entry for entry in self._entries if id(entry) not in kept and set(entry.items) - set(gone)]
+            changed = [entry for entry in self._entries if id(entry) not in kept and set(entry.items) - without]
             if torn := [entry for entry in changed if entry.slots is not None]:
                 raise NotImplementedError(
                     f"The entry {torn[0].title!r} is compressed, and holds items that are to stay: forget all of its "
@@ -400,7 +400,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._register_again()
         if callable(slots) or (isinstance(slots, Sequence) and any(isinstance(one, SlotEntry) for one in slots)):
             chosen = self._entries if callable(slots) else cast(Sequence[SlotEntry], slots)
-            if unknown := [one for one in chosen if not any(one is own for own in self._entries)]:
+            known = set(map(id, self._entries))
+            if unknown := [one for one in chosen if id(one) not in known]:
                 raise ValueError(f"`slots` has {shown(unknown[0])}, which is none of the memory's `entries`.")
             with exclusive_use(self.model), rollback_on_error(*self._saved_state()):
                 self._choose(chosen, slots if callable(slots) else None)
@@ -416,22 +417,14 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         with exclusive_use(self.model), rollback_on_error(*self._saved_state()):
             slots, items = self._written
             if self._config.read == "all":
-                self._config.items = (
-                    items if list(map(id, rows)) == list(map(id, slots)) else []
-                )  # of others: not known
+                as_written = list(map(id, rows)) == list(map(id, slots))
+                self._config.items = items if as_written else []  # of others: not known
             self._read(rows)
             self._entry.choose = None
 
     def _read(self, rows: list[MemorySlots]) -> None:
         """Do as `use`, with slots that fit."""
-        decoder = self.encoder.decoder
-        longest = max((row.num_slots for row in rows), default=0)
-        device = self.encoder.device
-        vectors = torch.zeros(max(len(rows), 1), longest, decoder.embedding_size, device=device)
-        mask = torch.zeros(max(len(rows), 1), longest, dtype=torch.long, device=device)
-        for i, row in enumerate(rows):
-            vectors[i, longest - row.num_slots :] = row.vectors
-            mask[i, longest - row.num_slots :] = 1
+        vectors, mask = padded([row.vectors for row in rows], self._entry.vectors)
         self._entry.vectors, self._entry.mask = vectors, mask
         self.slots = rows
         if not self._entries:
