@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.memory_slots.placement import (
+    behind_turns,
     check_length,
     inserted,
     leading_padding,
@@ -76,7 +77,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     prompt_mask = _prompt_mask(given.get("attention_mask"), mask, past + tokens)
     if continued is None:
         leading = leading_padding(stack, prompt_mask, count, reader.as_embeddings)
-        leading = _behind_turns(leading, prompt_mask, reader.starts(rows))
+        leading = behind_turns(leading, prompt_mask, reader.starts(rows))
     if "position_ids" in names:
         positions: Any = given.get("position_ids")
         if positions is None:
@@ -121,21 +122,6 @@ def _unpadded(ids: Tensor, mask: Any) -> list[list[int]]:
     return [
         [token for token, own in zip(*row, strict=True) if own] for row in zip(ids.tolist(), mask.tolist(), strict=True)
     ]
-
-
-def _behind_turns(leading: Tensor | None, mask: Tensor, starts: Sequence[int | None]) -> Tensor | None:
-    """Return how many tokens stand before the slots in each row (rows,): up to what the user says, where that is known.
-
-    Args:
-        leading: The padding that slots must stand behind; None if they can be first.
-        mask: The attention mask (rows, tokens).
-        starts: For each row, the tokens up to what the user says, without padding.
-    """
-    if all(start is None for start in starts):
-        return leading
-    padding = (mask.cumsum(-1) == 0).sum(-1)
-    shift = torch.tensor([start or 0 for start in starts], device=mask.device)
-    return padding + shift
 
 
 def _mark_of(cache: Any) -> Any:

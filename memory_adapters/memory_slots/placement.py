@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import attention_window, context_length
 
-__all__ = ["check_length", "inserted", "leading_padding", "removed", "slot_positions", "turn_starts"]
+__all__ = ["behind_turns", "check_length", "inserted", "leading_padding", "removed", "slot_positions", "turn_starts"]
 
 
 def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bool) -> Tensor | None:
@@ -27,8 +27,26 @@ def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bo
     config = stack.config.get_text_config(decoder=True)
     if not always and mask.shape[1] + count <= attention_window(config):
         return None
-    leading = (mask.cumsum(-1) == 0).sum(-1)
+    leading = _padding(mask)
     return leading if bool(leading.any()) else None
+
+
+def behind_turns(leading: Tensor | None, mask: Tensor, starts: Sequence[int | None]) -> Tensor | None:
+    """Return how many tokens stand before the slots in each row (rows,): up to what the user says, where that is known.
+
+    Args:
+        leading: The padding that slots must stand behind; None if they can be first.
+        mask: The attention mask (rows, tokens).
+        starts: For each row, the tokens up to what the user says, without padding.
+    """
+    if all(start is None for start in starts):
+        return leading
+    return _padding(mask) + torch.tensor([start or 0 for start in starts], device=mask.device)
+
+
+def _padding(mask: Tensor) -> Tensor:
+    """Return how much padding each row of an attention mask (rows, tokens) starts with (rows,)."""
+    return (mask.cumsum(-1) == 0).sum(-1)
 
 
 def turn_starts(rows: Sequence[Sequence[int]], opening: Sequence[int]) -> list[int | None]:
