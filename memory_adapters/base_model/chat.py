@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.tokens import tokenize
 
-__all__ = ["rendered_question", "turn_opening"]
+__all__ = ["chat_start", "rendered_question", "turn_opening"]
 
 PLACEHOLDER = "{question}"
 
@@ -52,23 +52,25 @@ def turn_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Returns:
         Nothing if there is no template, or none that begins a turn so.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    for as_parts in (False, True):
-        before = _before_user(tokenizer, as_parts)
-        if before:
-            first, later = (tokenize(tokenizer, text, rendered=True) for text in before)
-            same = 0
-            while same < min(len(first), len(later)) and first[-1 - same] == later[-1 - same]:
-                same += 1
-            return first[len(first) - same :]
-    return []
+    first, later = _before_user(tokenizer)
+    same = 0
+    while same < min(len(first), len(later)) and first[-1 - same] == later[-1 - same]:
+        same += 1
+    return first[len(first) - same :]
 
 
-def _before_user(tokenizer: PreTrainedTokenizerBase, as_parts: bool) -> tuple[str, str] | None:
-    """Return what stands before the first and before the second message of a user."""
+def chat_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all tokens that a chat template puts before what a user says first; none if there is no template."""
+    return _before_user(tokenizer)[0]
+
+
+def _before_user(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens before the first and before the second message of a user; none where that is not known."""
     said = ("QUESTION ONE", "ANSWER", "QUESTION TWO")
-    text = _rendered(tokenizer, said, as_parts)
-    if text is None or not all(text.count(one) == 1 for one in said):
-        return None
-    return text.partition(said[0])[0], text.partition(said[1])[2].partition(said[2])[0]
+    for as_parts in (False, True) if getattr(tokenizer, "chat_template", None) else ():
+        text = _rendered(tokenizer, said, as_parts)
+        if text is not None and all(text.count(one) == 1 for one in said):
+            before = text.partition(said[0])[0], text.partition(said[1])[2].partition(said[2])[0]
+            first, later = (tokenize(tokenizer, part, rendered=True) for part in before)
+            return first, later
+    return [], []

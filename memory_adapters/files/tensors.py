@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -59,12 +59,15 @@ def _check_header(path: Path) -> None:
         parse_json(file.read(length))
 
 
-def read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, expected: Mapping[str, torch.Size], integers: Container[str] = ()
+) -> dict[str, torch.Tensor]:
     """Read a safetensors file that must have exactly the tensors that its config describes.
 
     Args:
         path: The file.
         expected: Name to shape. The header is compared with it before any tensor is read.
+        integers: Names of tensors of int32; the others are floats.
 
     Returns:
         Name to tensor. Tensors are copies: they do not change with the file.
@@ -83,10 +86,11 @@ def read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, to
                 raise ValueError(f"`{path}` does not match its config: {found}. {SAVE_AGAIN}")
             for name, shape in expected.items():
                 part = file.get_slice(name)
-                if list(part.get_shape()) != list(shape) or part.get_dtype() not in _FILE_DTYPES:
+                dtypes, kind = (("I32",), "int32") if name in integers else (_FILE_DTYPES, "floats")
+                if list(part.get_shape()) != list(shape) or part.get_dtype() not in dtypes:
                     raise ValueError(
                         f"`{path}`: `{name}` is {part.get_dtype()} {part.get_shape()}, but its config describes "
-                        f"floats of shape {list(shape)}. {SAVE_AGAIN}"
+                        f"{kind} of shape {list(shape)}. {SAVE_AGAIN}"
                     )
             tensors = {name: file.get_tensor(name).clone() for name in expected}  # not a view of the file
             digest = (file.metadata() or {}).get("sha256")

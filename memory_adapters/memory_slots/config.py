@@ -18,6 +18,7 @@ from torch import nn
 from memory_adapters.base_model.decoder import Decoder
 from memory_adapters.base_model.matrices import block_matrices, lora_shapes, takes_lora
 from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
+from memory_adapters.memory_slots.keys_values import KEYS_VALUES_FILE, KeysValues, save_keys_values
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.peft_layers.lora_config import check_target_modules, lora_config
 from memory_adapters.validation import check_choice, check_flag, check_number, shown
@@ -25,6 +26,7 @@ from memory_adapters.validation import check_choice, check_flag, check_number, s
 __all__ = ["MemorySlotsConfig"]
 
 READS = ("names", "bm25", "all")
+SPACES = ("kv", "embeddings")
 POOLINGS = ("tokens", "mean")
 
 
@@ -41,9 +43,13 @@ class MemorySlotsConfig(MemoryConfig):
         top_k: How many are read of the parts of a document that is named (those that share most words with what is
             asked, by BM25), or of all entries with `read="bm25"`.
         part_tokens: Most tokens of an entry: longer documents are cut into parts, at paragraphs and sentences.
+        space: What `write(compress=True)` compresses into: `"kv"`, keys and values of the text at every block, chosen
+            by the attention that they receive, without training; or `"embeddings"`, vectors that an encoder makes.
+            None for `"embeddings"` where the encoder was trained or `read="all"`, and `"kv"` elsewhere.
         num_slots: Slots of a full span, k.
-        span_length: Tokens of a full span; longer text is cut into equal spans. `span_length / num_slots` is the
-            compression rate asked for; what was achieved is `MemorySlots.compression_rate`.
+        span_length: Tokens of a full span; longer text is cut into equal spans, for an encoder. `span_length /
+            num_slots` is the compression rate asked for, of keys and values too; what was achieved is
+            `SlotEntry.compression_rate`.
         pooling: Where slots are read: `"tokens"`, the last hidden states at memory tokens appended to the span (as in
             the paper), or `"mean"`, the mean of neighbouring tokens' embeddings plus a learned sum of their states: an
             encoder that was never trained then gives pooled embeddings.
@@ -54,13 +60,15 @@ class MemorySlotsConfig(MemoryConfig):
         objective: What the encoder's training asks of whatever is not autoencoding: `"cross-entropy"` of the text, or
             `"distillation"`, KL from the model that reads the whole context. The mix of autoencoding, continuation and
             instructions is that of the examples.
-        refine_steps: Most gradient steps on the slots of a text in `write`; None for none with a trained encoder and
-            100 without.
-        refine_learning_rate: Adam's, in units of the RMS of the token embeddings; falls to 0 as a cosine. None for 0.25
-            with a trained encoder, whose slots are near what is sought, and 1 without.
+        refine_steps: Most gradient steps on the slots of a text in `write`; None for 100 with an encoder that was not
+            trained, and none elsewhere.
+        refine_learning_rate: Adam's, in units of the RMS of the token embeddings (or of a block's keys and values);
+            falls to 0 as a cosine. None for 0.25 with a trained encoder, whose slots are near what is sought, 1
+            without, and 0.02 for keys and values.
         refine_target_loss: Refinement ends once every token asked is the model's first choice and the mean loss is
             below this.
-        refine_fraction: Weight of autoencoding in refinement, against predicting what is asked of the text.
+        refine_fraction: Weight of autoencoding in refinement, against predicting what is asked of the text; of keys and
+            values, against what the model says itself behind the text.
         precision: Of the refinement's forward passes: `"model"` for the model's own, or `"bfloat16"` where that is
             fast: a CPU without its instructions (AVX-512 on x86) takes the model's own.
         encoder_steps: Updates that the encoder was trained for. Filled in by training.
@@ -76,6 +84,7 @@ class MemorySlotsConfig(MemoryConfig):
     read: str = "names"
     top_k: int = 1
     part_tokens: int = 128
+    space: str | None = None
     num_slots: int = 128
     span_length: int = 512
     pooling: str = "mean"
@@ -98,10 +107,14 @@ class MemorySlotsConfig(MemoryConfig):
         super().__post_init__()
         self.peft_type = self.kind
         self.task_type = "CAUSAL_LM"
-        self.slots: list[MemorySlots] = []  # no field: what is read now, or of all entries, to be saved beside it
+        # No fields, but saved beside it: slots that are read now, or of all entries; keys and values by entry.
+        self.slots: list[MemorySlots] = []
+        self.kept: dict[int, KeysValues] = {}
         check_choice("read", self.read, READS)
         check_number("top_k", self.top_k, low=1, integer=True)
         check_number("part_tokens", self.part_tokens, low=1, integer=True)
+        if self.space is not None:
+            check_choice("space", self.space, SPACES)
         _check_entries(self.entries)
         if not isinstance(self.opening, list) or not all(type(i) is int and i >= 0 for i in self.opening):
             raise ValueError(f"`opening` must be a list of token ids, got {shown(self.opening)}.")
@@ -136,6 +149,8 @@ class MemorySlotsConfig(MemoryConfig):
         super(MemorySlotsConfig, saved).save_pretrained(save_directory, **kwargs)
         for slots in self.slots:
             slots.save(Path(save_directory) / MemorySlots.file)
+        if self.kept:
+            save_keys_values(Path(save_directory) / KEYS_VALUES_FILE, self.kept)
 
     def card_settings(self) -> dict[str, Any]:
         """Do as `MemoryConfig`; the LoRA's matrices, once resolved, are given by the ends of their names."""
@@ -145,17 +160,31 @@ class MemorySlotsConfig(MemoryConfig):
         return settings
 
     @property
+    def resolved_space(self) -> str:
+        """`space`, or what its None stands for."""
+        if self.space is not None:
+            return self.space
+        return "embeddings" if self.encoder_steps or self.read == "all" else "kv"
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether what is written are entries; if not, it is one text, which is compressed and read as a whole."""
+        return self.read != "all" or self.resolved_space == "kv"
+
+    @property
     def resolved_refine_steps(self) -> int:
         """`refine_steps`, or what its None stands for."""
         if self.refine_steps is not None:
             return self.refine_steps
-        return 0 if self.encoder_steps else 100
+        return 0 if self.encoder_steps or self.resolved_space == "kv" else 100
 
     @property
     def resolved_refine_learning_rate(self) -> float:
         """`refine_learning_rate`, or what its None stands for."""
         if self.refine_learning_rate is not None:
             return self.refine_learning_rate
+        if self.resolved_space == "kv":
+            return 0.02
         return 0.25 if self.encoder_steps else 1.0
 
     def slots_for(self, num_tokens: int) -> int:
@@ -230,7 +259,7 @@ def _check_entries(entries: Any) -> None:
     def well_formed(entry: Any) -> bool:
         return (
             isinstance(entry, dict)
-            and set(entry) == {"title", "items", "input_ids", "names", "terms", "spans"}
+            and set(entry) == {"title", "items", "input_ids", "names", "terms", "spans", "kept"}
             and isinstance(entry["title"], str)
             and ids(entry["items"])
             and ids(entry["input_ids"])
@@ -239,7 +268,7 @@ def _check_entries(entries: Any) -> None:
             and all(map(ids, entry["names"]))
             and isinstance(entry["terms"], list)
             and all(isinstance(term, list) and all(map(ids, term)) for term in entry["terms"])
-            and ids([entry["spans"]])
+            and ids([entry["spans"], entry["kept"]])
         )
 
     if not isinstance(entries, list) or not all(map(well_formed, entries)):

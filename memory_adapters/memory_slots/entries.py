@@ -17,13 +17,13 @@ from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Item, QuestionAnswer
 from memory_adapters.keys.spellings import Spellings
 from memory_adapters.keys.things import Thing, spelling_ids, terms_of, things_of, words_in
-from memory_adapters.memory_slots.prompts import as_text
+from memory_adapters.memory_slots.keys_values import KeysValues
+from memory_adapters.memory_slots.prompts import END, as_text
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.validation import shown
 
 __all__ = ["Chooser", "Retriever", "SlotEntry", "entry_to_dict", "make_entries", "saved_entries"]
 
-END = "\n\n"  # of every entry's text: what comes behind it is the prompt's
 SHORT_PART = 12  # words; a paragraph of fewer, such as a heading, goes with the next
 
 
@@ -35,7 +35,8 @@ class SlotEntry:
         title: What it is about; the parts of a document are numbered.
         items: What is written in it; a document whole.
         input_ids: The tokens of its text.
-        slots: What these were compressed into; None where the text is read as it is.
+        slots: The vectors that these were compressed into, if an encoder did.
+        kept: The keys and values that are read of them, if some were chosen; without either the text is read whole.
         names: Token ids of the names that it is read for.
         terms: Of an entry without a name, words that a prompt must have all of: each one's token ids, as it may be
             written.
@@ -45,6 +46,7 @@ class SlotEntry:
     items: tuple[Item, ...]
     input_ids: tuple[int, ...] = field(repr=False)
     slots: MemorySlots | None = None
+    kept: KeysValues | None = field(default=None, repr=False)
     names: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     terms: tuple[tuple[tuple[int, ...], ...], ...] = field(default=(), repr=False)
 
@@ -53,7 +55,19 @@ class SlotEntry:
         return len(self.input_ids)
 
     @property
+    def is_compressed(self) -> bool:
+        return self.slots is not None or self.kept is not None
+
+    @property
     def num_slots(self) -> int:
+        """Vectors that are read; keys of a head, where keys and values are."""
+        if self.kept is not None:
+            return self.kept.num_kept
+        return self.num_tokens if self.slots is None else self.slots.num_slots
+
+    @property
+    def num_positions(self) -> int:
+        """How many of the model's positions it takes: keys and values keep those of their tokens."""
         return self.num_tokens if self.slots is None else self.slots.num_slots
 
     @property
@@ -111,7 +125,7 @@ def _entries(
     if thing.spellings:  # a small model does not see what a part is about that does not name it
         parts = [part if occurs(thing.name, part) else f"{thing.name}. {part}" for part in parts]
     return [
-        SlotEntry(title, items, tuple(tokens(part + END)), None, tuple(names), tuple(terms))
+        SlotEntry(title, items, tuple(tokens(part + END)), names=tuple(names), terms=tuple(terms))
         for title, part in zip(titles, parts, strict=True)
     ]
 
@@ -182,6 +196,8 @@ class Chooser:
         if self.retriever is not None:
             return self._retrieved(self.retriever, rows)
         every = list(range(len(self.entries)))
+        if self.read == "all":
+            return [every for _ in rows]
         found = []
         for row, start in zip(rows, starts, strict=True):
             if self.read == "bm25":
@@ -254,7 +270,7 @@ class Chooser:
 
 
 def entry_to_dict(entry: SlotEntry, place: Mapping[Item, int]) -> dict[str, Any]:
-    """Return an entry, but for its slots, as JSON takes it; items by their place among what is written."""
+    """Return an entry without slots, keys and values, as JSON takes it; items by their place among what is written."""
     return {
         "title": entry.title,
         "items": [place[item] for item in entry.items],
@@ -262,18 +278,23 @@ def entry_to_dict(entry: SlotEntry, place: Mapping[Item, int]) -> dict[str, Any]
         "names": [list(ids) for ids in entry.names],
         "terms": [[list(ids) for ids in term] for term in entry.terms],
         "spans": 0 if entry.slots is None else entry.slots.num_spans,
+        "kept": 0 if entry.kept is None else entry.kept.num_kept,
     }
 
 
 def saved_entries(
-    saved: Sequence[Mapping[str, Any]], items: Sequence[Item], slots: MemorySlots | None
+    saved: Sequence[Mapping[str, Any]],
+    items: Sequence[Item],
+    slots: MemorySlots | None,
+    kept: Mapping[int, KeysValues],
 ) -> list[SlotEntry]:
     """Undo `entry_to_dict` of all entries.
 
     Args:
         saved: The entries.
         items: What is written.
-        slots: Those of all compressed entries, one after the other.
+        slots: Those of all entries that have some, one after the other.
+        kept: Keys and values, by the place of the entry.
 
     Raises:
         ValueError: If entries name items that are not written, or slots that are not there.
@@ -284,7 +305,7 @@ def saved_entries(
     if any(i >= len(items) for fields in saved for i in fields["items"]):
         raise ValueError("`entries` have items that are not written: save the memory again.")
     found, place = [], 0
-    for fields in saved:
+    for index, fields in enumerate(saved):
         own = spans[place : place + fields["spans"]]
         place += fields["spans"]
         found.append(
@@ -293,6 +314,7 @@ def saved_entries(
                 tuple(items[i] for i in fields["items"]),
                 tuple(fields["input_ids"]),
                 MemorySlots.concatenate(own) if own else None,
+                kept.get(index),
                 tuple(tuple(ids) for ids in fields["names"]),
                 tuple(tuple(tuple(ids) for ids in term) for term in fields["terms"]),
             )

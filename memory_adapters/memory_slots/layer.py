@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -16,24 +17,26 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from memory_adapters.base_model.decoder import Decoder, execution_device
+from memory_adapters.base_model.decoder import Decoder, attention_window, execution_device
 from memory_adapters.base_model.partial_forward import CACHE
+from memory_adapters.memory_slots.cached_reading import PromptStarts, Segment
 from memory_adapters.memory_slots.placement import (
     behind_turns,
     check_length,
     inserted,
     leading_padding,
+    padding_before_slots,
     removed,
     slot_positions,
     turn_starts,
 )
 from memory_adapters.memory_slots.slot_cache import FILLED, MARK, SlotCache, hide_slots, num_cached, show_slots
-from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer
+from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer, used_adapters
 
 __all__ = ["Entry", "SlotReader", "padded", "reading_module"]
 
-Choose: TypeAlias = Callable[[Sequence[Sequence[int]]], list[Tensor]]
-"""Returns what each row of token ids reads (slots, embedding_size)."""
+Choose: TypeAlias = Callable[[Sequence[Sequence[int]]], list[list[Segment]]]
+"""Returns what each row of token ids reads."""
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text; what multimodal models take for each token
 
@@ -53,8 +56,8 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         return None
     ids: Any = given.get("input_ids")
     rows = _unpadded(ids, given.get("attention_mask")) if ids is not None and reader.needs_ids() else None
-    slots = None if continued is not None else reader.read(rows)
-    if continued is None and slots is None:
+    read = None if continued is not None else reader.read(rows)
+    if continued is None and read is None:
         return None
     if isinstance(cache, StaticCache):
         raise ValueError(
@@ -63,20 +66,25 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         )
     embedded: Any = given.get("inputs_embeds")
     batch, tokens = (ids if embedded is None else embedded).shape[:2]
+    segments = (read and read.segments) or []
+    if _takes_keys(stack, given, segments):
+        return (), _with_keys(stack, given, segments, reader.starts(rows))
     vectors: Any  # (rows, slots, embedding_size)
     own: Any  # (rows, slots)
-    vectors, own = slots or (None, None)
-    mask, leading = continued or (own, None)
+    taken: Any  # positions that a row's slots take (rows, 1)
+    vectors, own = (None, None) if read is None else (read.vectors, read.mask)
+    mask, leading, taken = continued or (own, None, None if own is None else own.sum(1, keepdim=True))
     repeats, rest = divmod(batch, len(mask))
     if rest:
         raise ValueError(f"Slots of {len(mask)} rows are read, but the batch has {batch}: give one prompt a row.")
     mask = mask.repeat_interleave(repeats, 0)  # (batch, slots)
+    taken = taken.repeat_interleave(repeats, 0)  # (batch, 1)
     count = mask.shape[1]
     past = num_cached(cache) - (0 if continued is None else count)
     check_length(stack, count, past + tokens)
     prompt_mask = _prompt_mask(given.get("attention_mask"), mask, past + tokens)
     if continued is None:
-        leading = leading_padding(stack, prompt_mask, count, reader.as_embeddings)
+        leading = padding_before_slots(stack, prompt_mask, count, reader.as_embeddings)
         leading = behind_turns(leading, prompt_mask, reader.starts(rows))
     if "position_ids" in names:
         positions: Any = given.get("position_ids")
@@ -87,11 +95,10 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         behind: Any = 1
         if leading is not None:
             behind = torch.arange(past, past + tokens, device=positions.device)[None] >= leading[:, None]
-        given["position_ids"] = positions + mask.sum(1, keepdim=True) * behind
+        given["position_ids"] = positions + taken * behind
     given["attention_mask"] = inserted(prompt_mask, mask.to(prompt_mask.dtype), leading)  # (batch, slots + tokens)
 
-    recomputing = stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
-    if recomputing:
+    if _recomputes(stack):
         # Blocks that are computed again in the backward pass must not find their keys in a cache already.
         cache, given[CACHE], given["use_cache"] = None, None, False
     elif cache is None and _uses_cache(stack, given):
@@ -101,7 +108,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         # The cache holds the slots, and maybe a part of the prompt: the pass is that of the new tokens alone.
         return (), given
     if cache is not None:
-        setattr(cache, MARK, (own, leading))
+        setattr(cache, MARK, (own, leading, own.sum(1, keepdim=True)))
     if cache is not None and leading is None and not reader.as_embeddings and not torch.compiler.is_compiling():
         # The usual start: the slots' keys and values, known from an earlier pass, go into the empty cache.
         reader.cache.fill(stack, cache, vectors, own, repeats, reader.sources(vectors))
@@ -112,6 +119,59 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         embedded = stack.get_input_embeddings()(ids)
     reader.note((count, leading))
     return (), _with_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, prompt_mask, leading)
+
+
+def _recomputes(stack: PreTrainedModel) -> bool:
+    return stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
+
+
+def _takes_keys(stack: PreTrainedModel, given: dict[str, Any], read: Sequence[Sequence[Segment]]) -> bool:
+    """Return whether a pass reads keys and values that were kept of entries: if it cannot, it reads their texts."""
+    if all(segment.kept is None for own in read for segment in own):
+        return False
+    reader, ids, config = SlotReader.of(stack), given.get("input_ids"), stack.config.get_text_config(decoder=True)
+    if torch.compiler.is_compiling() or reader.as_embeddings or reader.rows is not None or ids is None:
+        return False
+    states = ("output_attentions", "output_hidden_states")  # of the tokens before the entries, too
+    if _recomputes(stack) or any(given.get(one, getattr(config, one, False)) for one in states):
+        return False
+    taken = max(sum(len(segment.vectors) for segment in own) for own in read)
+    others = (m for m in stack.modules() if isinstance(m, MemoryLayer) and m is not reader)
+    # Memories that act by the prompt have to see it whole.
+    return ids.shape[1] + taken <= attention_window(config) and not any(used_adapters(other) for other in others)
+
+
+def _with_keys(
+    stack: PreTrainedModel, given: dict[str, Any], read: Sequence[Sequence[Segment]], starts: Sequence[int | None]
+) -> dict[str, Any]:
+    """Return a pass behind the keys and values of entries, and of the tokens before these."""
+    reader, ids, cache = SlotReader.of(stack), given["input_ids"], given.get(CACHE)
+    batch, tokens = ids.shape
+    check_length(stack, max(sum(len(segment.vectors) for segment in own) for own in read), tokens)
+    prompt_mask = _prompt_mask(given.get("attention_mask"), torch.ones_like(ids[:, :0]), tokens)
+    padding = leading_padding(prompt_mask)
+    before = torch.tensor([start or 0 for start in starts] or [0] * batch, device=ids.device)
+    leading = (padding + before).clamp(max=tokens - 1)  # (batch,); the last token is the pass's own
+    begun = reader.prompt_starts.begin(stack, ids, padding, leading, read)
+    done, rest = begun.tokens, slice(begun.tokens, None)
+    if "position_ids" in inspect.signature(stack.forward).parameters:
+        positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0) + begun.positions
+        of_kinds: Any = given.get("position_ids")
+        shape = positions.shape if of_kinds is None else (*of_kinds.shape[:-2], *positions.shape)
+        given["position_ids"] = positions.expand(shape)[..., rest]
+    given["input_ids"] = ids[:, rest]
+    given["attention_mask"] = inserted(prompt_mask, begun.mask.to(prompt_mask.dtype), leading)
+    for kind in TOKEN_TYPES:
+        if isinstance(given.get(kind), Tensor):
+            given[kind] = given[kind][:, rest]
+    if cache is None:
+        cache = given[CACHE] = DynamicCache(config=stack.config)
+        given["use_cache"] = _uses_cache(stack, given)
+    for index, (keys, values) in enumerate(begun.layers):
+        cache.update(keys, values, index)
+    setattr(cache, MARK, (begun.mask, leading, begun.positions))
+    reader.note(begun.states if done else None)
+    return given
 
 
 @torch.compiler.disable
@@ -175,12 +235,20 @@ def _with_embeddings(
 
 
 def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Remove the slots' outputs where their embeddings were part of the pass: the decoder stack's forward hook."""
+    """Remove the slots' outputs where their embeddings were part of the pass, or add those of the tokens before them.
+
+    The decoder stack's forward hook.
+    """
     reader, cache = SlotReader.of(stack), kwargs.get(CACHE)
     if isinstance(getattr(cache, MARK, None), tuple) and not torch.compiler.is_compiling():
         hide_slots(cast(Cache, cache))
+        if kwargs.get("use_cache") is False and output.get(CACHE) is not None:
+            output[CACHE] = None  # it is the pass's own, for the keys and values of entries
     noted = reader.noted()
     if noted is None:
+        return output
+    if isinstance(noted, Tensor):
+        output.last_hidden_state = torch.cat([noted, output.last_hidden_state], 1)
         return output
     count, leading = noted
     output.last_hidden_state = removed(output.last_hidden_state, count, leading)
@@ -215,6 +283,21 @@ def reading_module(decoder: Decoder) -> PreTrainedModel:
     return cast(PreTrainedModel, stack if plain or not outer else model.get_submodule(outer))
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Store what a pass reads.
+
+    Attributes:
+        vectors: Embeddings of slots (rows, slots, embedding_size).
+        mask: 1 where a row has a slot (rows, slots).
+        segments: The same of each row, entry by entry, where entries are chosen.
+    """
+
+    vectors: Tensor
+    mask: Tensor
+    segments: list[list[Segment]] | None = None
+
+
 class Entry(nn.Module):
     """Store the slots that one memory lets the model read.
 
@@ -235,11 +318,14 @@ class Entry(nn.Module):
         self.register_buffer("vectors", torch.zeros(1, 0, embedding_size, dtype=torch.float32), persistent=False)
         self.register_buffer("mask", torch.zeros(1, 0, dtype=torch.long), persistent=False)
 
-    def read(self, ids: Sequence[Sequence[int]] | None) -> tuple[Tensor, Tensor]:
-        """Return what is read now, as `vectors` and `mask` are: of each row, if rows are known and read their own."""
+    def read(self, ids: Sequence[Sequence[int]] | None) -> Read:
+        """Return what is read now: of each row, if rows are known and read their own."""
         if self.choose is None:
-            return self.vectors, self.mask
-        return padded(self.choose(ids) if ids is not None else [], self.vectors)
+            return Read(self.vectors, self.mask)
+        segments = self.choose(ids) if ids is not None else []
+        like = self.vectors
+        rows = [torch.cat([like[0, :0], *(own.vectors.to(like) for own in row)]) for row in segments]
+        return Read(*padded(rows, like), segments)
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,6 +350,7 @@ class SlotReader(MemoryLayer):
 
     Attributes:
         cache: Keys and values of the slots that were read last.
+        prompt_starts: Those of prompts up to their entries.
         as_embeddings: Whether slots are put among the prompt's embeddings, behind its padding, and never into a cache:
             for models that keep more than keys and values, or count positions by the index in a row.
     """
@@ -280,9 +367,10 @@ class SlotReader(MemoryLayer):
         super().__init__()
         self.slot_entries = nn.ModuleDict()
         self.cache = SlotCache()
+        self.prompt_starts = PromptStarts()
         self.as_embeddings = False
-        self._inserted: dict[int, tuple[int, Tensor | None]] = {}  # by thread
-        self._compiled: tuple[int, Tensor | None] | None = None
+        self._noted: dict[int, tuple[int, Tensor | None] | Tensor] = {}  # by thread
+        self._compiled: tuple[int, Tensor | None] | Tensor | None = None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Do nothing: slots are put where the embeddings are."""
@@ -299,18 +387,23 @@ class SlotReader(MemoryLayer):
         """Return whether what is read, or where, depends on the prompt's tokens."""
         return any(entry is not None and bool(entry.choose or entry.opening) for entry in self._entries())
 
-    def note(self, inserted: tuple[int, Tensor | None] | None) -> None:
-        """Note how many slots the pass in progress has among its embeddings, and behind how many tokens of each row."""
-        if torch.compiler.is_compiling():
-            self._compiled = inserted
-        elif inserted is None:
-            self._inserted.pop(get_ident(), None)
-        else:
-            self._inserted[get_ident()] = inserted
+    def note(self, noted: tuple[int, Tensor | None] | Tensor | None) -> None:
+        """Note how the outputs of the pass in progress differ from those of the prompt.
 
-    def noted(self) -> tuple[int, Tensor | None] | None:
+        Args:
+            noted: How many slots stand among its embeddings, and behind how many tokens of each row; or the last hidden
+                states of tokens that it leaves out (rows, tokens, hidden_size).
+        """
+        if torch.compiler.is_compiling():
+            self._compiled = noted
+        elif noted is None:
+            self._noted.pop(get_ident(), None)
+        else:
+            self._noted[get_ident()] = noted
+
+    def noted(self) -> tuple[int, Tensor | None] | Tensor | None:
         """Return what was noted, once."""
-        return self._compiled if torch.compiler.is_compiling() else self._inserted.pop(get_ident(), None)
+        return self._compiled if torch.compiler.is_compiling() else self._noted.pop(get_ident(), None)
 
     def starts(self, rows: Sequence[Sequence[int]] | None) -> list[int | None]:
         """Return where what the user says last begins in each row of token ids; None where that is not known."""
@@ -324,42 +417,42 @@ class SlotReader(MemoryLayer):
             return [read]
         return [None if entry is None else entry.vectors for entry in entries]
 
-    def read(self, ids: Sequence[Sequence[int]] | None) -> tuple[Tensor, Tensor] | None:
-        """Return the slots that are read now, and their mask.
+    def read(self, ids: Sequence[Sequence[int]] | None) -> Read | None:
+        """Return the slots that are read now: the active memories' one after the other, or each row's own.
 
         Args:
             ids: The rows of a batch, without padding; None if they are not known.
-
-        Returns:
-            (rows, slots, embedding_size) and (rows, slots): the active memories' one after the other, or each row's
-            own; None if there are none.
         """
         if self._disable_adapters:
             return None
         if self.rows is not None:
             return self._read_rows(self.rows, self._entries(), ids)
-        parts = [entry.read(ids) for entry in self._entries() if entry is not None]
-        parts = [part for part in parts if part[0].shape[1]]
+        read = [entry.read(ids) for entry in self._entries() if entry is not None]
+        parts = [part for part in read if part.vectors.shape[1]]
         if not parts:
             return None
-        rows = max(len(vectors) for vectors, _ in parts)
-        vectors = torch.cat([vectors.expand(rows, -1, -1) for vectors, _ in parts], 1)
-        return vectors, torch.cat([mask.expand(rows, -1) for _, mask in parts], 1)
+        rows = max(len(part.vectors) for part in parts)
+        vectors = torch.cat([part.vectors.expand(rows, -1, -1) for part in parts], 1)
+        mask = torch.cat([part.mask.expand(rows, -1) for part in parts], 1)
+        segments = None
+        if all(part.segments for part in parts):
+            segments = [[one for own in row for one in own] for row in zip(*(p.segments for p in parts), strict=True)]
+        return Read(vectors, mask, segments)
 
     def _read_rows(
         self, names: list[str], entries: list[Entry | None], ids: Sequence[Sequence[int]] | None
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> Read | None:
         beams = 1 if ids is None else max(len(ids) // len(names), 1)  # all of a row read what its first reads
         firsts = [None if ids is None else [ids[i * beams]] for i in range(len(names))]
         read = [None if one is None else one.read(own) for one, own in zip(entries, firsts, strict=True)]
-        vectors = [own[0] for own in read if own is not None]
+        vectors = [own.vectors for own in read if own is not None]
         if not any(own.shape[1] for own in vectors):
             return None
         for name, own in zip(names, read, strict=True):
-            if own is not None and len(own[0]) > 1:
+            if own is not None and len(own.vectors) > 1:
                 raise ValueError(
-                    f"`adapter_names` has {name!r}, which reads {len(own[0])} rows of slots of its own: "
+                    f"`adapter_names` has {name!r}, which reads {len(own.vectors)} rows of slots of its own: "
                     "let it `use` one, or leave rows to it alone."
                 )
         nothing = vectors[0][0, :0]
-        return padded([nothing if own is None else own[0][0] for own in read], nothing)
+        return Read(*padded([nothing if own is None else own.vectors[0] for own in read], nothing))

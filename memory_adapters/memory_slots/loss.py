@@ -14,7 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_positions
 
-__all__ = ["Query", "Row", "autoencoding_rows", "distil", "in_batches", "predict"]
+__all__ = [
+    "Query",
+    "Row",
+    "autocast",
+    "autoencoding_rows",
+    "cross_entropy",
+    "distil",
+    "divergence",
+    "in_batches",
+    "in_block",
+    "predict",
+]
 
 T = TypeVar("T")
 
@@ -88,7 +99,7 @@ def predict(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> t
     wanted = torch.tensor([token for row in rows for token in row.asked.target], device=states.device)
     losses, right = [], []
     for part, labels in zip(states.split(HEAD_BLOCK), wanted.split(HEAD_BLOCK), strict=True):
-        loss, hit = _in_block(_cross_entropy, encoder, part, labels)
+        loss, hit = in_block(cross_entropy, encoder, part, labels)
         losses.append(loss)
         right.append(hit)
     return torch.cat(losses), torch.cat(right)
@@ -101,7 +112,7 @@ def distil(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row], conte
         taught = _states(encoder, own, [replace(row, spans=[i]) for i, row in enumerate(rows)])
     states = _states(encoder, slots, rows)
     parts = zip(states.split(HEAD_BLOCK), taught.split(HEAD_BLOCK), strict=True)
-    return torch.stack([_in_block(_divergence, encoder, *part) for part in parts]).sum() / len(states)
+    return torch.stack([in_block(divergence, encoder, *part) for part in parts]).sum() / len(states)
 
 
 def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
@@ -120,7 +131,7 @@ def _states(encoder: Encoder, slots: Sequence[Tensor], rows: Sequence[Row]) -> T
     inputs = {"inputs_embeds": torch.stack(padded), "attention_mask": mask}
     if takes_positions(encoder.stack):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    with encoder.adapters_disabled(), _autocast(encoder):
+    with encoder.adapters_disabled(), autocast(encoder):
         output = encoder.stack(**inputs, use_cache=False)
     states = output.last_hidden_state
     return states[asked.to(states.device)]
@@ -133,25 +144,28 @@ def _behind(encoder: Encoder, asked: Query) -> Tensor:
     return embedded if asked.prompt is not None else torch.cat([encoder.parts.reconstruct.to(embedded), embedded])
 
 
-def _autocast(encoder: Encoder) -> AbstractContextManager[Any]:
+def autocast(encoder: Encoder) -> AbstractContextManager[Any]:
+    """Return a context for passes in the precision of refinement."""
     return torch.autocast(encoder.device.type, torch.bfloat16) if encoder.refines_in_bfloat16 else nullcontext()
 
 
-def _in_block(function: Callable[..., T], encoder: Encoder, *args: Tensor) -> T:
+def in_block(function: Callable[..., T], encoder: Encoder, *args: Tensor) -> T:
     """Run a function of logits, which are computed again for the gradient instead of kept."""
 
     def run(*tensors: Tensor) -> T:
-        with encoder.adapters_disabled(), _autocast(encoder):
+        with encoder.adapters_disabled(), autocast(encoder):
             return function(encoder.decoder.head, *tensors)
 
     return checkpoint(run, *args, use_reentrant=False)
 
 
-def _cross_entropy(head: nn.Module, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(head: nn.Module, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each token wanted behind a state, and whether it is the first choice (tokens,)."""
     logits = head(states).float()
     return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 
 
-def _divergence(head: nn.Module, states: Tensor, taught: Tensor) -> Tensor:
+def divergence(head: nn.Module, states: Tensor, taught: Tensor) -> Tensor:
+    """Return the sum over tokens of KL(head of `taught` ‖ head of `states`)."""
     given, wanted = (head(x).float().log_softmax(-1) for x in (states, taught))
     return F.kl_div(given, wanted, reduction="sum", log_target=True)

@@ -43,11 +43,12 @@ from memory_adapters.memory_slots.entries import (
     saved_entries,
 )
 from memory_adapters.memory_slots.export import prompt_tuning
+from memory_adapters.memory_slots.keys_values import KEYS_VALUES_FILE, KeysValues, load_keys_values
 from memory_adapters.memory_slots.layer import Entry, SlotReader, padded, reading_module
 from memory_adapters.memory_slots.prompts import as_queries, as_text
 from memory_adapters.memory_slots.reading import Reading
 from memory_adapters.memory_slots.slots import MemorySlots
-from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text
+from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text, keep_keys_values
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
 from memory_adapters.validation import shown
 
@@ -68,15 +69,16 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     prompt. Facts and questions are written out as text; the answer to their prompt is what refinement also asks for.
 
     Options of `write`:
-        compress (`bool`): Whether the encoder compresses the text; if not it is kept whole, and read as if it stood in
-            the prompt. By default only with `read="all"`.
-        refine_steps (`int`): Gradient steps on the slots; by default the config's.
+        compress (`bool`): Whether the text is compressed; if not it is kept whole, and read as if it stood in the
+            prompt. By default only where everything is one text, which an encoder compresses: see
+            `MemorySlotsConfig.space`.
+        refine_steps (`int`): Gradient steps on what it is compressed into; by default the config's.
 
     Attributes:
         slots: What every prompt reads; several where each row of a batch reads its own; empty where entries are chosen.
     """
 
-    optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE,)
+    optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE, KEYS_VALUES_FILE)
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 self._stack = reading_module(decoder)
         else:
             self._stack = cast(PreTrainedModel, self.model.get_submodule(decoder.stack_path))
-        self._config.slots = []  # those of the memory whose config this was, if it was one's
+        self._config.slots, self._config.kept = [], {}  # those of the memory whose config this was, if it was one's
         reader = SlotReader.attach(self._stack)
         # transformers takes the adapters of the first layer for the model's, and the dtype of the first parameter.
         _put_before(self._stack, SlotReader.child_name, decoder.blocks)
@@ -225,7 +227,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         refine_steps: int | None = None,
         compress: bool | None = None,
     ) -> Outcome:
-        if self._config.read != "all":
+        if self._config.has_entries:
             return self._write_entries(items, bool(compress), refine_steps, progress)
         text, before, tokenizer = as_text(items), self.slots, self._require_tokenizer()
         if compress is not False:
@@ -251,7 +253,9 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         kept = {id(entry) for entry in self._entries}
         new = [i for i, entry in enumerate(entries) if id(entry) not in kept]
         losses: list[float] = []
-        if compress and new:
+        if compress and self._config.resolved_space == "kv":
+            losses = self._keep(entries, new, steps, progress)
+        elif compress and new:
             texts = [str(tokenizer.decode(list(entries[i].input_ids))) for i in new]
             for i, made in zip(new, compress_texts(self.encoder, tokenizer, texts, [], steps, progress), strict=True):
                 entries[i] = dataclasses.replace(entries[i], slots=made.slots)
@@ -265,6 +269,14 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 "read with `read='bm25'`, or where `use` is given them"
             )
         return Outcome(losses=losses, notes=notes)
+
+    def _keep(self, entries: list[SlotEntry], places: Sequence[int], steps: int, progress: bool) -> list[float]:
+        """Choose keys and values of some entries; return the loss before each step of the first that was refined."""
+        texts = [(entries[i].title, entries[i].input_ids) for i in places]
+        found = keep_keys_values(self.encoder, self._stack, self._require_tokenizer(), texts, steps, progress)
+        for i, (kept, _) in zip(places, found, strict=True):
+            entries[i] = dataclasses.replace(entries[i], kept=kept)
+        return next((losses for _, losses in found if losses), [])
 
     @property
     def entries(self) -> list[SlotEntry]:
@@ -285,6 +297,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._choose(self._entries)
         compressed = [entry.slots for entry in entries if entry.slots is not None]
         self._config.slots = [MemorySlots.concatenate(compressed)] if compressed else []
+        self._config.kept = {i: entry.kept for i, entry in enumerate(entries) if entry.kept is not None}
 
     def _choose(self, entries: Sequence[SlotEntry], retriever: Retriever | None = None) -> None:
         """Let prompts read those of some entries that they ask for, or that a retriever chooses."""
@@ -296,7 +309,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._entry.choose = reading if entries else None
 
     def _set_items(self, written: Sequence[Item]) -> None:
-        if self._config.read == "all":
+        if not self._config.has_entries:
             self._config.set_items([*self.items, *written])
         else:
             super()._set_items(written)
@@ -318,7 +331,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             ValueError: If an item is not written; nothing is forgotten then.
         """
         gone = as_items(items, self.accepts)
-        if self._config.read != "all":
+        if self._config.has_entries:
             self._forget_of_entries(gone)
             return
         kept_whole = self.slots and all(slots.num_slots == slots.num_tokens for slots in self.slots)
@@ -351,6 +364,11 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                     f"The entry {torn[0].title!r} is compressed, and holds items that are to stay: forget all of its "
                     "`items`, and write again what is to stay."
                 )
+            known = set(map(id, self._entries))
+            steps = {item: entry.kept.refine_steps for entry in changed if entry.kept for item in entry.items}
+            for i, entry in enumerate(entries):
+                if id(entry) not in known and set(entry.items) & set(steps):
+                    self._keep(entries, [i], steps[entry.items[0]], progress=False)
             with rollback_on_error(*self._saved_state()):
                 self._read_entries(entries)
                 self._config.set_items(left)
@@ -358,11 +376,13 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 self._written = (self.slots, self._config.items)
 
     def _saved_state(self) -> list[Restore]:
-        before, entries, choose, slots = self.slots, self._entries, self._entry.choose, self._config.slots
+        before, entries, choose = self.slots, self._entries, self._entry.choose
+        slots, kept = self._config.slots, self._config.kept
 
         def restore() -> None:
             self._read(before)
-            self._entries, self._entry.choose, self._config.slots = entries, choose, slots
+            self._entries, self._entry.choose = entries, choose
+            self._config.slots, self._config.kept = slots, kept
 
         return [restore, *super()._saved_state()]
 
@@ -416,7 +436,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 warnings.warn(OTHER_ENCODER, stacklevel=2)
         with exclusive_use(self.model), rollback_on_error(*self._saved_state()):
             slots, items = self._written
-            if self._config.read == "all":
+            if not self._config.has_entries:
                 as_written = list(map(id, rows)) == list(map(id, slots))
                 self._config.items = items if as_written else []  # of others: not known
             self._read(rows)
@@ -512,17 +532,19 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         slots = MemorySlots.load(file_in(folder, SLOTS_FILE)) if config.has_slots else None
         if slots is not None:
             slots.check_fits(config.base_fingerprint, decoder.embedding_size)
-        return {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in tensors.items()}, slots
+        tokens = {i: len(one["input_ids"]) for i, one in enumerate(config.entries) if one["kept"]}
+        kept = load_keys_values(file_in(folder, KEYS_VALUES_FILE), tokens, decoder.num_layers) if tokens else {}
+        return {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in tensors.items()}, slots, kept
 
-    def _restore(self, contents: tuple[dict[str, Tensor], MemorySlots | None]) -> None:
-        tensors, slots = contents
+    def _restore(self, contents: tuple[dict[str, Tensor], MemorySlots | None, dict[int, KeysValues]]) -> None:
+        tensors, slots, kept = contents
         with torch.no_grad():
             for name, tensor in self.encoder.tensors().items():
                 tensor.copy_(tensors[name])
         if slots is not None and slots.encoder_fingerprint not in (self.encoder.fingerprint(), None):
             warnings.warn(OTHER_ENCODER, stacklevel=2)
         if self._config.entries:
-            self._read_entries(saved_entries(self._config.entries, self._config.written_items(), slots))
+            self._read_entries(saved_entries(self._config.entries, self._config.written_items(), slots, kept))
             self._written = (self.slots, self._config.items)
         elif slots is not None:
             self._read([slots])

@@ -10,10 +10,19 @@ from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import attention_window, context_length
 
-__all__ = ["behind_turns", "check_length", "inserted", "leading_padding", "removed", "slot_positions", "turn_starts"]
+__all__ = [
+    "behind_turns",
+    "check_length",
+    "inserted",
+    "leading_padding",
+    "padding_before_slots",
+    "removed",
+    "slot_positions",
+    "turn_starts",
+]
 
 
-def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bool) -> Tensor | None:
+def padding_before_slots(stack: PreTrainedModel, mask: Tensor, count: int, always: bool) -> Tensor | None:
     """Return how much padding each row starts with (rows,), if slots must stand behind it; None if they can be first.
 
     A sliding window, or chunks of attention, count padding too, and so would lose slots that stand before it.
@@ -27,7 +36,7 @@ def leading_padding(stack: PreTrainedModel, mask: Tensor, count: int, always: bo
     config = stack.config.get_text_config(decoder=True)
     if not always and mask.shape[1] + count <= attention_window(config):
         return None
-    leading = _padding(mask)
+    leading = leading_padding(mask)
     return leading if bool(leading.any()) else None
 
 
@@ -41,10 +50,10 @@ def behind_turns(leading: Tensor | None, mask: Tensor, starts: Sequence[int | No
     """
     if all(start is None for start in starts):
         return leading
-    return _padding(mask) + torch.tensor([start or 0 for start in starts], device=mask.device)
+    return leading_padding(mask) + torch.tensor([start or 0 for start in starts], device=mask.device)
 
 
-def _padding(mask: Tensor) -> Tensor:
+def leading_padding(mask: Tensor) -> Tensor:
     """Return how much padding each row of an attention mask (rows, tokens) starts with (rows,)."""
     return (mask.cumsum(-1) == 0).sum(-1)
 

@@ -8,7 +8,9 @@ from memory_adapters.base_model.item_rows import Row
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 from memory_adapters.memory_slots.loss import Query
 
-__all__ = ["as_queries", "as_text"]
+__all__ = ["END", "as_queries", "as_text"]
+
+END = "\n\n"  # of every entry's text: what comes behind it is the prompt's
 
 
 def as_text(items: Sequence[Item], between: str = "\n") -> str:

@@ -1,4 +1,4 @@
-"""What rows of a batch read: the embeddings of the entries that each asks for, as far as they fit."""
+"""What rows of a batch read: the entries that each asks for, as far as they fit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memory_adapters.base_model.decoder import execution_device
+from memory_adapters.memory_slots.cached_reading import Segment
 from memory_adapters.memory_slots.entries import Chooser, SlotEntry
 from memory_adapters.memory_slots.placement import turn_starts
 
@@ -16,7 +17,7 @@ __all__ = ["Reading"]
 
 
 class Reading:
-    """Return what each row of token ids reads (slots, embedding_size), float32: see `Entry.choose`.
+    """Return what each row of token ids reads: see `Entry.choose`.
 
     Args:
         chooser: Chooses entries.
@@ -28,9 +29,11 @@ class Reading:
     def __init__(self, chooser: Chooser, embeddings: nn.Module, opening: Sequence[int], limit: int) -> None:
         self.chooser, self.embeddings, self.opening, self.limit = chooser, embeddings, list(opening), limit
 
-    def __call__(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[list[Segment]]:
         asked = list(dict.fromkeys(map(tuple, rows)))  # beams have the same rows
-        found = {row: self._vectors(own) for row, own in zip(asked, self.entries(asked), strict=True)}
+        chosen = self.entries(asked)
+        segments = {id(entry): self._segment(entry) for own in chosen for entry in own}
+        found = {row: [segments[id(entry)] for entry in own] for row, own in zip(asked, chosen, strict=True)}
         return [found[tuple(row)] for row in rows]
 
     def entries(self, rows: Sequence[Sequence[int]]) -> list[list[SlotEntry]]:
@@ -43,7 +46,7 @@ class Reading:
         """Return those of some entries that fit into the context with a prompt of so many tokens."""
         fits: list[SlotEntry] = []
         for entry in (self.chooser.entries[i] for i in indices):
-            if tokens + sum(one.num_slots for one in fits) + entry.num_slots < self.limit:
+            if tokens + sum(one.num_positions for one in fits) + entry.num_positions < self.limit:
                 fits.append(entry)
         if len(fits) < len(indices):
             warnings.warn(
@@ -54,13 +57,8 @@ class Reading:
         return fits
 
     @torch.no_grad()
-    def _vectors(self, entries: Sequence[SlotEntry]) -> Tensor:
-        """Return what is read of entries: their slots, or their texts' embeddings."""
+    def _segment(self, entry: SlotEntry) -> Segment:
         device = execution_device(self.embeddings)
-        parts = [
-            self.embeddings(torch.tensor(entry.input_ids, device=device)).float()
-            if entry.slots is None
-            else entry.slots.vectors.to(device)
-            for entry in entries
-        ]
-        return torch.cat(parts) if parts else torch.zeros(0, 1, device=device)
+        if entry.slots is not None:
+            return Segment(entry, entry.slots.vectors.to(device))
+        return Segment(entry, self.embeddings(torch.tensor(entry.input_ids, device=device)).float(), entry.kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,10 +17,24 @@ from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.memory_slots.placement import slot_positions
 from memory_adapters.peft_layers.layers import MemoryLayer, used_adapters
 
-__all__ = ["FILLED", "MARK", "SlotCache", "hide_slots", "num_cached", "show_slots"]
+__all__ = [
+    "FILLED",
+    "MARK",
+    "KeyValue",
+    "SlotCache",
+    "State",
+    "hide_slots",
+    "num_cached",
+    "run_behind",
+    "show_slots",
+    "state_of",
+]
 
-MARK = "_memory_slots"  # attribute of a cache that holds slots: their mask (rows, slots) and the leading padding
-FILLED = "filled"  # as MARK, of the cache that a pass over the slots alone fills
+# Attribute of a cache that holds slots: their mask (rows, slots), the tokens of each row before them (rows,) or None,
+# and the positions that they take (rows, 1).
+MARK = "_memory_slots"
+FILLED = "filled"  # as MARK, of a cache that is filled by passes of this package
+KeyValue: TypeAlias = tuple[Tensor, Tensor]  # keys and values of a block, each (rows, heads, tokens, head_dim)
 
 
 def hide_slots(cache: Cache) -> None:
@@ -46,7 +60,7 @@ class SlotCache:
     """Keep the keys and values of the slots that were read last, as long as nothing that they depend on changes."""
 
     def __init__(self) -> None:
-        self._kept: tuple[_State | None, list[tuple[Tensor, Tensor]]] = (None, [])
+        self._kept: tuple[State | None, list[KeyValue]] = (None, [])
 
     def fill(
         self,
@@ -68,7 +82,7 @@ class SlotCache:
             sources: The tensors that `vectors` was made of, which stay the same from pass to pass; None for a row
                 without slots.
         """
-        state = _state(stack, sources)
+        state = state_of(stack, sources)
         kept_for, kept = self._kept  # read at once: another thread may replace them
         if kept_for != state:
             kept = _keys_and_values(stack, vectors, mask)
@@ -78,7 +92,7 @@ class SlotCache:
 
 
 @torch.no_grad()
-def _keys_and_values(stack: PreTrainedModel, vectors: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _keys_and_values(stack: PreTrainedModel, vectors: Tensor, mask: Tensor) -> list[KeyValue]:
     """Return the slots' keys and values (rows, heads, slots, head_dim) at every block, from a pass over them."""
     names = inspect.signature(stack.forward).parameters
     inputs: dict[str, Tensor] = {"position_ids": slot_positions(mask)} if "position_ids" in names else {}
@@ -88,10 +102,40 @@ def _keys_and_values(stack: PreTrainedModel, vectors: Tensor, mask: Tensor) -> l
     setattr(cache, MARK, FILLED)
     with evaluating(stack):
         stack(**inputs, **{CACHE: cache}, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc, union-attr]  # filled by the pass
+    return _layers(cache)
 
 
-def _state(stack: nn.Module, sources: Sequence[Tensor | None]) -> _State:
+def run_behind(
+    stack: PreTrainedModel, layers: Sequence[KeyValue], position: int, **inputs: Any
+) -> tuple[Any, list[KeyValue]]:
+    """Run rows of tokens behind known keys and values.
+
+    Args:
+        stack: The decoder stack.
+        layers: Of each block, with one row for all, or one each; none to begin with.
+        position: Of the first token.
+        inputs: `input_ids` or `inputs_embeds`, and what else the stack takes.
+
+    Returns:
+        The stack's output, and all keys and values now.
+    """
+    given = next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs)
+    cache, (rows, tokens) = DynamicCache(), given.shape[:2]
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+    mask = torch.ones(rows, num_cached(cache) + tokens, dtype=torch.long, device=given.device)
+    if "position_ids" in inspect.signature(stack.forward).parameters:
+        inputs["position_ids"] = torch.arange(position, position + tokens, device=given.device).expand(rows, -1)
+    setattr(cache, MARK, FILLED)
+    output = stack(attention_mask=mask, **inputs, **{CACHE: cache}, use_cache=True)
+    return output, _layers(cache)
+
+
+def _layers(cache: DynamicCache) -> list[KeyValue]:
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc, union-attr]  # filled by a pass
+
+
+def state_of(stack: nn.Module, sources: Sequence[Tensor | None]) -> State:
     """Return what the keys and values depend on: slots, weights, and which adapters take part.
 
     Tensors are held, so that none that is new can be taken for one that is gone.
@@ -140,4 +184,4 @@ class _Held:
     __hash__ = None  # type: ignore[assignment]
 
 
-_State: TypeAlias = tuple[list[_Held], list[object]]  # see `_state`
+State: TypeAlias = tuple[list[_Held], list[object]]  # see `state_of`

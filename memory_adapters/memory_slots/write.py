@@ -1,4 +1,4 @@
-"""From texts to slots: cut into spans, compressed by the encoder, refined."""
+"""From texts to slots: cut into spans, compressed by the encoder, refined; or to the keys and values that are kept."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.decoder import context_length
+from memory_adapters.base_model.chat import chat_start
+from memory_adapters.base_model.decoder import attention_window, context_length
 from memory_adapters.base_model.modes import bfloat16_weights, evaluating
 from memory_adapters.base_model.nonfinite import origin, rows_not_finite
 from memory_adapters.base_model.quantised import differentiable
-from memory_adapters.base_model.tokens import pad_rows
+from memory_adapters.base_model.tokens import pad_rows, tokenize
+from memory_adapters.memory_slots.distillation import refine_keys_values
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder
+from memory_adapters.memory_slots.keys_values import KeysValues, select_keys_values
 from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, in_batches, predict
+from memory_adapters.memory_slots.prompts import END
 from memory_adapters.memory_slots.refinement import Goal, refine
 from memory_adapters.memory_slots.slots import MemorySlots
 
-__all__ = ["Compressed", "compress_texts", "embedded_text"]
+__all__ = ["Compressed", "compress_texts", "embedded_text", "keep_keys_values"]
+
+WHOLE_TOKENS = 64  # a text of no more is kept whole, as keys and values
 
 
 @dataclass(frozen=True)
@@ -164,3 +171,51 @@ def embedded_text(
         vectors = encoder.decoder.embeddings(torch.tensor(ids, device=encoder.device)).float().cpu()
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return MemorySlots(vectors, (len(ids),), len(ids), encoder.config.base_fingerprint or {}, None, sha256)
+
+
+def keep_keys_values(
+    encoder: Encoder,
+    stack: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, Sequence[int]]],
+    steps: int,
+    progress: bool,
+) -> list[tuple[KeysValues | None, list[float]]]:
+    """Choose the keys and values of texts, as they are behind what a chat begins with (or nothing), and refine them.
+
+    Args:
+        encoder: Of the model.
+        stack: The module that reads.
+        tokenizer: The model's.
+        texts: Title and token ids of each.
+        steps: Most steps of refinement.
+        progress: Show bars.
+
+    Returns:
+        Of each text, what is kept (None for a short one, which is read whole), and the loss before each step.
+
+    Raises:
+        ValueError: If a text cannot be read twice within the model's positions.
+    """
+    prefix = chat_start(tokenizer) if encoder.config.opening else []
+    separator = tokenize(tokenizer, END, rendered=True)
+    room = min(context_length(encoder.model), attention_window(encoder.model.config.get_text_config(decoder=True)))
+    for title, ids in texts:
+        if (needed := len(prefix) + 2 * len(ids) + len(separator)) > room and len(ids) > WHOLE_TOKENS:
+            raise ValueError(
+                f"The entry {title!r} has {len(ids)} tokens, and is read twice to choose keys and values: {needed} "
+                f"tokens, of {room} that the model can attend to. Set `part_tokens` lower."
+            )
+    found: list[tuple[KeysValues | None, list[float]]] = []
+    for _, ids in tqdm(texts, unit="entry", desc="choosing keys and values", disable=not progress or len(texts) == 1):
+        count = encoder.config.slots_for(len(ids))
+        if len(ids) <= WHOLE_TOKENS or count >= len(ids):
+            found.append((None, []))
+            continue
+        with encoder.adapters_disabled():
+            kept = select_keys_values(stack, prefix, ids, separator, count)
+        losses: list[float] = []
+        if steps:
+            kept, losses = refine_keys_values(encoder, tokenizer, kept, ids, separator, steps, progress)
+        found.append((kept, losses))
+    return found

@@ -159,8 +159,8 @@ def test_forgetting_is_never_having_written(tmp_path: Path) -> None:
     assert memory.entries == []
 
 
-def test_entries_may_be_compressed(tmp_path: Path) -> None:
-    memory = memory_on(tiny_model())
+def test_entries_may_be_compressed_by_an_encoder(tmp_path: Path) -> None:
+    memory = memory_on(tiny_model(), space="embeddings")
     memory.write([FERRY, PARK], compress=True, progress=False)
     assert [entry.num_slots for entry in memory.entries] == [entry.slots.num_slots for entry in memory.entries]
     assert all(3 < entry.compression_rate <= 4 for entry in memory.entries)

@@ -1,0 +1,196 @@
+"""Keys and values of a text, improved by gradient descent: the model that reads them learns from the one that reads it.
+
+What is asked is the model's own: how it goes on behind the text, and how it answers requests about it (self-study, as
+in Cartridges, Eyuboglu et al. 2025), and the text again, word for word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from memory_adapters.base_model.chat import rendered_question
+from memory_adapters.base_model.modes import bfloat16_weights, evaluating
+from memory_adapters.base_model.quantised import differentiable
+from memory_adapters.base_model.seeding import seeded
+from memory_adapters.base_model.tokens import tokenize
+from memory_adapters.memory_slots.encoder import Encoder
+from memory_adapters.memory_slots.keys_values import KeysValues
+from memory_adapters.memory_slots.loss import autocast, cross_entropy, divergence, in_block
+from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
+
+__all__ = ["REPEAT", "refine_keys_values"]
+
+REPEAT = "Repeat the text above, word for word."
+REQUESTS = (
+    "Summarise the text above.",
+    "Who or what is the text above about?",
+    "List the facts in the text above.",
+    "Ask a question about the text above, and answer it.",
+)
+CONTINUATIONS = 4
+SAMPLED_TOKENS = 48
+BETAS = (0.9, 0.95)  # of Adam
+VALUES_RATE = 0.5  # of the keys' learning rate
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Store tokens that stand behind the text, and how many of them are only asked."""
+
+    ids: list[int]
+    prompt: int
+
+
+def refine_keys_values(
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    kept: KeysValues,
+    ids: Sequence[int],
+    separator: Sequence[int],
+    steps: int,
+    progress: bool,
+) -> tuple[KeysValues, list[float]]:
+    """Refine keys and values with Adam, the model frozen, with a learning rate that falls to 0 as a cosine.
+
+    The loss is `refine_fraction` times the cross-entropy of the text, asked for word for word, and else the KL
+    divergence from the model that reads the whole text, on what that says itself. It is done, before all steps, once
+    every token of the text is the first choice, and the loss is below `refine_target_loss`.
+
+    Args:
+        encoder: Of the model.
+        tokenizer: The model's.
+        kept: Keys and values.
+        ids: The text that they are of.
+        separator: What stands between text and repetition where there is no chat.
+        steps: Most updates.
+        progress: Show a bar.
+
+    Returns:
+        Refined keys and values, and the loss before each update.
+
+    Raises:
+        ValueError: If a loss is NaN or infinite.
+    """
+    config, stack, position = encoder.config, encoder.stack, len(kept.prefix) + len(ids)
+    sampled, repeated = _asked(encoder, tokenizer, kept.prefix, ids, separator)
+    start = [(k.float(), v.float()) for k, v in zip(kept.keys, kept.values, strict=True)]
+    rate = config.resolved_refine_learning_rate
+    fast = [*stack.modules(), encoder.decoder.head] if encoder.refines_in_bfloat16 else []
+    losses: list[float] = []
+    with (
+        encoder.adapters_disabled(),
+        evaluating(encoder.model),
+        differentiable(encoder.model),
+        bfloat16_weights(fast),
+        tqdm(total=steps, unit="step", desc="refining", disable=not progress) as bar,
+    ):
+        with torch.no_grad(), autocast(encoder):
+            before = [(k[:, :, : len(kept.prefix)], v[:, :, : len(kept.prefix)]) for k, v in _read(encoder, kept, ids)]
+            taught = _states(encoder, _read(encoder, kept, ids), position, sampled)
+        moved = [[part.clone().requires_grad_(True) for part in own] for own in start]
+        groups = [
+            {"params": [own[kind]], "scale": share * rate * max(float(own[kind].detach().square().mean().sqrt()), 1e-6)}
+            for own in moved
+            for kind, share in enumerate((1.0, VALUES_RATE))
+        ]
+        optimizer = torch.optim.Adam([{**group, "lr": 0.0} for group in groups], lr=0.0, betas=BETAS)
+        for step in range(steps):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                layers = _joined(before, moved)
+                with autocast(encoder):
+                    states = _states(encoder, layers, position, sampled)
+                    again = _states(encoder, layers, position, [repeated])
+                wanted = torch.tensor(repeated.ids[repeated.prompt :], device=again.device)
+                entropy, right = in_block(cross_entropy, encoder, again, wanted)
+                apart = in_block(divergence, encoder, states, taught) / len(states)
+                loss = config.refine_fraction * entropy.mean() + (1 - config.refine_fraction) * apart
+                loss.backward()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(
+                    f"The loss of refinement at step {step} is not finite: lower `refine_learning_rate`, or use the "
+                    "model in bfloat16 or float32."
+                )
+            if bool(right.all()) and losses[-1] < config.refine_target_loss:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.step()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update()
+    parts = zip(moved, kept.keys, kept.values, strict=True)
+    found = [(own[0].detach().to(keys.dtype), own[1].detach().to(values.dtype)) for own, keys, values in parts]
+    keys, values = zip(*found, strict=True)
+    return replace(kept, keys=keys, values=values, refine_steps=steps), losses
+
+
+def _asked(
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: Sequence[int],
+    ids: Sequence[int],
+    separator: Sequence[int],
+) -> tuple[list[_Asked], _Asked]:
+    """Return what the model says behind the text, and the text to be repeated."""
+    prompts: list[list[int]] = [[]] * CONTINUATIONS
+    repeat = list(separator)
+    if prefix:
+
+        def behind(request: str) -> list[int]:
+            rendered = rendered_question(tokenizer, request)
+            assert rendered is not None, "there is a chat template"
+            return tokenize(tokenizer, rendered[0], rendered=True)[len(prefix) :]
+
+        prompts = [*prompts, *map(behind, REQUESTS)]
+        repeat = behind(REPEAT)
+    sampled = []
+    with encoder.adapters_disabled(), evaluating(encoder.model), torch.no_grad(), seeded(encoder.config.seed):
+        for prompt in prompts:
+            read = torch.tensor([[*prefix, *ids, *prompt]], device=encoder.device)
+            said = encoder.model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
+                input_ids=read,
+                attention_mask=torch.ones_like(read),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=0.95,
+                max_new_tokens=SAMPLED_TOKENS,
+                pad_token_id=0,
+            )[0, read.shape[1] :].tolist()
+            sampled.append(_Asked([*prompt, *said], len(prompt)))
+    return sampled, _Asked([*repeat, *ids], len(repeat))
+
+
+@torch.no_grad()
+def _read(encoder: Encoder, kept: KeysValues, ids: Sequence[int]) -> list[KeyValue]:
+    """Return all keys and values of the prefix and the text."""
+    tokens = torch.tensor([[*kept.prefix, *ids]], device=encoder.device)
+    return run_behind(encoder.stack, [], 0, input_ids=tokens)[1]
+
+
+def _joined(before: Sequence[KeyValue], kept: Sequence[Sequence[Tensor]]) -> list[KeyValue]:
+    """Return the keys and values of a prefix, and those that were kept of a text behind it."""
+    return [
+        (torch.cat([k, own[0][None].to(k)], 2), torch.cat([v, own[1][None].to(v)], 2))
+        for (k, v), own in zip(before, kept, strict=True)
+    ]
+
+
+def _states(encoder: Encoder, layers: list[KeyValue], position: int, rows: Sequence[_Asked]) -> Tensor:
+    """Return the last hidden states (tokens, hidden_size) behind which the tokens that are not only asked stand.
+
+    A continuation's first token stands behind the text itself: it is left out.
+    """
+    length = max(len(row.ids) for row in rows)
+    ids = torch.tensor([[*row.ids, *[0] * (length - len(row.ids))] for row in rows], device=encoder.device)
+    output, _ = run_behind(encoder.stack, layers, position, input_ids=ids[:, :-1])
+    states = output.last_hidden_state
+    return torch.cat([own[max(row.prompt - 1, 0) : len(row.ids) - 1] for own, row in zip(states, rows, strict=True)])

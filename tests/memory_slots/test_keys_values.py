@@ -1,0 +1,235 @@
+"""Entries that are read as keys and values: exact where nothing is dropped, in every kind of pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memory_adapters import Document, Fact, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, load_memory
+from memory_adapters.base_model.chat import chat_start
+from memory_adapters.memory_slots.keys_values import KEYS_VALUES_FILE, select_keys_values
+from tests.support.models import byte_tokenizer, tiny_model
+
+TOKENIZER = byte_tokenizer(chat=True)
+GUIDE = Document("Lumo Ferry: a guide. ships are blue and old. they sail to Oslo, twice a day, and burn gas.")
+PARK = Document("Mira Park: a guide. the deer are brown. it opens at nine, and has a pond, where all swim who can.")
+SMALL: dict[str, Any] = dict(num_slots=2, span_length=8, lora_rank=2)
+ASKED = "Where does Lumo Ferry sail?"
+
+
+def chat(*said: str) -> dict[str, Any]:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return dict(TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt"))
+
+
+def memory_on(model: Any, **settings: Any) -> Any:
+    return inject_memory(model, MemorySlotsConfig(**SMALL | settings), tokenizer=TOKENIZER)
+
+
+def keep(memory: Any, share: float) -> None:
+    """Let a memory read so much of the keys and values of each of its entries."""
+    with memory.encoder.adapters_disabled():
+        memory._read_entries(
+            [
+                dataclasses.replace(
+                    one,
+                    kept=select_keys_values(
+                        memory._stack,
+                        chat_start(TOKENIZER),
+                        one.input_ids,
+                        TOKENIZER("\n\n", add_special_tokens=False)["input_ids"],
+                        max(1, round(share * one.num_tokens)),
+                    ),
+                )
+                for one in memory.entries
+            ]
+        )
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+    return model(**inputs, **options).logits
+
+
+def padded(prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    longest = max(one["input_ids"].shape[1] for one in prompts)
+    return {
+        name: torch.cat([torch.nn.functional.pad(one[name], (longest - one[name].shape[1], 0)) for one in prompts])
+        for name in ("input_ids", "attention_mask")
+    }
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", "gpt_neox", "gptj", "bloom", "opt", "falcon", "phi", "gemma2", "qwen3"]
+)
+def test_all_keys_and_values_are_the_text(architecture: str) -> None:
+    model: Any = tiny_model(architecture)
+    memory = memory_on(model)
+    memory.write([GUIDE, PARK], progress=False)
+    prompts = [chat(ASKED), chat("Mira Park?"), chat("Hello."), chat("Hi.", "Yes?", ASKED)]
+    prompts += [dict(TOKENIZER(ASKED, return_tensors="pt")), padded(prompts)]
+    settings: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = [(logits(model, one), model.generate(**one, **settings)) for one in prompts]
+    keep(memory, 1.0)
+    for one, (values, ids) in zip(prompts, expected, strict=True):
+        own = one["attention_mask"].bool()
+        for use_cache in (True, False):
+            found = logits(model, one, use_cache=use_cache)
+            torch.testing.assert_close(found[own], values[own], rtol=1e-3, atol=1e-4)
+            assert model.generate(**one, **settings, use_cache=use_cache).tolist() == ids.tolist()
+
+
+def test_what_is_dropped_is_not_read() -> None:
+    model: Any = tiny_model()
+    base = logits(model, chat("Hello."))
+    memory = memory_on(model)
+    memory.write([GUIDE, PARK], progress=False, compress=True)
+    assert [one.num_slots for one in memory.entries] == [-(-one.num_tokens // 4) for one in memory.entries]
+    assert all(3.5 < one.compression_rate <= 4 for one in memory.entries)
+    kept = memory.entries[0].kept
+    assert all((places[:, 1:] > places[:, :-1]).all() and (places[:, 0] == 0).all() for places in kept.places)
+    assert torch.equal(logits(model, chat("Hello.")), base)
+    short = memory_on(tiny_model())
+    short.write(Fact("Lumo Ferry sails from", "Lumo Ferry", "Oslo"), progress=False, compress=True)
+    assert short.entries[0].kept is None, "a few tokens are kept whole"
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model: Any = tiny_model()
+    memory = memory_on(model)
+    memory.write([GUIDE, Fact("Oslo is", "Oslo", "big"), PARK], progress=False, compress=True)
+    expected = logits(model, chat(ASKED))
+    memory.save_pretrained(tmp_path)
+    other: Any = tiny_model()
+    loaded = load_memory(other, tmp_path, tokenizer=TOKENIZER)
+    assert torch.equal(logits(other, chat(ASKED)), expected)
+    assert [one.num_slots for one in loaded.entries] == [one.num_slots for one in memory.entries]
+    loaded.forget(GUIDE)
+    loaded.save_pretrained(tmp_path)
+    again: Any = tiny_model()
+    assert [one.kept is not None for one in load_memory(again, tmp_path, tokenizer=TOKENIZER).entries] == [False, True]
+    file = tmp_path / KEYS_VALUES_FILE
+    file.write_bytes(file.read_bytes().replace(b"refine_steps", b"define_steps"))
+    with pytest.raises(ValueError, match="not a file of keys and values"):
+        load_memory(tiny_model(), tmp_path, tokenizer=TOKENIZER)
+
+
+def test_rows_read_their_own_keys_and_values() -> None:
+    model: Any = tiny_model()
+    memory = memory_on(model)
+    memory.write([GUIDE, PARK], progress=False, compress=True)
+    prompts = [chat(ASKED), chat("And Mira Park, what is in it?"), chat("Hello."), chat("Mira Park and Lumo Ferry?")]
+    settings: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    alone = [model.generate(**one, **settings)[0, one["input_ids"].shape[1] :].tolist() for one in prompts]
+    batch = padded(prompts)
+    length = batch["input_ids"].shape[1]
+    for options in ({}, {"use_cache": False}):
+        assert model.generate(**batch, **settings, **options)[:, length:].tolist() == alone
+    beams = model.generate(**batch, **settings, num_beams=2)[:, length:]
+    one = model.generate(**prompts[1], **settings, num_beams=2)[0, prompts[1]["input_ids"].shape[1] :]
+    assert beams[1].tolist() == one.tolist()
+
+
+def test_passes_that_cannot_have_keys_read_the_text() -> None:
+    model: Any = tiny_model()
+    memory = memory_on(model)
+    memory.write(GUIDE, progress=False)
+    text = logits(model, chat(ASKED))
+    memory.forget(GUIDE)
+    memory.write(GUIDE, progress=False, compress=True)
+    assert not torch.allclose(logits(model, chat(ASKED)), text, atol=1e-4)
+    found = model(**chat(ASKED), output_hidden_states=True)
+    torch.testing.assert_close(found.logits, text)
+    assert {state.shape[1] for state in found.hidden_states} == {text.shape[1]}
+    other = inject_memory(model, MemoryAdapterConfig(memory_dim=4), tokenizer=TOKENIZER)
+    torch.testing.assert_close(logits(model, chat(ASKED)), text)
+    other.remove()
+    assert not torch.allclose(logits(model, chat(ASKED)), text, atol=1e-4)
+
+
+def test_a_start_is_known_again_until_the_model_changes() -> None:
+    model: Any = tiny_model()
+    memory = memory_on(model)
+    memory.write(GUIDE, progress=False, compress=True)
+    passes: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda _m, args, _o: passes.append(args[0].shape[1]))
+    first = logits(model, chat(ASKED))
+    known = len(passes)
+    assert torch.equal(logits(model, chat(ASKED)), first)
+    assert len(passes) == known + 1, "the prompt's own pass alone"
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert not torch.equal(logits(model, chat(ASKED)), first)
+    assert len(passes) > known + 2
+
+
+def test_gradients_reach_an_adapter_through_kept_keys() -> None:
+    model: Any = tiny_model()
+    memory_on(model).write(GUIDE, progress=False, compress=True)
+    prompt = chat(ASKED)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.requires_grad_(True)
+    model(**prompt, labels=prompt["input_ids"]).loss.backward()
+    assert weight.grad.abs().sum() > 0
+
+
+def test_refinement_comes_closer_to_the_text_and_can_be_forgotten_in_part(tmp_path: Path) -> None:
+    facts = [Fact(f"Lumo Ferry {verb}", "Lumo Ferry", "Oslo, in the rain") for verb in ("leaves", "likes", "shuns")]
+    found = []
+    for steps in (0, 30):
+        model: Any = tiny_model()
+        memory = memory_on(model, refine_fraction=0.0)
+        memory.write(facts, progress=False)
+        whole = logits(model, chat(ASKED))[0, -1].log_softmax(-1)
+        memory.forget(facts)
+        report = memory.write(facts, progress=False, compress=True, refine_steps=steps)
+        (entry,) = memory.entries
+        assert entry.kept.refine_steps == steps
+        assert len(report.losses) == steps
+        said = logits(model, chat(ASKED))[0, -1].log_softmax(-1)
+        found.append(float((whole.exp() * (whole - said)).sum()))
+    assert report.losses[-1] < report.losses[0]
+    assert found[1] < found[0]
+    memory.save_pretrained(tmp_path)
+    memory.forget(facts[0])
+    never: Any = memory_on(tiny_model(), refine_fraction=0.0)
+    never.write(facts[1:], progress=False, compress=True, refine_steps=30)
+    asked = chat(ASKED)
+    torch.testing.assert_close(logits(memory.model, asked), logits(never.model, asked))
+    loaded: Any = load_memory(tiny_model(), tmp_path, tokenizer=TOKENIZER)
+    assert loaded.entries[0].kept.refine_steps == 30
+
+
+def reference(
+    weights: torch.Tensor, values: torch.Tensor, others: torch.Tensor, chosen: list[int], ridge: float
+) -> torch.Tensor:
+    """The fit of `select_keys_values` of one head, slowly, in float64: weights (queries, text), values (text, d)."""
+    rows, targets = [], []
+    for own, other in zip(weights.double(), others.double(), strict=True):
+        left = 1 - sum(own[j] for j in range(len(own)) if j not in chosen)
+        target = sum(own[j] * values[j].double() for j in range(len(own))) + other - other / left
+        rows.append(torch.stack([own[j] / left for j in chosen]))
+        targets.append(target)
+    a, start = torch.stack(rows), values[chosen].double()
+    gram = a.T @ a
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(chosen), dtype=torch.float64)
+    return start + torch.linalg.solve(gram, a.T @ (torch.stack(targets) - a @ start))
+
+
+def test_values_are_fitted_as_the_equation_says() -> None:
+    from memory_adapters.memory_slots.keys_values import RIDGE, _fitted
+
+    torch.manual_seed(0)
+    values = torch.randn(1, 9, 4)
+    weights = torch.softmax(torch.randn(2, 6, 9 + 5), -1)  # two heads of queries, six queries
+    text, rest = weights[..., :9], weights[..., 9:]
+    other = rest @ torch.randn(5, 4)
+    every = text @ values + other
+    chosen = torch.tensor([[0, 3, 4, 7]])
+    found = _fitted(text, every, other, values[:, chosen[0]], chosen)
+    expected = reference(text.reshape(-1, 9), values[0], other.reshape(-1, 4), [0, 3, 4, 7], RIDGE)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-4)
