@@ -1,0 +1,236 @@
+"""Score keys and values chosen of a text beside the whole text: continuations, answers, word for word, and speed.
+
+    python -m benchmarks.keys_values --data FOLDER [--parts continuation answers repetition speed]
+
+FOLDER holds wikitext2 and qa/contexts.jsonl. *Continuation*: perplexity of the 32 tokens of WikiText-2 behind a context
+÷ that behind the whole context, inside the user's turn, at several rates: keys and values chosen and fitted, chosen
+alone, refined, and the first and last tokens. *Answers*: F1 of the first question about each of the last 100 contexts,
+in a chat, by rate, beside the context in the message. *Repetition*: how many steps of refinement bring back texts of 64
+tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048 tokens and behind what
+was kept of them. Rows are saved as they come.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.common import DEVICE, BenchmarkParser, in_turn, load_model, save, stored, timed, wikitext
+from benchmarks.slots import contexts
+from memory_adapters import Document, MemorySlotsConfig, inject_memory
+from memory_adapters.base_model.chat import chat_start
+from memory_adapters.base_model.tokens import tokenize
+from memory_adapters.memory_slots.distillation import refine_keys_values
+from memory_adapters.memory_slots.keys_values import KeysValues, select_keys_values
+from memory_adapters.memory_slots.layer import SlotReader
+from memory_adapters.memory_slots.prompts import END
+from memory_adapters.memory_slots.question_answering import answer_scores, question_prompt
+from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
+
+PARTS = ("continuation", "answers", "repetition", "speed")
+CONTINUED = 32
+QUESTIONS = 100
+PROMPT = "Tell me, in {} words, what you think about the {} of this."
+
+
+def main() -> None:
+    parser = BenchmarkParser(__doc__, "keys_values", data=True)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], quick=[72])
+    parser.add_argument("--rates", type=int, nargs="+", default=[2, 4, 8], quick=[4])
+    parser.add_argument("--texts", type=int, default=24, quick=2, help="of a length")
+    parser.add_argument("--refined", type=int, default=4, quick=1, help="texts of a length that are refined, too")
+    parser.add_argument("--steps", type=int, default=30, quick=2, help="of refinement")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, quick=2)
+    parser.add_argument("--refined-questions", type=int, default=20, quick=1)
+    parser.add_argument("--repeated", type=int, default=6, quick=1, help="texts to bring back")
+    parser.add_argument("--tokens", type=int, default=2048, quick=256, help="of the context whose speed is measured")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], quick=[1])
+    parser.add_argument("--new-tokens", type=int, default=128, quick=4)
+    parser.add_argument("--rounds", type=int, default=3, quick=1)
+    arguments = parser.parse()
+    model, tokenizer = load_model(arguments)
+    rows = stored(arguments, "rows")
+    measures: dict[str, Callable[[Any, Any, Any], Any]] = {
+        "continuation": continuation,
+        "answers": answers,
+        "repetition": repetition,
+        "speed": speed,
+    }
+    for part in arguments.parts:
+        for name, row in measures[part](arguments, model, tokenizer):
+            rows[name] = row
+            print(name, row, flush=True)
+            save(arguments, {"rows": rows}, dtype=str(model.dtype))
+
+
+def memory_on(model: Any, tokenizer: Any, rate: int, **settings: Any) -> Any:
+    config = MemorySlotsConfig(space="kv", num_slots=512 // rate, **settings)
+    return inject_memory(model, config, tokenizer=tokenizer)
+
+
+def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    text = tokenize(tokenizer, wikitext(arguments, "test"))
+    prefix, separator = chat_start(tokenizer), tokenize(tokenizer, END, rendered=True)
+    for length in arguments.lengths:
+        step = len(text) // arguments.texts
+        parts = [text[i * step :][: length + CONTINUED] for i in range(arguments.texts)]
+        losses: dict[str, list[float]] = {}
+        for number, part in enumerate(parts):
+            ids, tail = part[:length], part[length:]
+            read = torch.tensor([[*prefix, *ids]], device=DEVICE)
+            with torch.no_grad():
+                whole = run_behind(model.model, [], 0, input_ids=read)[1]
+            before = [(k[:, :, : len(prefix)], v[:, :, : len(prefix)]) for k, v in whole]
+
+            def add(name: str, layers: Sequence[KeyValue], tail: list[int] = tail) -> None:
+                losses.setdefault(name, []).append(loss(model, layers, len(prefix) + length, tail))  # noqa: B023
+
+            add("whole", whole)
+            add("nothing", before)
+            for rate in arguments.rates:
+                count = length // rate
+                kept = select_keys_values(model.model, prefix, ids, separator, count)
+                every = [(k[0, :, len(prefix) :], v[0, :, len(prefix) :]) for k, v in whole]
+                add(f"{rate}: fitted", joined(before, kept))
+                add(f"{rate}: chosen", joined(before, replace(kept, values=values_at(every, kept.places))))
+                ends = torch.tensor([*range(count // 2), *range(length - count + count // 2, length)])
+                places = tuple(ends.expand(len(k), -1) for k, _ in every)
+                turned = [(v, k) for k, v in every]
+                at_ends = KeysValues(values_at(turned, places), values_at(every, places), places, ())
+                add(f"{rate}: first and last", joined(before, at_ends))
+                if number < arguments.refined:
+                    memory = memory_on(model, tokenizer, rate, read="all")
+                    made, _ = refine_keys_values(
+                        memory.encoder, tokenizer, kept, ids, separator, arguments.steps, False
+                    )
+                    memory.remove()
+                    add(f"{rate}: refined", joined(before, made))
+        row: dict[str, Any] = {"whole": round(math.exp(mean(losses["whole"])), 2)}
+        for name, own in losses.items():
+            row[name] = row["whole"] if name == "whole" else round(ratio(own, losses["whole"]), 3)
+            if name.endswith("refined"):
+                fitted = losses[name.replace("refined", "fitted")][: len(own)]
+                row[f"{name} (of the same texts, fitted)"] = round(ratio(fitted, losses["whole"]), 3)
+        yield f"continuation, {length} tokens", row
+
+
+def ratio(losses: Sequence[float], whole: Sequence[float]) -> float:
+    """Perplexity ÷ that behind the whole text, of the texts that have both."""
+    return math.exp(mean(losses) - mean(whole[: len(losses)]))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def joined(before: Sequence[KeyValue], kept: KeysValues) -> list[KeyValue]:
+    own = zip(before, kept.keys, kept.values, strict=True)
+    return [(torch.cat([k, keys[None]], 2), torch.cat([v, values[None]], 2)) for (k, v), keys, values in own]
+
+
+def values_at(every: Sequence[tuple[Any, Any]], places: Sequence[Any]) -> tuple[Any, ...]:
+    parts = zip(every, places, strict=True)
+    return tuple(v.gather(1, at.long()[..., None].expand(-1, -1, v.shape[2])) for (_, v), at in parts)
+
+
+@torch.no_grad()
+def loss(model: Any, layers: Sequence[KeyValue], position: int, tail: Sequence[int]) -> float:
+    """Mean cross-entropy of tokens, from the second on, behind keys and values."""
+    ids = torch.tensor([list(tail)], device=DEVICE)
+    states = run_behind(model.model, layers, position, input_ids=ids[:, :-1])[0].last_hidden_state
+    return float(F.cross_entropy(model.lm_head(states)[0].float(), ids[0, 1:]))
+
+
+def answers(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    rows = contexts(arguments.data)[-QUESTIONS:][: arguments.questions]
+    yield "answers: whole", answered(arguments, model, tokenizer, rows, 1, 0)
+    for rate in arguments.rates:
+        yield f"answers: {rate}", answered(arguments, model, tokenizer, rows, rate, 0)
+    first = rows[: arguments.refined_questions]
+    for name, rate, steps in (("whole", 1, 0), ("4", 4, 0), ("4, refined", 4, arguments.steps)):
+        yield f"answers, first {len(first)}: {name}", answered(arguments, model, tokenizer, first, rate, steps)
+
+
+def answered(arguments: Any, model: Any, tokenizer: Any, rows: Sequence[Any], rate: int, steps: int) -> dict[str, Any]:
+    """F1, and what of it is left by compression, of the first question about each context."""
+    memory = memory_on(model, tokenizer, rate, read="bm25", part_tokens=1024)
+    documents = [Document(row["context"]) for row in rows]
+    times, _ = timed(memory.write, documents, progress=False, measure=False, compress=rate > 1, refine_steps=steps)
+    scores = []
+    for row, entry in zip(rows, memory.entries, strict=True):
+        memory.use(lambda prompts, entry=entry: [[entry] for _ in prompts])
+        prompt = question_prompt(tokenizer).replace("{question}", row["questions"][0])
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(DEVICE)
+        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        said = tokenizer.decode(ids, skip_special_tokens=True)
+        scores.append(answer_scores((said.strip().splitlines() or [""])[0], row["answers"][0]))
+    entries = memory.entries
+    memory.remove()
+    f1, _, contained = (round(mean(column), 3) for column in zip(*scores, strict=True))
+    achieved = sum(one.num_tokens for one in entries) / sum(one.num_slots for one in entries)
+    return {
+        "F1": f1,
+        "contained": contained,
+        "achieved rate": round(achieved, 2),
+        "seconds a context to write": round(times.wall / len(rows), 2),
+    }
+
+
+def repetition(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    rows = contexts(arguments.data)[-QUESTIONS:][: arguments.repeated]
+    prefix, separator = chat_start(tokenizer), tokenize(tokenizer, END, rendered=True)
+    found = []
+    for row in rows:
+        ids = tokenize(tokenizer, row["context"], rendered=True)[:64]
+        memory = memory_on(model, tokenizer, 4, read="all", refine_fraction=1.0)
+        kept = select_keys_values(model.model, prefix, ids, separator, 16)
+        _, losses = refine_keys_values(memory.encoder, tokenizer, kept, ids, separator, 200, False)
+        memory.remove()
+        found.append(len(losses) if len(losses) < 200 else None)
+    done = [steps for steps in found if steps is not None]
+    yield (
+        "repetition, 64 tokens from 16",
+        {"texts": len(found), "word for word": len(done), "steps": found},
+    )
+
+
+def speed(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    text = tokenize(tokenizer, wikitext(arguments, "test"))[: arguments.tokens]
+    new = arguments.new_tokens
+    settings: dict[str, Any] = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    message = [{"role": "user", "content": PROMPT.format("a few", "length")}]
+    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prefix, separator = chat_start(tokenizer), tokenize(tokenizer, END, rendered=True)
+    memory = memory_on(model, tokenizer, 4, read="all", part_tokens=arguments.tokens)
+    memory.write(Document("A text."), progress=False, measure=False)
+    (entry,) = memory.entries
+    for batch in arguments.batches:
+        inputs = {name: value.expand(batch, -1).to(DEVICE) for name, value in prompt.items()}
+        entries = {"whole": replace(entry, input_ids=tuple(text))}
+        for slots in (arguments.tokens // 4, arguments.tokens // 16):
+            kept = select_keys_values(model.model, prefix, text, separator, slots)
+            entries[f"{slots} kept"] = replace(entry, input_ids=tuple(text), kept=kept)
+
+        def generate(own: Any, inputs: Any = inputs) -> None:
+            memory._read_entries([own])
+            SlotReader.of(memory._stack).prompt_starts.__init__()
+            model.generate(**inputs, **settings)
+
+        times = in_turn({name: partial(generate, own) for name, own in entries.items()}, arguments.rounds)
+        row = {
+            name: {"seconds": round(own.wall, 2), "whole ÷ it": round((times["whole"] / own).wall, 2)}
+            for name, own in times.items()
+        }
+        yield f"speed, {arguments.tokens} tokens, batch {batch}", row
+    memory.remove()
+
+
+if __name__ == "__main__":
+    main()
