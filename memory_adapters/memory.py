@@ -291,6 +291,13 @@ class Memory(OnHub, Generic[ConfigT]):
             "what is to stay (`items` lists what is written)."
         )
 
+    def _listed_written(self, items: Items) -> list[Item]:
+        """Return items as a list; raise a `ValueError` that names the first that is not written."""
+        named, known = as_items(items, self.accepts), set(self.items)
+        if missing := [item for item in named if item not in known]:
+            raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `items`.")
+        return named
+
     @property
     def items(self) -> list[Item]:
         """What is written, in the order of the writes."""

@@ -17,7 +17,7 @@ from memory_adapters.base_model.modes import evaluating, own_settings
 from memory_adapters.base_model.partial_forward import CACHE, positioned
 from memory_adapters.base_model.tokens import pad_rows, tokenize
 from memory_adapters.base_model.trial import differs, trial
-from memory_adapters.items import Item, Items, as_items
+from memory_adapters.items import Item, Items
 from memory_adapters.keys.gate import KeyReader, KeySet, attach_keys
 from memory_adapters.keys.learning import LearnedKeys
 from memory_adapters.keys.thing_config import ThingConfig
@@ -152,12 +152,9 @@ class ThingMemory(Memory[ThingT]):
             ValueError: If an item is not written, or a thing must be learned anew and there is no tokenizer; nothing
                 is forgotten then.
         """
-        gone = set(as_items(items, self.accepts))
         with exclusive_use(self.model), own_settings():
             self._register_again()
-            written = self.items
-            if missing := gone.difference(written):
-                raise ValueError(f"`items` holds {next(iter(missing))!r}, which is not written; see `items`.")
+            gone, written = set(self._listed_written(items)), self.items
             held = self._held(written)
             touched = set[Item]().union(*(own for own in held.values() if own & gone))
             left = [item for item in written if item in touched - gone]

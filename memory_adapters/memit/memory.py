@@ -25,7 +25,7 @@ from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import CARD_FILE, CONFIG_FILE, PEFT_KEY_PREFIX, SETTINGS_FILE, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, tensors_digest, write_tensors
-from memory_adapters.items import Fact, Item, Items, as_items, asked_by, by_subject
+from memory_adapters.items import Fact, Item, Items, asked_by, by_subject
 from memory_adapters.keys.gate import KeyReader, KeySet
 from memory_adapters.keys.things import NAME_WINDOW
 from memory_adapters.memit.config import MemitConfig
@@ -278,13 +278,9 @@ class MemitMemory(Memory[MemitConfig]):
             ValueError: If a fact is not in the memory, or a subject must be learned anew and there is no tokenizer;
                 nothing is forgotten then.
         """
-        named = as_items(items, self.accepts)
-        gone = set(named)
         with exclusive_use(self.model), own_settings():
             self._register_again()
-            written = set(self.ledger.facts)
-            if missing := [fact for fact in named if fact not in written]:
-                raise ValueError(f"`items` holds {missing[0]!r}, which is not written; see `items`.")
+            gone = set(self._listed_written(items))
             left = [fact for fact in self.ledger.facts if fact not in gone]
             held = set(map(frozenset, self.ledger.subjects))
             anew = any(frozenset(own) not in held for own in by_subject(left))

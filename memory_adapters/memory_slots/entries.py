@@ -239,16 +239,18 @@ class Chooser:
         return sorted(named)
 
     def _best(self, candidates: Sequence[int], question: Sequence[int]) -> list[int]:
-        """Return the candidates that have most of a question's words, by BM25, if there are too many."""
+        """Return the candidates that have most of a question's words, by BM25, if there are too many.
+
+        Of a document that is named in a question without any of its words, the beginning.
+        """
         if len(candidates) <= self.top_k and self.read != "bm25":
             return list(candidates)
         index = self._index(tuple(candidates))
         words = [word for word in self._as_words([question])[0] if word in index.vocab_dict]
-        if not words:
-            return []
-        scores = index.get_scores(words)
+        scores = index.get_scores(words) if words else [0.0] * len(candidates)
         best = sorted(range(len(candidates)), key=lambda place: -scores[place])[: self.top_k]
-        return sorted(candidates[place] for place in best if scores[place] > 0)
+        found = sorted(candidates[place] for place in best if scores[place] > 0)
+        return found or ([] if self.read == "bm25" else list(candidates[: self.top_k]))
 
     def _index(self, candidates: tuple[int, ...]) -> Any:
         """Return the BM25 index of some entries, which is made once: they are all, or the parts of a document."""

@@ -30,7 +30,7 @@ from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
-from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer, as_items
+from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
@@ -330,32 +330,26 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             NotImplementedError: If what is left was compressed with them: no slot is of one item alone.
             ValueError: If an item is not written; nothing is forgotten then.
         """
-        gone = as_items(items, self.accepts)
         if self._config.has_entries:
-            self._forget_of_entries(gone)
+            self._forget_of_entries(items)
             return
         kept_whole = self.slots and all(slots.num_slots == slots.num_tokens for slots in self.slots)
         if len(self.slots) != 1 or not kept_whole:
             super().forget(items)
         with exclusive_use(self.model), own_settings():
             self._check_writable()
-            left, tokenizer = self.items, self._require_tokenizer()
-            for item in gone:
-                if item not in left:
-                    raise ValueError(f"`items` holds {item!r}, which is not written; see `items`.")
-                left.remove(item)
+            gone, tokenizer = set(self._listed_written(items)), self._require_tokenizer()
+            left = [item for item in self.items if item not in gone]
             with rollback_on_error(*self._saved_state()):
                 self._read([embedded_text(self.encoder, tokenizer, as_text(left) + "\n")] if left else [])
                 self._config.items = []
                 self._set_items(left)
 
-    def _forget_of_entries(self, gone: Sequence[Item]) -> None:
+    def _forget_of_entries(self, items: Items) -> None:
         with exclusive_use(self.model), own_settings():
             self._check_writable()
-            written, without, tokenizer = self.items, set(gone), self._require_tokenizer()
-            if missing := without.difference(written):
-                raise ValueError(f"`items` holds {next(iter(missing))!r}, which is not written; see `items`.")
-            left = [item for item in written if item not in without]
+            without, tokenizer = set(self._listed_written(items)), self._require_tokenizer()
+            left = [item for item in self.items if item not in without]
             entries = make_entries(left, tokenizer, self._config.part_tokens, self._entries)
             kept = {id(entry) for entry in entries}
             changed = [entry for entry in self._entries if id(entry) not in kept and set(entry.items) - without]
@@ -418,6 +412,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             ValueError: If slots belong to another model, or an entry is none of `entries`.
         """
         self._register_again()
+        if callable(slots) and not self._entries:
+            raise ValueError("`slots` is a function, but the memory has no `entries` to choose from: write first.")
         if callable(slots) or (isinstance(slots, Sequence) and any(isinstance(one, SlotEntry) for one in slots)):
             chosen = self._entries if callable(slots) else cast(Sequence[SlotEntry], slots)
             known = set(map(id, self._entries))

@@ -136,6 +136,8 @@ def test_parts_are_chosen_by_the_words_of_the_question() -> None:
         for words, part in (("when does the captain sleep", 1), ("are there cakes", 0)):
             (own,) = chooser.choose([TOKENIZER(named + words)["input_ids"]], [0])
             assert own == [part]
+        (own,) = chooser.choose([TOKENIZER(named + "why?")["input_ids"]], [0])
+        assert own == ([0] if named else []), "a document that is named is read from its beginning"
 
 
 def test_forgetting_is_never_having_written(tmp_path: Path) -> None:
@@ -179,9 +181,11 @@ def test_entries_may_be_compressed_by_an_encoder(tmp_path: Path) -> None:
 
 def test_what_is_read_can_be_given() -> None:
     model: Any = tiny_model()
-    asked, base = chat("Mira Park and Lumo Ferry?"), None
+    asked = chat("Mira Park and Lumo Ferry?")
     base = logits(model, asked)
     memory = memory_on(model)
+    with pytest.raises(ValueError, match="no `entries` to choose from"):
+        memory.use(lambda prompts: [[] for _ in prompts])
     memory.write([FERRY, PARK], progress=False)
     both = logits(model, asked)
     memory.use(memory.entries[:1])
