@@ -326,7 +326,7 @@ def _place(prompt: str, subject: str) -> tuple[str, str, int, list[str]]:
     if subject not in prompt and _composed(subject) in _composed(prompt):
         prompt, subject = _composed(prompt), _composed(subject)
         said.append(RESPELLED)
-    starts = [match.start() for match in re.finditer(f"(?={re.escape(subject)})", prompt)]
+    starts = [start for start in range(len(prompt)) if prompt.startswith(subject, start)]
     if not starts:
         raise ValueError(
             f"`subject={shown(subject)}` is not in `prompt={shown(prompt)}`{_difference(prompt, subject)}: "

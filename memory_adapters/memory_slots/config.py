@@ -18,7 +18,8 @@ from torch import nn
 from memory_adapters.base_model.decoder import Decoder
 from memory_adapters.base_model.matrices import block_matrices, lora_shapes, takes_lora
 from memory_adapters.config import STATE, TRAINING, MemoryConfig, MemoryPeftType
-from memory_adapters.memory_slots.keys_values import KEYS_VALUES_FILE, KeysValues, save_keys_values
+from memory_adapters.memory_slots.entries import SlotEntry
+from memory_adapters.memory_slots.entries_file import ENTRIES_FILE, save_entries
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.peft_layers.lora_config import check_target_modules, lora_config
 from memory_adapters.validation import check_choice, check_flag, check_number, shown
@@ -75,7 +76,7 @@ class MemorySlotsConfig(MemoryConfig):
         has_slots: Whether slots are saved beside the encoder. Filled in when saving.
         opening: Token ids that the chat template puts before what a user says: there slots stand in a chat, inside
             the turn; elsewhere before the prompt. Filled in where the tokenizer is known.
-        entries: What is read together, unless everything is. Filled in by `write`.
+        num_entries: How many entries are saved beside the encoder. Filled in when saving.
         seed: Of the initialisation.
     """
 
@@ -100,22 +101,22 @@ class MemorySlotsConfig(MemoryConfig):
     encoder_steps: int = field(default=0, metadata=STATE)
     has_slots: bool = field(default=False, metadata=STATE)
     opening: list[int] = field(default_factory=list, repr=False, metadata=STATE)
-    entries: list[dict[str, Any]] = field(default_factory=list, repr=False, metadata=STATE)
+    num_entries: int = field(default=0, metadata=STATE)
     seed: int = field(default=0, metadata=TRAINING)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.kind
         self.task_type = "CAUSAL_LM"
-        # No fields, but saved beside it: slots that are read now, or of all entries; keys and values by entry.
+        # No fields, but saved beside it: slots that are read now, or of all entries; and the entries.
         self.slots: list[MemorySlots] = []
-        self.kept: dict[int, KeysValues] = {}
+        self.entries: list[SlotEntry] = []
         check_choice("read", self.read, READS)
         check_number("top_k", self.top_k, low=1, integer=True)
         check_number("part_tokens", self.part_tokens, low=1, integer=True)
         if self.space is not None:
             check_choice("space", self.space, SPACES)
-        _check_entries(self.entries)
+        check_number("num_entries", self.num_entries, low=0, integer=True)
         if not isinstance(self.opening, list) or not all(type(i) is int and i >= 0 for i in self.opening):
             raise ValueError(f"`opening` must be a list of token ids, got {shown(self.opening)}.")
         check_number("num_slots", self.num_slots, low=1, integer=True)
@@ -137,7 +138,7 @@ class MemorySlotsConfig(MemoryConfig):
         check_target_modules(self.target_modules)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config, and the slots beside it: transformers and PEFT, which save an adapter so, save both.
+        """Save the config, and slots and entries beside it: transformers and PEFT, which save an adapter so, save both.
 
         Raises:
             ValueError: If the rows of a batch read slots of their own.
@@ -145,12 +146,12 @@ class MemorySlotsConfig(MemoryConfig):
         if len(self.slots) > 1:
             raise ValueError(f"{len(self.slots)} rows read slots of their own: save each with `MemorySlots.save`.")
         saved = copy.copy(self)
-        saved.has_slots = bool(self.slots)
+        saved.has_slots, saved.num_entries = bool(self.slots), len(self.entries)
         super(MemorySlotsConfig, saved).save_pretrained(save_directory, **kwargs)
         for slots in self.slots:
             slots.save(Path(save_directory) / MemorySlots.file)
-        if self.kept:
-            save_keys_values(Path(save_directory) / KEYS_VALUES_FILE, self.kept)
+        if self.entries:
+            save_entries(Path(save_directory) / ENTRIES_FILE, self.entries, self.written_items())
 
     def card_settings(self) -> dict[str, Any]:
         """Do as `MemoryConfig`; the LoRA's matrices, once resolved, are given by the ends of their names."""
@@ -248,28 +249,3 @@ class MemorySlotsConfig(MemoryConfig):
             "projection": (self.offsets, width, width),
         }
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
-
-
-def _check_entries(entries: Any) -> None:
-    """Raise a `ValueError` unless entries are as `entry_to_dict` writes them."""
-
-    def ids(values: Any) -> bool:
-        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-    def well_formed(entry: Any) -> bool:
-        return (
-            isinstance(entry, dict)
-            and set(entry) == {"title", "items", "input_ids", "names", "terms", "spans", "kept"}
-            and isinstance(entry["title"], str)
-            and ids(entry["items"])
-            and ids(entry["input_ids"])
-            and bool(entry["input_ids"])
-            and isinstance(entry["names"], list)
-            and all(map(ids, entry["names"]))
-            and isinstance(entry["terms"], list)
-            and all(isinstance(term, list) and all(map(ids, term)) for term in entry["terms"])
-            and ids([entry["spans"], entry["kept"]])
-        )
-
-    if not isinstance(entries, list) or not all(map(well_formed, entries)):
-        raise ValueError(f"`entries` must be a list of entries as they are saved, got {shown(entries)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from memory_adapters.memory_slots.prompts import END, as_text
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.validation import shown
 
-__all__ = ["Chooser", "Retriever", "SlotEntry", "entry_to_dict", "make_entries", "saved_entries"]
+__all__ = ["Chooser", "Retriever", "SlotEntry", "make_entries"]
 
 SHORT_PART = 12  # words; a paragraph of fewer, such as a heading, goes with the next
 
@@ -269,56 +269,3 @@ class Chooser:
         if self.tokenizer is None:
             raise ValueError("A retriever needs prompts as text: load the memory with `tokenizer=`.")
         return str(self.tokenizer.decode(list(row), skip_special_tokens=True))
-
-
-def entry_to_dict(entry: SlotEntry, place: Mapping[Item, int]) -> dict[str, Any]:
-    """Return an entry without slots, keys and values, as JSON takes it; items by their place among what is written."""
-    return {
-        "title": entry.title,
-        "items": [place[item] for item in entry.items],
-        "input_ids": list(entry.input_ids),
-        "names": [list(ids) for ids in entry.names],
-        "terms": [[list(ids) for ids in term] for term in entry.terms],
-        "spans": 0 if entry.slots is None else entry.slots.num_spans,
-        "kept": 0 if entry.kept is None else entry.kept.num_kept,
-    }
-
-
-def saved_entries(
-    saved: Sequence[Mapping[str, Any]],
-    items: Sequence[Item],
-    slots: MemorySlots | None,
-    kept: Mapping[int, KeysValues],
-) -> list[SlotEntry]:
-    """Undo `entry_to_dict` of all entries.
-
-    Args:
-        saved: The entries.
-        items: What is written.
-        slots: Those of all entries that have some, one after the other.
-        kept: Keys and values, by the place of the entry.
-
-    Raises:
-        ValueError: If entries name items that are not written, or slots that are not there.
-    """
-    spans = [] if slots is None else slots.split()
-    if sum(fields["spans"] for fields in saved) != len(spans):
-        raise ValueError("`entries` have other slots than the file of slots: save the memory again.")
-    if any(i >= len(items) for fields in saved for i in fields["items"]):
-        raise ValueError("`entries` have items that are not written: save the memory again.")
-    found, place = [], 0
-    for index, fields in enumerate(saved):
-        own = spans[place : place + fields["spans"]]
-        place += fields["spans"]
-        found.append(
-            SlotEntry(
-                fields["title"],
-                tuple(items[i] for i in fields["items"]),
-                tuple(fields["input_ids"]),
-                MemorySlots.concatenate(own) if own else None,
-                kept.get(index),
-                tuple(tuple(ids) for ids in fields["names"]),
-                tuple(tuple(tuple(ids) for ids in term) for term in fields["terms"]),
-            )
-        )
-    return found

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +13,9 @@ from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import execution_device
 from memory_adapters.base_model.modes import evaluating
-from memory_adapters.files.strict_json import parse_json
-from memory_adapters.files.tensors import read_metadata, read_tensors, write_tensors
 from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
-from memory_adapters.validation import check_number, shown
 
-__all__ = ["KEYS_VALUES_FILE", "KeysValues", "load_keys_values", "save_keys_values", "select_keys_values"]
-
-KEYS_VALUES_FILE = "keys_values.safetensors"
-NAME = "keys_values"
-FORMAT = "memory-adapters keys and values 1"
-PARTS = ("keys", "values", "places")
+__all__ = ["KeysValues", "select_keys_values"]
 CHUNK = 256  # tokens of a pass whose attention weights are held at once
 FITTED_QUERIES = 256  # of the second reading, which values are fitted to
 RIDGE = 0.01  # in units of the mean diagonal of the normal equations
@@ -209,55 +199,3 @@ def _eager_attention(stack: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation = name
-
-
-def save_keys_values(path: Path, kept: Mapping[int, KeysValues]) -> None:
-    """Write the keys and values of entries, by their place, to one safetensors file."""
-    tensors = {
-        f"{place}.{part}.{block}": tensor
-        for place, own in kept.items()
-        for part in PARTS
-        for block, tensor in enumerate(getattr(own, part))
-    }
-    entries = {
-        str(place): {"prefix": list(own.prefix), "refine_steps": own.refine_steps} for place, own in kept.items()
-    }
-    about = {"format": FORMAT, "entries": entries}
-    write_tensors(path, tensors, {NAME: json.dumps(about, sort_keys=True)})
-
-
-def load_keys_values(path: Path, tokens: Mapping[int, int], blocks: int) -> dict[int, KeysValues]:
-    """Undo `save_keys_values`.
-
-    Args:
-        path: The file.
-        tokens: How many tokens the entries that have keys and values have, by their place.
-        blocks: Of the model.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or is of other entries or another model.
-    """
-    shapes, metadata = read_metadata(path)
-    try:
-        about = parse_json(metadata[NAME])
-        if about["format"] != FORMAT:
-            raise ValueError(f"unknown format {shown(about['format'])}: update memory-adapters")
-        entries = {int(place): (tuple(own["prefix"]), own["refine_steps"]) for place, own in about["entries"].items()}
-        if set(entries) != set(tokens):
-            raise ValueError("keys and values of other entries: save the memory again")
-        for prefix, steps in entries.values():
-            for number in (*prefix, steps):
-                check_number(NAME, number, low=0, integer=True)
-        named = {f"{place}.{part}.{block}" for place in tokens for part in PARTS for block in range(blocks)}
-        expected = {name: torch.Size(shapes[name]) for name in named}
-        tensors = read_tensors(path, expected, {name for name in named if ".places." in name})
-        found = {}
-        for place, (prefix, steps) in entries.items():
-            keys, values, places = (tuple(tensors[f"{place}.{part}.{i}"] for i in range(blocks)) for part in PARTS)
-            if any(at.numel() and (at.min() < 0 or at.max() >= tokens[place]) for at in places):
-                raise ValueError("places behind the end of a text")
-            found[place] = KeysValues(keys, values, places, prefix, steps)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"`{path}` is not a file of keys and values ({error}).") from error
-    return found

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memory_adapters.base_model.item_rows import Row as ItemRow
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, takes_positions
 
 __all__ = [
     "Query",
     "Row",
+    "as_queries",
     "autocast",
     "autoencoding_rows",
     "cross_entropy",
@@ -47,6 +49,11 @@ class Query:
     def __len__(self) -> int:
         """Return how many tokens stand behind the slots in a pass that predicts the target."""
         return (1 if self.prompt is None else len(self.prompt)) + len(self.target) - 1
+
+
+def as_queries(rows: Sequence[ItemRow]) -> list[Query]:
+    """Return the prompt and the continuation that each row of a fact or question wants."""
+    return [Query(row.input_ids[: row.first_label], row.input_ids[row.first_label :]) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -28,24 +28,18 @@ from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.base_model.trial import differs, is_runnable, trial
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
-from memory_adapters.files.strict_json import file_in
+from memory_adapters.files.strict_json import SAVE_AGAIN, file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
-from memory_adapters.memory_slots.entries import (
-    Chooser,
-    Retriever,
-    SlotEntry,
-    entry_to_dict,
-    make_entries,
-    saved_entries,
-)
+from memory_adapters.memory_slots.entries import Chooser, Retriever, SlotEntry, make_entries
+from memory_adapters.memory_slots.entries_file import ENTRIES_FILE, load_entries
 from memory_adapters.memory_slots.export import prompt_tuning
-from memory_adapters.memory_slots.keys_values import KEYS_VALUES_FILE, KeysValues, load_keys_values
 from memory_adapters.memory_slots.layer import Entry, SlotReader, padded, reading_module
-from memory_adapters.memory_slots.prompts import as_queries, as_text
+from memory_adapters.memory_slots.loss import as_queries
+from memory_adapters.memory_slots.prompts import as_text
 from memory_adapters.memory_slots.reading import Reading
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text, keep_keys_values
@@ -78,7 +72,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         slots: What every prompt reads; several where each row of a batch reads its own; empty where entries are chosen.
     """
 
-    optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE, KEYS_VALUES_FILE)
+    optional_files: ClassVar[tuple[str, ...]] = (SLOTS_FILE, ENTRIES_FILE)
 
     def __init__(
         self,
@@ -100,7 +94,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 self._stack = reading_module(decoder)
         else:
             self._stack = cast(PreTrainedModel, self.model.get_submodule(decoder.stack_path))
-        self._config.slots, self._config.kept = [], {}  # those of the memory whose config this was, if it was one's
+        self._config.slots, self._config.entries = [], []  # the memory's whose config this was, if it was one's
         reader = SlotReader.attach(self._stack)
         # transformers takes the adapters of the first layer for the model's, and the dtype of the first parameter.
         _put_before(self._stack, SlotReader.child_name, decoder.blocks)
@@ -293,11 +287,10 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     def _read_entries(self, entries: Sequence[SlotEntry]) -> None:
         """Let the memory hold these entries, and prompts read those that they ask for."""
-        self._entries = list(entries)
+        self._entries = self._config.entries = list(entries)
         self._choose(self._entries)
         compressed = [entry.slots for entry in entries if entry.slots is not None]
         self._config.slots = [MemorySlots.concatenate(compressed)] if compressed else []
-        self._config.kept = {i: entry.kept for i, entry in enumerate(entries) if entry.kept is not None}
 
     def _choose(self, entries: Sequence[SlotEntry], retriever: Retriever | None = None) -> None:
         """Let prompts read those of some entries that they ask for, or that a retriever chooses."""
@@ -313,13 +306,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             self._config.set_items([*self.items, *written])
         else:
             super()._set_items(written)
-            self._store_entries()
         self._written = (self.slots, self._config.items)
-
-    def _store_entries(self) -> None:
-        """Let the config have the entries, to be saved."""
-        place = {item: i for i, item in enumerate(self.items)}
-        self._config.entries = [entry_to_dict(entry, place) for entry in self._entries]
 
     def forget(self, items: Items) -> None:
         """Take items out again: the memory is what it would be had they never been written.
@@ -366,17 +353,15 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             with rollback_on_error(*self._saved_state()):
                 self._read_entries(entries)
                 self._config.set_items(left)
-                self._store_entries()
                 self._written = (self.slots, self._config.items)
 
     def _saved_state(self) -> list[Restore]:
-        before, entries, choose = self.slots, self._entries, self._entry.choose
-        slots, kept = self._config.slots, self._config.kept
+        before, entries, choose, slots = self.slots, self._entries, self._entry.choose, self._config.slots
 
         def restore() -> None:
             self._read(before)
-            self._entries, self._entry.choose = entries, choose
-            self._config.slots, self._config.kept = slots, kept
+            self._entries = self._config.entries = entries
+            self._entry.choose, self._config.slots = choose, slots
 
         return [restore, *super()._saved_state()]
 
@@ -528,19 +513,24 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         slots = MemorySlots.load(file_in(folder, SLOTS_FILE)) if config.has_slots else None
         if slots is not None:
             slots.check_fits(config.base_fingerprint, decoder.embedding_size)
-        tokens = {i: len(one["input_ids"]) for i, one in enumerate(config.entries) if one["kept"]}
-        kept = load_keys_values(file_in(folder, KEYS_VALUES_FILE), tokens, decoder.num_layers) if tokens else {}
-        return {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in tensors.items()}, slots, kept
+        entries = (
+            load_entries(file_in(folder, ENTRIES_FILE), config.written_items(), slots, decoder.num_layers)
+            if config.num_entries
+            else []
+        )
+        if len(entries) != config.num_entries:
+            raise ValueError(f"`{folder}` has {len(entries)} entries, its config {config.num_entries}. {SAVE_AGAIN}")
+        return {name.removeprefix(PEFT_KEY_PREFIX): tensor for name, tensor in tensors.items()}, slots, entries
 
-    def _restore(self, contents: tuple[dict[str, Tensor], MemorySlots | None, dict[int, KeysValues]]) -> None:
-        tensors, slots, kept = contents
+    def _restore(self, contents: tuple[dict[str, Tensor], MemorySlots | None, list[SlotEntry]]) -> None:
+        tensors, slots, entries = contents
         with torch.no_grad():
             for name, tensor in self.encoder.tensors().items():
                 tensor.copy_(tensors[name])
         if slots is not None and slots.encoder_fingerprint not in (self.encoder.fingerprint(), None):
             warnings.warn(OTHER_ENCODER, stacklevel=2)
-        if self._config.entries:
-            self._read_entries(saved_entries(self._config.entries, self._config.written_items(), slots, kept))
+        if entries:
+            self._read_entries(entries)
             self._written = (self.slots, self._config.items)
         elif slots is not None:
             self._read([slots])

@@ -229,7 +229,7 @@ def test_the_opening_of_a_turn_is_found_in_the_template() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("read", "some"), ("top_k", 0), ("part_tokens", 0), ("opening", [-1]), ("entries", [{"title": "x"}])],
+    [("read", "some"), ("top_k", 0), ("part_tokens", 0), ("opening", [-1]), ("space", "keys")],
 )
 def test_settings_that_cannot_be(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{field}`"):

@@ -11,7 +11,8 @@ import torch
 
 from memory_adapters import Document, Fact, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.base_model.chat import chat_start
-from memory_adapters.memory_slots.keys_values import KEYS_VALUES_FILE, select_keys_values
+from memory_adapters.memory_slots.entries_file import ENTRIES_FILE
+from memory_adapters.memory_slots.keys_values import select_keys_values
 from tests.support.models import byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer(chat=True)
@@ -112,9 +113,9 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path)
     again: Any = tiny_model()
     assert [one.kept is not None for one in load_memory(again, tmp_path, tokenizer=TOKENIZER).entries] == [False, True]
-    file = tmp_path / KEYS_VALUES_FILE
+    file = tmp_path / ENTRIES_FILE
     file.write_bytes(file.read_bytes().replace(b"refine_steps", b"define_steps"))
-    with pytest.raises(ValueError, match="not a file of keys and values"):
+    with pytest.raises(ValueError, match="not a file of entries"):
         load_memory(tiny_model(), tmp_path, tokenizer=TOKENIZER)
 
 
@@ -177,26 +178,15 @@ def test_gradients_reach_an_adapter_through_kept_keys() -> None:
     assert weight.grad.abs().sum() > 0
 
 
-def test_refinement_comes_closer_to_the_text_and_can_be_forgotten_in_part(tmp_path: Path) -> None:
+def test_refinement_learns_the_text_and_can_be_forgotten_in_part(tmp_path: Path) -> None:
     facts = [Fact(f"Lumo Ferry {verb}", "Lumo Ferry", "Oslo, in the rain") for verb in ("leaves", "likes", "shuns")]
-    found = []
-    for steps in (0, 30):
-        model: Any = tiny_model()
-        memory = memory_on(model, refine_fraction=0.0)
-        memory.write(facts, progress=False)
-        whole = logits(model, chat(ASKED))[0, -1].log_softmax(-1)
-        memory.forget(facts)
-        report = memory.write(facts, progress=False, compress=True, refine_steps=steps)
-        (entry,) = memory.entries
-        assert entry.kept.refine_steps == steps
-        assert len(report.losses) == steps
-        said = logits(model, chat(ASKED))[0, -1].log_softmax(-1)
-        found.append(float((whole.exp() * (whole - said)).sum()))
-    assert report.losses[-1] < report.losses[0]
-    assert found[1] < found[0]
+    memory = memory_on(tiny_model(), refine_learning_rate=0.2)
+    report = memory.write(facts, progress=False, compress=True, refine_steps=30)
+    assert memory.entries[0].kept.refine_steps == len(report.losses) == 30
+    assert report.losses[-1] < report.losses[0] / 1.3, "cross-entropy of the text, and divergence from who reads it"
     memory.save_pretrained(tmp_path)
     memory.forget(facts[0])
-    never: Any = memory_on(tiny_model(), refine_fraction=0.0)
+    never = memory_on(tiny_model(), refine_learning_rate=0.2)
     never.write(facts[1:], progress=False, compress=True, refine_steps=30)
     asked = chat(ASKED)
     torch.testing.assert_close(logits(memory.model, asked), logits(never.model, asked))
