@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import execution_device
-from memory_adapters.memory_slots.keys_values import KeysValues
+from memory_adapters.memory_slots.keys_values import KeysValues, at_places
 from memory_adapters.memory_slots.slot_cache import KeyValue, State, run_behind, state_of
 
 __all__ = ["Begun", "PromptStarts", "Segment"]
@@ -178,11 +178,7 @@ def _nothing(stack: PreTrainedModel) -> list[KeyValue]:
 
 def _thinned(layer: KeyValue, first: int, places: Tensor) -> KeyValue:
     """Drop all keys and values of the tokens from `first` on, but for those at some places (heads, kept) of these."""
-    at = places.to(layer[0].device).long()[None, ..., None]
-    keys, values = (
-        torch.cat([own[:, :, :first], own[:, :, first:].gather(2, at.expand(-1, -1, -1, own.shape[-1]))], 2)
-        for own in layer
-    )
+    keys, values = (torch.cat([own[:, :, :first], at_places(own[0, :, first:], places)[None]], 2) for own in layer)
     return keys, values
 
 

@@ -194,8 +194,15 @@ class MemorySlotsConfig(MemoryConfig):
 
     @property
     def offsets(self) -> int:
-        """Most tokens that one slot is pooled from; 1 where it is read at a memory token."""
+        """Most tokens that one slot is pooled from; 1 where it is read at a memory token, 0 with `space="kv"`."""
+        if self.space == "kv":
+            return 0
         return 1 if self.pooling == "tokens" else math.ceil(self.span_length / self.num_slots)
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """Embeddings that may be appended to a span; none with `space="kv"`."""
+        return 0 if self.space == "kv" else self.num_slots
 
     def spans_of(self, ids: Sequence[int]) -> list[list[int]]:
         """Cut token ids into equal spans of at most `span_length`."""
@@ -244,7 +251,7 @@ class MemorySlotsConfig(MemoryConfig):
             shapes |= lora_shapes(name, module, self.lora_rank)
         width = decoder.embedding_size
         own = {
-            "memory_tokens": (self.num_slots, width),
+            "memory_tokens": (self.num_memory_tokens, width),
             "reconstruct": (1, width),
             "projection": (self.offsets, width, width),
         }

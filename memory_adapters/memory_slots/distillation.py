@@ -1,7 +1,7 @@
-"""Keys and values of a text, improved by gradient descent: the model that reads them learns from the one that reads it.
+"""Keys and values of a text, or the encoder that makes them, learn from the model that reads the text.
 
-What is asked is the model's own: how it goes on behind the text, and how it answers requests about it (self-study, as
-in Cartridges, Eyuboglu et al. 2025), and the text again, word for word.
+What refinement asks is the model's own: how it goes on behind the text, and how it answers requests about it
+(self-study, as in Cartridges, Eyuboglu et al. 2025), and the text again, word for word.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from memory_adapters.base_model.quantised import differentiable
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.memory_slots.encoder import Encoder
-from memory_adapters.memory_slots.keys_values import KeysValues
-from memory_adapters.memory_slots.loss import autocast, cross_entropy, divergence, in_block
+from memory_adapters.memory_slots.keys_values import KeysValues, select_keys_values
+from memory_adapters.memory_slots.loss import Query, autocast, cross_entropy, divergence, in_block
 from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
 
-__all__ = ["REPEAT", "refine_keys_values"]
+__all__ = ["REPEAT", "encoder_loss", "refine_keys_values"]
 
 REPEAT = "Repeat the text above, word for word."
 REQUESTS = (
@@ -130,6 +130,49 @@ def refine_keys_values(
     found = [(own[0].detach().to(keys.dtype), own[1].detach().to(values.dtype)) for own, keys, values in parts]
     keys, values = zip(*found, strict=True)
     return replace(kept, keys=keys, values=values, refine_steps=steps), losses
+
+
+def encoder_loss(
+    encoder: Encoder, prefix: Sequence[int], separator: Sequence[int], context: Sequence[int], asked: Query | None
+) -> tuple[Tensor, int]:
+    """Return the loss of what is asked behind the keys and values that the encoder makes of a context.
+
+    With `objective="distillation"` it is the KL divergence from the model that reads the whole context, else the
+    cross-entropy. At half, once or twice the compression rate, as the context's length decides: one encoder for all.
+
+    Args:
+        encoder: Of the model.
+        prefix: What stands before the context: a chat's beginning, or nothing.
+        separator: What stands between a context and a message of the chat, or the context again.
+        context: Token ids.
+        asked: What should follow; None for the context itself. A prompt that begins as `prefix` does is a chat, whose
+            message the context stands in.
+
+    Returns:
+        The mean over tokens, and how many there are.
+    """
+    ids, prompt, target = list(context), list(separator), list(context)
+    if asked is not None:
+        prompt, target = list(asked.prompt or []), asked.target
+        if prefix and prompt[: len(prefix)] == list(prefix):
+            ids, prompt = [*ids, *separator], prompt[len(prefix) :]
+    share = (0.5, 1.0, 2.0)[len(ids) % 3]
+    count = min(len(ids), max(1, round(share * encoder.config.slots_for(len(ids)))))
+    with encoder.adapters_disabled(), torch.no_grad():
+        places = select_keys_values(encoder.stack, prefix, ids, separator, count).places
+        tokens = torch.tensor([[*prefix, *ids]], device=encoder.device)
+        whole = run_behind(encoder.stack, [], 0, input_ids=tokens)[1]
+    before = [(k[:, :, : len(prefix)], v[:, :, : len(prefix)]) for k, v in whole]
+    rows, position = [_Asked([*prompt, *target], len(prompt))], len(prefix) + len(ids)
+    made = encoder.keys_values(prefix, ids, places)
+    with encoder.adapters_disabled():
+        states = _states(encoder, _joined(before, made), position, rows)
+        if encoder.config.objective == "distillation" and asked is not None:
+            with torch.no_grad():
+                taught = _states(encoder, whole, position, rows)
+            return in_block(divergence, encoder, states, taught) / len(states), len(states)
+        wanted = torch.tensor(target[-len(states) :], device=states.device)
+        return in_block(cross_entropy, encoder, states, wanted)[0].mean(), len(states)
 
 
 def _asked(

@@ -1,4 +1,4 @@
-"""The encoder: the model itself, with a LoRA that is active only here, reads spans and puts out slots."""
+"""The encoder: the model itself, with a LoRA that is active only here, reads texts for slots, or keys and values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from memory_adapters.base_model.decoder import Decoder, execution_device
 from memory_adapters.base_model.modes import computes_in_bfloat16, plain_attention
 from memory_adapters.memory_slots.config import MemorySlotsConfig
+from memory_adapters.memory_slots.keys_values import at_places
+from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
 from memory_adapters.peft_layers.layers import adapter_layers, lora_linears
 
 __all__ = ["Encoder", "EncoderParts"]
@@ -35,7 +37,7 @@ class EncoderParts(nn.Module):
             stands behind the bare slots, as `generate` gives it; so [LM] and [FT] are not needed.
         projection: Matrices from the normalised last hidden states to slots, in units of the embeddings' RMS (offsets,
             embedding_size, embedding_size). With `pooling="mean"` one for each place in a slot's stretch of tokens, at
-            first 0; with `"tokens"` a single one, at first the identity.
+            first 0; with `"tokens"` a single one, at first the identity; none with `space="kv"`.
         embedding_rms: RMS of the model's token embeddings.
     """
 
@@ -51,7 +53,7 @@ class EncoderParts(nn.Module):
             noise = torch.randn(rows, len(mean), generator=generator, dtype=torch.float32)
             return nn.Parameter((mean + spread * noise).to(device), requires_grad=False)
 
-        self.memory_tokens = like_tokens(config.num_slots)
+        self.memory_tokens = like_tokens(config.num_memory_tokens)
         self.reconstruct = like_tokens(1)
         start = torch.zeros if config.pooling == "mean" else torch.eye
         first = start(len(mean), len(mean), device=device)
@@ -165,6 +167,25 @@ class Encoder:
             own = offsets == j
             pooled = pooled.index_add(0, places[own], (flat[own] @ matrix).float())
         return list(pooled.split(counts))
+
+    def keys_values(self, prefix: Sequence[int], ids: Sequence[int], places: Sequence[Tensor]) -> list[KeyValue]:
+        """Return keys and values of a text, with gradients if they are on.
+
+        Args:
+            prefix: Token ids before the text.
+            ids: The text.
+            places: Of each block (heads, kept): which tokens of the text are kept.
+
+        Returns:
+            Of each block keys and values (heads, kept, head_dim).
+        """
+        tokens, first = torch.tensor([[*prefix, *ids]], device=self.device), len(prefix)
+        with self.active():
+            layers = run_behind(self.stack, [], 0, input_ids=tokens)[1]
+        return [
+            (at_places(keys[0, :, first:], own), at_places(values[0, :, first:], own))
+            for (keys, values), own in zip(layers, places, strict=True)
+        ]
 
     @torch.no_grad()
     def compress(self, spans: Sequence[Sequence[int]], progress: bool) -> list[Tensor]:

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memory_adapters.base_model.chat import chat_start
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.modes import own_settings
 from memory_adapters.base_model.nonfinite import origin
 from memory_adapters.base_model.seeding import seeded
-from memory_adapters.base_model.tokens import pad_rows
+from memory_adapters.base_model.tokens import pad_rows, tokenize
 from memory_adapters.memory_slots.config import MemorySlotsConfig
+from memory_adapters.memory_slots.distillation import encoder_loss
 from memory_adapters.memory_slots.encoder import Encoder
 from memory_adapters.memory_slots.loss import Query, Row, autoencoding_rows, distil, predict
+from memory_adapters.memory_slots.prompts import END
 from memory_adapters.training.checkpoints import checkpoint_to_resume, digest_of
 from memory_adapters.training.distributed import all_reduce_sum, mean_weight
 from memory_adapters.training.trainer import AdapterTrainer, SavedAdapter, default_arguments, only_trainable
@@ -176,6 +179,8 @@ class _BatchLoss(nn.Module):
         """Return the loss, with a factor so that the mean over processes is that of all examples."""
         memory = self.memory()
         encoder = memory.encoder
+        if memory.config.space == "kv":
+            return self._of_keys_values(examples)
         spans: list[list[int]] = []
         own: list[list[int]] = []  # of each example: which of the spans are its own
         for example in examples:
@@ -202,6 +207,17 @@ class _BatchLoss(nn.Module):
             total = total + share * weight * loss
         return total
 
+    def _of_keys_values(self, examples: Sequence[Example]) -> Tensor:
+        memory = self.memory()
+        encoder, tokenizer = memory.encoder, memory._require_tokenizer()
+        prefix = chat_start(tokenizer) if memory.config.opening else []
+        separator = tokenize(tokenizer, END, rendered=True)
+        total = encoder.parts.reconstruct.sum() * 0  # what this encoder has no use for has a gradient, too
+        total = total + encoder.parts.projection.sum() * 0 + encoder.parts.memory_tokens.sum() * 0
+        losses = [encoder_loss(encoder, prefix, separator, one.context, one.asked) for one in examples]
+        weight = mean_weight(sum(tokens for _, tokens in losses))
+        return total + weight * sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
+
 
 def train_encoder(
     memory: MemoryWithEncoder,
@@ -227,6 +243,12 @@ def train_encoder(
     """
     memory._check_writable()
     encoder, config = memory.encoder, memory.config
+    checkpointing = {"activation_checkpointing", "gradient_checkpointing"}
+    if config.space == "kv" and any((training_args or {}).get(name) for name in checkpointing):
+        raise ValueError(
+            "`activation_checkpointing` does not work where the encoder makes keys and values, which are read from a "
+            "cache: leave it out, and give shorter contexts."
+        )
     settings: dict[str, Any] = dict(
         output_dir="slot-encoder",
         learning_rate=1e-4,

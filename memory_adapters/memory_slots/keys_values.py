@@ -15,7 +15,7 @@ from memory_adapters.base_model.decoder import execution_device
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
 
-__all__ = ["KeysValues", "select_keys_values"]
+__all__ = ["KeysValues", "at_places", "select_keys_values"]
 CHUNK = 256  # tokens of a pass whose attention weights are held at once
 FITTED_QUERIES = 256  # of the second reading, which values are fitted to
 RIDGE = 0.01  # in units of the mean diagonal of the normal equations
@@ -105,8 +105,8 @@ def select_keys_values(
         chosen = _chosen(received[0][i], received[1][i], value, kept)
         weight = torch.cat([own[i] for own in attention], 1)
         every, others = (torch.cat([own[i][part] for own in outputs], 1) for part in (0, 1))
-        keys.append(_of(key, chosen).clone())
-        values.append(_fitted(weight, every, others, _of(value, chosen), chosen))
+        keys.append(at_places(key, chosen).clone())
+        values.append(_fitted(weight, every, others, at_places(value, chosen), chosen))
         places.append(chosen.to(torch.int32))
     return KeysValues(tuple(keys), tuple(values), tuple(places), tuple(prefix))
 
@@ -181,9 +181,9 @@ def _fitted(weights: Tensor, every: Tensor, others: Tensor, values: Tensor, chos
     return (start + change).to(values.dtype)
 
 
-def _of(rows: Tensor, places: Tensor) -> Tensor:
-    """Return the rows (heads, places, size) at some places of each head."""
-    return rows.gather(1, places.long()[..., None].expand(-1, -1, rows.shape[-1]))
+def at_places(rows: Tensor, places: Tensor) -> Tensor:
+    """Return the rows (heads, kept, size) of all (heads, tokens, size) at some places (heads, kept) of each head."""
+    return rows.gather(1, places.to(rows.device).long()[..., None].expand(-1, -1, rows.shape[-1]))
 
 
 @contextmanager

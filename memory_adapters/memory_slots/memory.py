@@ -113,7 +113,9 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def _try_model(self, decoder: Decoder) -> None:
         """Compress a few tokens, and read two slots with a cache and padding, and without either."""
         with trial(self.model, "does not compress tokens into slots", REMEDY):
-            self.encoder.slots([[token % decoder.vocab_size for token in range(5, 5 + self._config.span_length)][:8]])
+            if self._config.space != "kv":
+                tokens = range(5, 5 + min(self._config.span_length, 8))
+                self.encoder.slots([[token % decoder.vocab_size for token in tokens]])
         entry, reader = self._entry, SlotReader.of(self._stack)
         before = entry.vectors, entry.mask
         ids = torch.tensor([[9, 7, 8]], device=self.encoder.device) % decoder.vocab_size
@@ -377,6 +379,11 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self, text: str | list[str] | tuple[str, ...], *, refine_steps: int | None = None, progress: bool = True
     ) -> MemorySlots | list[MemorySlots]:
         """Return the slots of a text, or of each of many (compressed in batches), without reading them: see `use`."""
+        if self._config.space == "kv":
+            raise ValueError(
+                "`space='kv'` keeps keys and values of entries: call `write(text, compress=True)`, or set "
+                "`space='embeddings'`."
+            )
         texts = [Document(one).text for one in ([text] if isinstance(text, str) else text)]
         steps = self._steps(refine_steps)
         with exclusive_use(self.model), own_settings():

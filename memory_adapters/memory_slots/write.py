@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -183,6 +183,8 @@ def keep_keys_values(
 ) -> list[tuple[KeysValues | None, list[float]]]:
     """Choose the keys and values of texts, as they are behind what a chat begins with (or nothing), and refine them.
 
+    An encoder that was trained makes them, at the places that are chosen.
+
     Args:
         encoder: Of the model.
         stack: The module that reads.
@@ -214,6 +216,10 @@ def keep_keys_values(
             continue
         with encoder.adapters_disabled():
             kept = select_keys_values(stack, prefix, ids, separator, count)
+        if encoder.config.encoder_steps:
+            with evaluating(encoder.model), torch.no_grad():
+                keys, values = zip(*encoder.keys_values(prefix, ids, kept.places), strict=True)
+            kept = replace(kept, keys=keys, values=values)
         losses: list[float] = []
         if steps:
             kept, losses = refine_keys_values(encoder, tokenizer, kept, ids, separator, steps, progress)
