@@ -1,13 +1,13 @@
 """Score keys and values chosen of a text beside the whole text: continuations, answers, word for word, and speed.
 
-    python -m benchmarks.keys_values --data FOLDER [--parts continuation answers repetition speed]
+    python -m benchmarks.keys_values --data FOLDER [--encoder FOLDER] [--parts continuation answers repetition speed]
 
 FOLDER holds wikitext2 and qa/contexts.jsonl. *Continuation*: perplexity of the 32 tokens of WikiText-2 behind a context
 ÷ that behind the whole context, inside the user's turn, at several rates: keys and values chosen and fitted, chosen
-alone, refined, and the first and last tokens. *Answers*: F1 of the first question about each of the last 100 contexts,
-in a chat, by rate, beside the context in the message. *Repetition*: how many steps of refinement bring back texts of 64
-tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048 tokens and behind what
-was kept of them. Rows are saved as they come.
+alone, made by the encoder, refined, and the first and last tokens. *Answers*: F1 of the first question about each of
+the last 100 contexts, in a chat, by rate, beside the context in the message. *Repetition*: how many steps of refinement
+bring back texts of 64 tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048
+tokens and behind what was kept of them. Rows are saved as they come.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import DEVICE, BenchmarkParser, in_turn, load_model, save, stored, timed, wikitext
 from benchmarks.slots import contexts
-from memory_adapters import Document, MemorySlotsConfig, inject_memory
+from memory_adapters import Document, MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.base_model.chat import chat_start
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.memory_slots.distillation import refine_keys_values
@@ -42,6 +43,7 @@ PROMPT = "Tell me, in {} words, what you think about the {} of this."
 def main() -> None:
     parser = BenchmarkParser(__doc__, "keys_values", data=True)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--encoder", type=Path, help="made by benchmarks/train_encoder.py --space kv")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], quick=[72])
     parser.add_argument("--rates", type=int, nargs="+", default=[2, 4, 8], quick=[4])
     parser.add_argument("--texts", type=int, default=24, quick=2, help="of a length")
@@ -70,14 +72,20 @@ def main() -> None:
             save(arguments, {"rows": rows}, dtype=str(model.dtype))
 
 
-def memory_on(model: Any, tokenizer: Any, rate: int, **settings: Any) -> Any:
-    config = MemorySlotsConfig(space="kv", num_slots=512 // rate, **settings)
-    return inject_memory(model, config, tokenizer=tokenizer)
+def memory_on(model: Any, tokenizer: Any, rate: int, encoder: Path | None = None, **settings: Any) -> Any:
+    settings |= dict(num_slots=512 // rate, span_length=512)
+    if encoder is None:
+        return inject_memory(model, MemorySlotsConfig(space="kv", **settings), tokenizer=tokenizer)
+    memory = load_memory(model, encoder, tokenizer=tokenizer)
+    for name, value in settings.items():
+        setattr(memory.config, name, value)
+    return memory
 
 
 def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
     text = tokenize(tokenizer, wikitext(arguments, "test"))
     prefix, separator = chat_start(tokenizer), tokenize(tokenizer, END, rendered=True)
+    trained: Any = memory_on(model, tokenizer, 4, arguments.encoder) if arguments.encoder else None
     for length in arguments.lengths:
         step = len(text) // arguments.texts
         parts = [text[i * step :][: length + CONTINUED] for i in range(arguments.texts)]
@@ -105,6 +113,10 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
                 turned = [(v, k) for k, v in every]
                 at_ends = KeysValues(values_at(turned, places), values_at(every, places), places, ())
                 add(f"{rate}: first and last", joined(before, at_ends))
+                if trained is not None:
+                    with torch.no_grad():
+                        keys, values = zip(*trained.encoder.keys_values(prefix, ids, kept.places), strict=True)
+                    add(f"{rate}: encoder", joined(before, replace(kept, keys=keys, values=values)))
                 if number < arguments.refined:
                     memory = memory_on(model, tokenizer, rate, read="all")
                     made, _ = refine_keys_values(
@@ -119,6 +131,8 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
                 fitted = losses[name.replace("refined", "fitted")][: len(own)]
                 row[f"{name} (of the same texts, fitted)"] = round(ratio(fitted, losses["whole"]), 3)
         yield f"continuation, {length} tokens", row
+    if trained is not None:
+        trained.remove()
 
 
 def ratio(losses: Sequence[float], whole: Sequence[float]) -> float:
@@ -150,17 +164,21 @@ def loss(model: Any, layers: Sequence[KeyValue], position: int, tail: Sequence[i
 
 def answers(arguments: Any, model: Any, tokenizer: Any) -> Any:
     rows = contexts(arguments.data)[-QUESTIONS:][: arguments.questions]
-    yield "answers: whole", answered(arguments, model, tokenizer, rows, 1, 0)
+    yield "answers: whole", answered(model, tokenizer, rows, 1)
     for rate in arguments.rates:
-        yield f"answers: {rate}", answered(arguments, model, tokenizer, rows, rate, 0)
+        yield f"answers: {rate}", answered(model, tokenizer, rows, rate)
+        if arguments.encoder:
+            yield f"answers: {rate}, encoder", answered(model, tokenizer, rows, rate, encoder=arguments.encoder)
     first = rows[: arguments.refined_questions]
     for name, rate, steps in (("whole", 1, 0), ("4", 4, 0), ("4, refined", 4, arguments.steps)):
-        yield f"answers, first {len(first)}: {name}", answered(arguments, model, tokenizer, first, rate, steps)
+        yield f"answers, first {len(first)}: {name}", answered(model, tokenizer, first, rate, steps)
 
 
-def answered(arguments: Any, model: Any, tokenizer: Any, rows: Sequence[Any], rate: int, steps: int) -> dict[str, Any]:
-    """F1, and what of it is left by compression, of the first question about each context."""
-    memory = memory_on(model, tokenizer, rate, read="bm25", part_tokens=1024)
+def answered(
+    model: Any, tokenizer: Any, rows: Sequence[Any], rate: int, steps: int = 0, encoder: Path | None = None
+) -> dict[str, Any]:
+    """F1 of the first question about each context."""
+    memory = memory_on(model, tokenizer, rate, encoder, part_tokens=1024)
     documents = [Document(row["context"]) for row in rows]
     times, _ = timed(memory.write, documents, progress=False, measure=False, compress=rate > 1, refine_steps=steps)
     scores = []

@@ -11,8 +11,10 @@ import torch
 
 from memory_adapters import Document, Fact, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.base_model.chat import chat_start
+from memory_adapters.memory_slots.encoder_training import Example, train_encoder
 from memory_adapters.memory_slots.entries_file import ENTRIES_FILE
-from memory_adapters.memory_slots.keys_values import select_keys_values
+from memory_adapters.memory_slots.keys_values import RIDGE, _fitted, select_keys_values
+from memory_adapters.memory_slots.loss import Query
 from tests.support.models import byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer(chat=True)
@@ -211,8 +213,6 @@ def reference(
 
 
 def test_values_are_fitted_as_the_equation_says() -> None:
-    from memory_adapters.memory_slots.keys_values import RIDGE, _fitted
-
     torch.manual_seed(0)
     values = torch.randn(1, 9, 4)
     weights = torch.softmax(torch.randn(2, 6, 9 + 5), -1)  # two heads of queries, six queries
@@ -223,3 +223,40 @@ def test_values_are_fitted_as_the_equation_says() -> None:
     found = _fitted(text, every, other, values[:, chosen[0]], chosen)
     expected = reference(text.reshape(-1, 9), values[0], other.reshape(-1, 4), [0, 3, 4, 7], RIDGE)
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_encoder_makes_them(tmp_path: Path) -> None:
+    ids = TOKENIZER(GUIDE.text, add_special_tokens=False)["input_ids"]
+    asked = TOKENIZER("<s>user: Mira?</s>", add_special_tokens=False)["input_ids"]
+    examples = [
+        Example(ids[:40], Query(ids[40:41], ids[41:60])),
+        Example(ids[:31], Query(asked, ids[:8])),
+        Example(ids[:20]),
+    ]
+    settings = dict(output_dir=str(tmp_path), disable_tqdm=True, warmup_steps=0, logging_steps=5, max_steps=30)
+    found = []
+    for objective in ("distillation", "cross-entropy"):
+        model: Any = tiny_model()
+        base = logits(model, chat("Hello."))
+        memory = memory_on(model, space="kv", lora_rank=4, objective=objective)
+        assert not any(parameter.numel() for parameter in (memory.encoder.parts.projection,))
+        log = train_encoder(memory, examples, held_out=examples, training_args=settings | {"learning_rate": 2e-2})
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        assert losses[-1] < 0.9 * losses[0]
+        assert torch.equal(logits(model, chat("Hello.")), base)
+        memory.write(GUIDE, progress=False, compress=True)
+        found.append(logits(model, chat(ASKED)))
+    assert memory.config.resolved_space == "kv"
+    untrained: Any = tiny_model()
+    memory_on(untrained, space="kv").write(GUIDE, progress=False, compress=True)
+    assert not torch.allclose(logits(untrained, chat(ASKED)), found[1], atol=1e-3)
+    memory.save_pretrained(tmp_path / "saved")
+    other: Any = tiny_model()
+    loaded: Any = load_memory(other, tmp_path / "saved", tokenizer=TOKENIZER)
+    assert torch.equal(logits(other, chat(ASKED)), found[1])
+    loaded.write(PARK, progress=False, compress=True)
+    assert loaded.entries[1].kept is not None
+    with pytest.raises(ValueError, match="does not work where the encoder makes keys and values"):
+        train_encoder(loaded, examples, training_args=settings | {"gradient_checkpointing": True})
+    with pytest.raises(ValueError, match="keeps keys and values of entries"):
+        loaded.compress("a text")
