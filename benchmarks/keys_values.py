@@ -29,7 +29,6 @@ from memory_adapters.base_model.chat import chat_start
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.memory_slots.distillation import refine_keys_values
 from memory_adapters.memory_slots.keys_values import KeysValues, select_keys_values
-from memory_adapters.memory_slots.layer import SlotReader
 from memory_adapters.memory_slots.prompts import END
 from memory_adapters.memory_slots.question_answering import answer_scores, question_prompt
 from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
@@ -237,8 +236,7 @@ def speed(arguments: Any, model: Any, tokenizer: Any) -> Any:
             entries[f"{slots} kept"] = replace(entry, input_ids=tuple(text), kept=kept)
 
         def generate(own: Any, inputs: Any = inputs) -> None:
-            memory._read_entries([own])
-            SlotReader.of(memory._stack).prompt_starts.__init__()
+            memory._read_entries([own])  # nothing is known of earlier prompts
             model.generate(**inputs, **settings)
 
         times = in_turn({name: partial(generate, own) for name, own in entries.items()}, arguments.rounds)

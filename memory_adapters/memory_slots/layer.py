@@ -73,7 +73,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     own: Any  # (rows, slots)
     taken: Any  # positions that a row's slots take (rows, 1)
     vectors, own = (None, None) if read is None else (read.vectors, read.mask)
-    mask, leading, taken = continued or (own, None, None if own is None else own.sum(1, keepdim=True))
+    mask, leading, taken, most = continued or (own, None, own.sum(1, keepdim=True), own.shape[1])
     repeats, rest = divmod(batch, len(mask))
     if rest:
         raise ValueError(f"Slots of {len(mask)} rows are read, but the batch has {batch}: give one prompt a row.")
@@ -81,7 +81,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     taken = taken.repeat_interleave(repeats, 0)  # (batch, 1)
     count = mask.shape[1]
     past = num_cached(cache) - (0 if continued is None else count)
-    check_length(stack, count, past + tokens)
+    check_length(stack, most, past + tokens)
     prompt_mask = _prompt_mask(given.get("attention_mask"), mask, past + tokens)
     if continued is None:
         leading = padding_before_slots(stack, prompt_mask, count, reader.as_embeddings)
@@ -108,7 +108,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
         # The cache holds the slots, and maybe a part of the prompt: the pass is that of the new tokens alone.
         return (), given
     if cache is not None:
-        setattr(cache, MARK, (own, leading, own.sum(1, keepdim=True)))
+        setattr(cache, MARK, (own, leading, own.sum(1, keepdim=True), most))
     if cache is not None and leading is None and not reader.as_embeddings and not torch.compiler.is_compiling():
         # The usual start: the slots' keys and values, known from an earlier pass, go into the empty cache.
         reader.cache.fill(stack, cache, vectors, own, repeats, reader.sources(vectors))
@@ -147,7 +147,8 @@ def _with_keys(
     """Return a pass behind the keys and values of entries, and of the tokens before these."""
     reader, ids, cache = SlotReader.of(stack), given["input_ids"], given.get(CACHE)
     batch, tokens = ids.shape
-    check_length(stack, max(sum(len(segment.vectors) for segment in own) for own in read), tokens)
+    most = max(sum(len(segment.vectors) for segment in own) for own in read)
+    check_length(stack, most, tokens)
     prompt_mask = _prompt_mask(given.get("attention_mask"), torch.ones_like(ids[:, :0]), tokens)
     padding = leading_padding(prompt_mask)
     before = torch.tensor([start or 0 for start in starts] or [0] * batch, device=ids.device)
@@ -169,7 +170,7 @@ def _with_keys(
         given["use_cache"] = _uses_cache(stack, given)
     for index, (keys, values) in enumerate(begun.layers):
         cache.update(keys, values, index)
-    setattr(cache, MARK, (begun.mask, leading, begun.positions))
+    setattr(cache, MARK, (begun.mask, leading, begun.positions, most))
     reader.note(begun.states if done else None)
     return given
 

@@ -32,6 +32,7 @@ from memory_adapters.files.strict_json import SAVE_AGAIN, file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer
 from memory_adapters.memory import Memory, Outcome
+from memory_adapters.memory_slots.cached_reading import PromptStarts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
 from memory_adapters.memory_slots.entries import Chooser, Retriever, SlotEntry, make_entries
@@ -297,6 +298,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def _choose(self, entries: Sequence[SlotEntry], retriever: Retriever | None = None) -> None:
         """Let prompts read those of some entries that they ask for, or that a retriever chooses."""
         self._read([])
+        SlotReader.of(self._stack).prompt_starts = PromptStarts()  # nothing is left of what is forgotten
         config = self._config
         chooser = Chooser(entries, config.read, config.top_k, self.tokenizer, retriever)
         embeddings = self.encoder.decoder.embeddings

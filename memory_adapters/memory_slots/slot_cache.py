@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Attribute of a cache that holds slots: their mask (rows, slots), the tokens of each row before them (rows,) or None,
-# and the positions that they take (rows, 1).
+# the positions that they take (rows, 1), and the most of these.
 MARK = "_memory_slots"
 FILLED = "filled"  # as MARK, of a cache that is filled by passes of this package
 KeyValue: TypeAlias = tuple[Tensor, Tensor]  # keys and values of a block, each (rows, heads, tokens, head_dim)
