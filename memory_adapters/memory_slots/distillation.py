@@ -79,7 +79,7 @@ def refine_keys_values(
         ValueError: If a loss is NaN or infinite.
     """
     config, stack, position = encoder.config, encoder.stack, len(kept.prefix) + len(ids)
-    sampled, repeated = _asked(encoder, tokenizer, kept.prefix, ids, separator)
+    sampled, repeated = _asked(encoder, tokenizer, kept.prefix, ids, separator, config.refine_fraction < 1)
     start = [(k.float(), v.float()) for k, v in zip(kept.keys, kept.values, strict=True)]
     rate = config.resolved_refine_learning_rate
     fast = [*stack.modules(), encoder.decoder.head] if encoder.refines_in_bfloat16 else []
@@ -93,7 +93,7 @@ def refine_keys_values(
     ):
         with torch.no_grad(), autocast(encoder):
             before = [(k[:, :, : len(kept.prefix)], v[:, :, : len(kept.prefix)]) for k, v in _read(encoder, kept, ids)]
-            taught = _states(encoder, _read(encoder, kept, ids), position, sampled)
+            taught = _states(encoder, _read(encoder, kept, ids), position, sampled) if sampled else None
         moved = [[part.clone().requires_grad_(True) for part in own] for own in start]
         groups = [
             {"params": [own[kind]], "scale": share * rate * max(float(own[kind].detach().square().mean().sqrt()), 1e-6)}
@@ -106,12 +106,14 @@ def refine_keys_values(
             with torch.enable_grad():
                 layers = _joined(before, moved)
                 with autocast(encoder):
-                    states = _states(encoder, layers, position, sampled)
+                    states = _states(encoder, layers, position, sampled) if sampled else None
                     again = _states(encoder, layers, position, [repeated])
                 wanted = torch.tensor(repeated.ids[repeated.prompt :], device=again.device)
                 entropy, right = in_block(cross_entropy, encoder, again, wanted)
-                apart = in_block(divergence, encoder, states, taught) / len(states)
-                loss = config.refine_fraction * entropy.mean() + (1 - config.refine_fraction) * apart
+                loss = config.refine_fraction * entropy.mean()
+                if states is not None and taught is not None:
+                    apart = in_block(divergence, encoder, states, taught) / len(states)
+                    loss = loss + (1 - config.refine_fraction) * apart
                 loss.backward()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -181,8 +183,9 @@ def _asked(
     prefix: Sequence[int],
     ids: Sequence[int],
     separator: Sequence[int],
+    sample: bool,
 ) -> tuple[list[_Asked], _Asked]:
-    """Return what the model says behind the text, and the text to be repeated."""
+    """Return what the model says behind the text (nothing unless `sample`), and the text to be repeated."""
     prompts: list[list[int]] = [[]] * CONTINUATIONS
     repeat = list(separator)
     if prefix:
@@ -195,6 +198,7 @@ def _asked(
         prompts = [*prompts, *map(behind, REQUESTS)]
         repeat = behind(REPEAT)
     sampled = []
+    prompts = prompts if sample else []
     with encoder.adapters_disabled(), evaluating(encoder.model), torch.no_grad(), seeded(encoder.config.seed):
         for prompt in prompts:
             read = torch.tensor([[*prefix, *ids, *prompt]], device=encoder.device)
