@@ -211,10 +211,15 @@ def repetition(arguments: Any, model: Any, tokenizer: Any) -> Any:
         _, losses = refine_keys_values(memory.encoder, tokenizer, kept, ids, separator, 200, False)
         memory.remove()
         found.append(len(losses) if len(losses) < 200 else None)
-    done = [steps for steps in found if steps is not None]
+    done: list[float] = [steps for steps in found if steps is not None]
     yield (
         "repetition, 64 tokens from 16",
-        {"texts": len(found), "word for word": len(done), "steps": found},
+        {
+            "texts": len(found),
+            "word for word": len(done),
+            "steps": found,
+            "mean": round(mean(done), 1) if done else None,
+        },
     )
 
 
