@@ -66,7 +66,8 @@ def edit(model: Any, folder: Path, seed: int) -> None:
 
 
 def slots(model: Any, folder: Path, seed: int) -> None:
-    config = MemorySlotsConfig(num_slots=4, span_length=16, lora_rank=2, refine_steps=3, pooling="tokens", seed=seed)
+    settings: Any = dict(read="all", num_slots=4, span_length=16, lora_rank=2, refine_steps=3, pooling="tokens")
+    config = MemorySlotsConfig(**settings, seed=seed)
     memory: Any = inject_memory(model, config, tokenizer=byte_tokenizer())
     memory.write([TEXT, *FACTS], progress=False)
     memory.save_pretrained(folder)
