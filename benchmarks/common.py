@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -208,6 +208,28 @@ def save_tables(arguments: argparse.Namespace, about: Mapping[str, Any], tables:
     """Write Markdown tables beside the JSON file, behind what they were measured on."""
     listed = "\n".join(f"* {key}: {value}" for key, value in about.items())
     arguments.output.with_suffix(".md").write_text(f"{listed}\n\n{tables}", encoding="utf-8")
+
+
+def save_parts(
+    arguments: argparse.Namespace,
+    measures: Mapping[str, Callable[..., Iterable[tuple[str, Any]]]],
+    *args: Any,
+    **about: Any,
+) -> None:
+    """Measure the parts that `--parts` names, and save each of their rows, by name, as it comes.
+
+    Args:
+        arguments: Given to each measure first.
+        measures: Yield the rows of each part.
+        args: Given to each measure.
+        about: For `save`.
+    """
+    rows = stored(arguments, "rows")
+    for part in arguments.parts:
+        for name, row in measures[part](arguments, *args):
+            rows[name] = row
+            print(name, row, flush=True)
+            save(arguments, {"rows": rows}, **about)
 
 
 def dumps(value: Any) -> str:

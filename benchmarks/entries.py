@@ -27,9 +27,8 @@ from benchmarks.common import (
     counterfact,
     in_turn,
     load_model,
-    save,
+    save_parts,
     score,
-    stored,
     timed,
     wikitext,
 )
@@ -60,7 +59,6 @@ def main() -> None:
     arguments = parser.parse()
     in_bfloat16 = computes_in_bfloat16("bfloat16", torch.device(DEVICE))
     model, tokenizer = load_model(arguments, torch.bfloat16 if in_bfloat16 else torch.float32)
-    rows = stored(arguments, "rows")
     measures: dict[str, Callable[[Any, Any, Any], Any]] = {
         "own_words": own_words,
         "others": with_others,
@@ -69,11 +67,7 @@ def main() -> None:
         "manual": manual,
         "time": times,
     }
-    for part in arguments.parts:
-        for name, row in measures[part](arguments, model, tokenizer):
-            rows[name] = row
-            print(name, row, flush=True)
-            save(arguments, {"rows": rows}, dtype=str(model.dtype))
+    save_parts(arguments, measures, model, tokenizer, dtype=str(model.dtype))
 
 
 def sets(arguments: Any) -> dict[str, Asked]:

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import DEVICE, BenchmarkParser, in_turn, load_model, save, stored, timed, wikitext
+from benchmarks.common import DEVICE, BenchmarkParser, in_turn, load_model, save_parts, timed, wikitext
 from benchmarks.slots import contexts
 from memory_adapters import Document, MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.base_model.chat import chat_start
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.memory_slots.distillation import refine_keys_values
-from memory_adapters.memory_slots.keys_values import KeysValues, select_keys_values
+from memory_adapters.memory_slots.keys_values import at_places, select_keys_values
 from memory_adapters.memory_slots.prompts import END
 from memory_adapters.memory_slots.question_answering import answer_scores, question_prompt
-from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
+from memory_adapters.memory_slots.slot_cache import KeyValue, first_tokens, joined, run_behind
 
 PARTS = ("continuation", "answers", "repetition", "speed")
 CONTINUED = 32
@@ -57,18 +57,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, quick=1)
     arguments = parser.parse()
     model, tokenizer = load_model(arguments)
-    rows = stored(arguments, "rows")
     measures: dict[str, Callable[[Any, Any, Any], Any]] = {
         "continuation": continuation,
         "answers": answers,
         "repetition": repetition,
         "speed": speed,
     }
-    for part in arguments.parts:
-        for name, row in measures[part](arguments, model, tokenizer):
-            rows[name] = row
-            print(name, row, flush=True)
-            save(arguments, {"rows": rows}, dtype=str(model.dtype))
+    save_parts(arguments, measures, model, tokenizer, dtype=str(model.dtype))
 
 
 def memory_on(model: Any, tokenizer: Any, rate: int, encoder: Path | None = None, **settings: Any) -> Any:
@@ -94,7 +89,7 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
             read = torch.tensor([[*prefix, *ids]], device=DEVICE)
             with torch.no_grad():
                 whole = run_behind(model.model, [], 0, input_ids=read)[1]
-            before = [(k[:, :, : len(prefix)], v[:, :, : len(prefix)]) for k, v in whole]
+            before = first_tokens(whole, len(prefix))
 
             def add(name: str, layers: Sequence[KeyValue], tail: list[int] = tail) -> None:
                 losses.setdefault(name, []).append(loss(model, layers, len(prefix) + length, tail))  # noqa: B023
@@ -105,24 +100,27 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
                 count = length // rate
                 kept = select_keys_values(model.model, prefix, ids, separator, count)
                 every = [(k[0, :, len(prefix) :], v[0, :, len(prefix) :]) for k, v in whole]
-                add(f"{rate}: fitted", joined(before, kept))
-                add(f"{rate}: chosen", joined(before, replace(kept, values=values_at(every, kept.places))))
+                add(f"{rate}: fitted", joined(before, kept.layers))
+                chosen = [
+                    (keys, at_places(v, at)) for (_, v), keys, at in zip(every, kept.keys, kept.places, strict=True)
+                ]
+                add(f"{rate}: chosen", joined(before, chosen))
                 ends = torch.tensor([*range(count // 2), *range(length - count + count // 2, length)])
-                places = tuple(ends.expand(len(k), -1) for k, _ in every)
-                turned = [(v, k) for k, v in every]
-                at_ends = KeysValues(values_at(turned, places), values_at(every, places), places, ())
+                at_ends = [
+                    (at_places(k, ends.expand(len(k), -1)), at_places(v, ends.expand(len(v), -1))) for k, v in every
+                ]
                 add(f"{rate}: first and last", joined(before, at_ends))
                 if trained is not None:
                     with torch.no_grad():
-                        keys, values = zip(*trained.encoder.keys_values(prefix, ids, kept.places), strict=True)
-                    add(f"{rate}: encoder", joined(before, replace(kept, keys=keys, values=values)))
+                        made_by = trained.encoder.keys_values(prefix, ids, kept.places)
+                    add(f"{rate}: encoder", joined(before, made_by))
                 if number < arguments.refined:
                     memory = memory_on(model, tokenizer, rate, read="all")
                     made, _ = refine_keys_values(
                         memory.encoder, tokenizer, kept, ids, separator, arguments.steps, False
                     )
                     memory.remove()
-                    add(f"{rate}: refined", joined(before, made))
+                    add(f"{rate}: refined", joined(before, made.layers))
         row: dict[str, Any] = {"whole": round(math.exp(mean(losses["whole"])), 2)}
         for name, own in losses.items():
             row[name] = row["whole"] if name == "whole" else round(ratio(own, losses["whole"]), 3)
@@ -141,16 +139,6 @@ def ratio(losses: Sequence[float], whole: Sequence[float]) -> float:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def joined(before: Sequence[KeyValue], kept: KeysValues) -> list[KeyValue]:
-    own = zip(before, kept.keys, kept.values, strict=True)
-    return [(torch.cat([k, keys[None]], 2), torch.cat([v, values[None]], 2)) for (k, v), keys, values in own]
-
-
-def values_at(every: Sequence[tuple[Any, Any]], places: Sequence[Any]) -> tuple[Any, ...]:
-    parts = zip(every, places, strict=True)
-    return tuple(v.gather(1, at.long()[..., None].expand(-1, -1, v.shape[2])) for (_, v), at in parts)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from memory_adapters.base_model.decoder import execution_device
 from memory_adapters.memory_slots.keys_values import KeysValues, at_places
-from memory_adapters.memory_slots.slot_cache import KeyValue, State, run_behind, state_of
+from memory_adapters.memory_slots.slot_cache import KeyValue, State, first_tokens, joined, run_behind, state_of
 
 __all__ = ["Begun", "PromptStarts", "Segment"]
 
@@ -151,7 +151,7 @@ def _begun(stack: PreTrainedModel, prefix: list[int], read: Sequence[Segment]) -
     for i, segment in enumerate(read):
         kept = segment.kept
         if kept is not None and i == 0 and kept.prefix == tuple(prefix):
-            layers = _joined(layers or _nothing(stack), kept)
+            layers = joined(layers or _nothing(stack), kept.layers)
         else:
             # The text itself, behind what stands before it here; of its keys and values those of the same tokens stay.
             first = layers[0][0].shape[2] if layers else 0
@@ -163,17 +163,10 @@ def _begun(stack: PreTrainedModel, prefix: list[int], read: Sequence[Segment]) -
     return _Start(layers, states, position, tuple(read))
 
 
-def _joined(layers: list[KeyValue], kept: KeysValues) -> list[KeyValue]:
-    own = zip(layers, kept.keys, kept.values, strict=True)
-    return [
-        (torch.cat([k, keys[None].to(k)], 2), torch.cat([v, values[None].to(v)], 2)) for (k, v), keys, values in own
-    ]
-
-
 def _nothing(stack: PreTrainedModel) -> list[KeyValue]:
     """Return the keys and values of no token, on the device and in the dtype of each block."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=execution_device(stack.get_input_embeddings()))
-    return [(k[:, :, :0], v[:, :, :0]) for k, v in run_behind(stack, [], 0, input_ids=ids)[1]]
+    return first_tokens(run_behind(stack, [], 0, input_ids=ids)[1], 0)
 
 
 def _thinned(layer: KeyValue, first: int, places: Tensor) -> KeyValue:

@@ -33,7 +33,7 @@ POOLINGS = ("tokens", "mean")
 
 @dataclass
 class MemorySlotsConfig(MemoryConfig):
-    """Configure memory slots: texts, whole or compressed into vectors (ICAE, Ge et al. 2024), read as embeddings.
+    """Configure memory slots: texts that the model reads whole, as keys and values, or as embeddings (ICAE).
 
     The encoder is the model itself with a LoRA that is active only while it compresses.
 

@@ -23,9 +23,9 @@ from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.memory_slots.encoder import Encoder
 from memory_adapters.memory_slots.keys_values import KeysValues, select_keys_values
 from memory_adapters.memory_slots.loss import Query, autocast, cross_entropy, divergence, in_block
-from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
+from memory_adapters.memory_slots.slot_cache import KeyValue, first_tokens, joined, run_behind
 
-__all__ = ["REPEAT", "encoder_loss", "refine_keys_values"]
+__all__ = ["encoder_loss", "refine_keys_values"]
 
 REPEAT = "Repeat the text above, word for word."
 REQUESTS = (
@@ -80,7 +80,6 @@ def refine_keys_values(
     """
     config, stack, position = encoder.config, encoder.stack, len(kept.prefix) + len(ids)
     sampled, repeated = _asked(encoder, tokenizer, kept.prefix, ids, separator, config.refine_fraction < 1)
-    start = [(k.float(), v.float()) for k, v in zip(kept.keys, kept.values, strict=True)]
     rate = config.resolved_refine_learning_rate
     fast = [*stack.modules(), encoder.decoder.head] if encoder.refines_in_bfloat16 else []
     losses: list[float] = []
@@ -92,9 +91,12 @@ def refine_keys_values(
         tqdm(total=steps, unit="step", desc="refining", disable=not progress) as bar,
     ):
         with torch.no_grad(), autocast(encoder):
-            before = [(k[:, :, : len(kept.prefix)], v[:, :, : len(kept.prefix)]) for k, v in _read(encoder, kept, ids)]
-            taught = _states(encoder, _read(encoder, kept, ids), position, sampled) if sampled else None
-        moved = [[part.clone().requires_grad_(True) for part in own] for own in start]
+            whole = _read(encoder, [*kept.prefix, *ids])
+            before = first_tokens(whole, len(kept.prefix))
+            taught = _states(encoder, whole, position, sampled) if sampled else None
+        moved = [
+            (k.float().clone().requires_grad_(True), v.float().clone().requires_grad_(True)) for k, v in kept.layers
+        ]
         groups = [
             {"params": [own[kind]], "scale": share * rate * max(float(own[kind].detach().square().mean().sqrt()), 1e-6)}
             for own in moved
@@ -104,7 +106,7 @@ def refine_keys_values(
         for step in range(steps):
             optimizer.zero_grad()
             with torch.enable_grad():
-                layers = _joined(before, moved)
+                layers = joined(before, moved)
                 with autocast(encoder):
                     states = _states(encoder, layers, position, sampled) if sampled else None
                     again = _states(encoder, layers, position, [repeated])
@@ -128,9 +130,8 @@ def refine_keys_values(
             optimizer.step()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
-    parts = zip(moved, kept.keys, kept.values, strict=True)
-    found = [(own[0].detach().to(keys.dtype), own[1].detach().to(values.dtype)) for own, keys, values in parts]
-    keys, values = zip(*found, strict=True)
+    keys = tuple(own.detach().to(before) for (own, _), before in zip(moved, kept.keys, strict=True))
+    values = tuple(own.detach().to(before) for (_, own), before in zip(moved, kept.values, strict=True))
     return replace(kept, keys=keys, values=values, refine_steps=steps), losses
 
 
@@ -160,15 +161,13 @@ def encoder_loss(
             ids, prompt = [*ids, *separator], prompt[len(prefix) :]
     share = (0.5, 1.0, 2.0)[len(ids) % 3]
     count = min(len(ids), max(1, round(share * encoder.config.slots_for(len(ids)))))
-    with encoder.adapters_disabled(), torch.no_grad():
-        places = select_keys_values(encoder.stack, prefix, ids, separator, count).places
-        tokens = torch.tensor([[*prefix, *ids]], device=encoder.device)
-        whole = run_behind(encoder.stack, [], 0, input_ids=tokens)[1]
-    before = [(k[:, :, : len(prefix)], v[:, :, : len(prefix)]) for k, v in whole]
+    with encoder.adapters_disabled():
+        places = select_keys_values(encoder.stack, prefix, ids, separator, count, fit=False).places
+        whole = _read(encoder, [*prefix, *ids])
     rows, position = [_Asked([*prompt, *target], len(prompt))], len(prefix) + len(ids)
     made = encoder.keys_values(prefix, ids, places)
     with encoder.adapters_disabled():
-        states = _states(encoder, _joined(before, made), position, rows)
+        states = _states(encoder, joined(first_tokens(whole, len(prefix)), made), position, rows)
         if encoder.config.objective == "distillation" and asked is not None:
             with torch.no_grad():
                 taught = _states(encoder, whole, position, rows)
@@ -186,7 +185,7 @@ def _asked(
     sample: bool,
 ) -> tuple[list[_Asked], _Asked]:
     """Return what the model says behind the text (nothing unless `sample`), and the text to be repeated."""
-    prompts: list[list[int]] = [[]] * CONTINUATIONS
+    prompts: list[list[int]] = [[]] * CONTINUATIONS if sample else []
     repeat = list(separator)
     if prefix:
 
@@ -195,10 +194,9 @@ def _asked(
             assert rendered is not None, "there is a chat template"
             return tokenize(tokenizer, rendered[0], rendered=True)[len(prefix) :]
 
-        prompts = [*prompts, *map(behind, REQUESTS)]
+        prompts += map(behind, REQUESTS if sample else ())
         repeat = behind(REPEAT)
     sampled = []
-    prompts = prompts if sample else []
     with encoder.adapters_disabled(), evaluating(encoder.model), torch.no_grad(), seeded(encoder.config.seed):
         for prompt in prompts:
             read = torch.tensor([[*prefix, *ids, *prompt]], device=encoder.device)
@@ -217,18 +215,9 @@ def _asked(
 
 
 @torch.no_grad()
-def _read(encoder: Encoder, kept: KeysValues, ids: Sequence[int]) -> list[KeyValue]:
-    """Return all keys and values of the prefix and the text."""
-    tokens = torch.tensor([[*kept.prefix, *ids]], device=encoder.device)
-    return run_behind(encoder.stack, [], 0, input_ids=tokens)[1]
-
-
-def _joined(before: Sequence[KeyValue], kept: Sequence[Sequence[Tensor]]) -> list[KeyValue]:
-    """Return the keys and values of a prefix, and those that were kept of a text behind it."""
-    return [
-        (torch.cat([k, own[0][None].to(k)], 2), torch.cat([v, own[1][None].to(v)], 2))
-        for (k, v), own in zip(before, kept, strict=True)
-    ]
+def _read(encoder: Encoder, ids: Sequence[int]) -> list[KeyValue]:
+    """Return the keys and values of tokens that begin a row."""
+    return run_behind(encoder.stack, [], 0, input_ids=torch.tensor([list(ids)], device=encoder.device))[1]
 
 
 def _states(encoder: Encoder, layers: list[KeyValue], position: int, rows: Sequence[_Asked]) -> Tensor:

@@ -55,10 +55,6 @@ class SlotEntry:
         return len(self.input_ids)
 
     @property
-    def is_compressed(self) -> bool:
-        return self.slots is not None or self.kept is not None
-
-    @property
     def num_slots(self) -> int:
         """Vectors that are read; keys of a head, where keys and values are."""
         if self.kept is not None:

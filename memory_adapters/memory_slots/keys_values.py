@@ -51,6 +51,11 @@ class KeysValues:
             )
 
     @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each block."""
+        return list(zip(self.keys, self.values, strict=True))
+
+    @property
     def num_kept(self) -> int:
         """Keys of a head."""
         return self.keys[0].shape[1]
@@ -58,7 +63,13 @@ class KeysValues:
 
 @torch.no_grad()
 def select_keys_values(
-    stack: PreTrainedModel, prefix: Sequence[int], ids: Sequence[int], separator: Sequence[int], kept: int
+    stack: PreTrainedModel,
+    prefix: Sequence[int],
+    ids: Sequence[int],
+    separator: Sequence[int],
+    kept: int,
+    *,
+    fit: bool = True,
 ) -> KeysValues:
     """Return the keys and values of a text that receive most attention, an equal number for every head.
 
@@ -77,6 +88,7 @@ def select_keys_values(
         ids: The text.
         separator: What stands between the two readings.
         kept: How many to keep; at most the tokens of the text.
+        fit: Whether to fit the values; without, they are the text's own.
 
     Raises:
         ValueError: If the model gives no attention weights, or caches none of its keys.
@@ -97,16 +109,20 @@ def select_keys_values(
         for layers, start, weights in _passes(stack, whole, [*separator, *ids]):
             skipped = max(first + size + len(separator) - start, 0)
             _add(received[1], [own[:, skipped:, text] for own in weights], size)
+            if not fit:
+                continue
             asked = [own[:, skipped::stride] for own in weights]
             attention.append([own[:, :, text] for own in asked])
             outputs.append([_outputs(own, values, text) for own, (_, values) in zip(asked, layers, strict=True)])
     keys, values, places = [], [], []
     for i, (key, value) in enumerate((k[0, :, text], v[0, :, text]) for k, v in whole):
         chosen = _chosen(received[0][i], received[1][i], value, kept)
-        weight = torch.cat([own[i] for own in attention], 1)
-        every, others = (torch.cat([own[i][part] for own in outputs], 1) for part in (0, 1))
-        keys.append(at_places(key, chosen).clone())
-        values.append(_fitted(weight, every, others, at_places(value, chosen), chosen))
+        keys.append(at_places(key, chosen))
+        values.append(at_places(value, chosen))
+        if fit:
+            weight = torch.cat([own[i] for own in attention], 1)
+            every, others = (torch.cat([own[i][part] for own in outputs], 1) for part in (0, 1))
+            values[-1] = _fitted(weight, every, others, values[-1], chosen)
         places.append(chosen.to(torch.int32))
     return KeysValues(tuple(keys), tuple(values), tuple(places), tuple(prefix))
 

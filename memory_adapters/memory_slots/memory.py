@@ -277,7 +277,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     @property
     def entries(self) -> list[SlotEntry]:
-        """What is read together, in the order of writing; empty with `read="all"`."""
+        """What is read together, in the order of writing; empty where everything is one text."""
         return list(self._entries)
 
     def entries_read(self, prompts: str | Sequence[str]) -> list[list[SlotEntry]]:
@@ -352,8 +352,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             known = set(map(id, self._entries))
             steps = {item: entry.kept.refine_steps for entry in changed if entry.kept for item in entry.items}
             for i, entry in enumerate(entries):
-                if id(entry) not in known and set(entry.items) & set(steps):
-                    self._keep(entries, [i], steps[entry.items[0]], progress=False)
+                if id(entry) not in known and (own := [steps[item] for item in entry.items if item in steps]):
+                    self._keep(entries, [i], max(own), progress=False)
             with rollback_on_error(*self._saved_state()):
                 self._read_entries(entries)
                 self._config.set_items(left)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,7 +23,9 @@ __all__ = [
     "KeyValue",
     "SlotCache",
     "State",
+    "first_tokens",
     "hide_slots",
+    "joined",
     "num_cached",
     "run_behind",
     "show_slots",
@@ -129,6 +131,19 @@ def run_behind(
     setattr(cache, MARK, FILLED)
     output = stack(attention_mask=mask, **inputs, **{CACHE: cache}, use_cache=True)
     return output, _layers(cache)
+
+
+def joined(before: Sequence[KeyValue], kept: Iterable[tuple[Tensor, Tensor]]) -> list[KeyValue]:
+    """Return keys and values of one row with others, each (heads, tokens, head_dim), behind them."""
+    return [
+        (torch.cat([k, keys[None].to(k)], 2), torch.cat([v, values[None].to(v)], 2))
+        for (k, v), (keys, values) in zip(before, kept, strict=True)
+    ]
+
+
+def first_tokens(layers: Sequence[KeyValue], count: int) -> list[KeyValue]:
+    """Return the keys and values of the first tokens alone."""
+    return [(keys[:, :, :count], values[:, :, :count]) for keys, values in layers]
 
 
 def _layers(cache: DynamicCache) -> list[KeyValue]:
