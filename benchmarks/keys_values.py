@@ -100,11 +100,7 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
                 count = length // rate
                 kept = select_keys_values(model.model, prefix, ids, separator, count)
                 every = [(k[0, :, len(prefix) :], v[0, :, len(prefix) :]) for k, v in whole]
-                add(f"{rate}: fitted", joined(before, kept.layers))
-                chosen = [
-                    (keys, at_places(v, at)) for (_, v), keys, at in zip(every, kept.keys, kept.places, strict=True)
-                ]
-                add(f"{rate}: chosen", joined(before, chosen))
+                add(f"{rate}: chosen", joined(before, kept.layers))
                 ends = torch.tensor([*range(count // 2), *range(length - count + count // 2, length)])
                 at_ends = [
                     (at_places(k, ends.expand(len(k), -1)), at_places(v, ends.expand(len(v), -1))) for k, v in every
@@ -125,8 +121,8 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
         for name, own in losses.items():
             row[name] = row["whole"] if name == "whole" else round(ratio(own, losses["whole"]), 3)
             if name.endswith("refined"):
-                fitted = losses[name.replace("refined", "fitted")][: len(own)]
-                row[f"{name} (of the same texts, fitted)"] = round(ratio(fitted, losses["whole"]), 3)
+                chosen = losses[name.replace("refined", "chosen")][: len(own)]
+                row[f"{name} (of the same texts, chosen)"] = round(ratio(chosen, losses["whole"]), 3)
         yield f"continuation, {length} tokens", row
     if trained is not None:
         trained.remove()
@@ -157,6 +153,8 @@ def answers(arguments: Any, model: Any, tokenizer: Any) -> Any:
         if arguments.encoder:
             yield f"answers: {rate}, encoder", answered(model, tokenizer, rows, rate, encoder=arguments.encoder)
     first = rows[: arguments.refined_questions]
+    if not first:
+        return
     for name, rate, steps in (("whole", 1, 0), ("4", 4, 0), ("4, refined", 4, arguments.steps)):
         yield f"answers, first {len(first)}: {name}", answered(model, tokenizer, first, rate, steps)
 

@@ -162,7 +162,7 @@ def encoder_loss(
     share = (0.5, 1.0, 2.0)[len(ids) % 3]
     count = min(len(ids), max(1, round(share * encoder.config.slots_for(len(ids)))))
     with encoder.adapters_disabled():
-        places = select_keys_values(encoder.stack, prefix, ids, separator, count, fit=False).places
+        places = select_keys_values(encoder.stack, prefix, ids, separator, count).places
         whole = _read(encoder, [*prefix, *ids])
     rows, position = [_Asked([*prompt, *target], len(prompt))], len(prefix) + len(ids)
     made = encoder.keys_values(prefix, ids, places)

@@ -16,10 +16,8 @@ from memory_adapters.base_model.modes import evaluating
 from memory_adapters.memory_slots.slot_cache import KeyValue, run_behind
 
 __all__ = ["KeysValues", "at_places", "select_keys_values"]
+
 CHUNK = 256  # tokens of a pass whose attention weights are held at once
-FITTED_QUERIES = 256  # of the second reading, which values are fitted to
-RIDGE = 0.01  # in units of the mean diagonal of the normal equations
-MOST_DROPPED = 0.999  # of a query's attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +66,12 @@ def select_keys_values(
     ids: Sequence[int],
     separator: Sequence[int],
     kept: int,
-    *,
-    fit: bool = True,
 ) -> KeysValues:
     """Return the keys and values of a text that receive most attention, an equal number for every head.
 
     The text is read twice. A key's score is the mean attention that the tokens behind it pay it in the first reading,
     as a share of the head's total, and the same in the second (as in KVzip, Kim et al. 2025), times the length of its
-    value. The first token is always kept. The values kept are fitted, by ridge regression, so that attention puts out
-    what it did with all of them, for the queries of the second reading (Attention Matching, arXiv 2602.16284):
-
-        V' = V + (AᵀA + λI)⁻¹ Aᵀ (T − A V),
-
-    A (queries, kept) is the attention with the other keys of the text gone, and T what is missing from the output.
+    value. The first token is always kept.
 
     Args:
         stack: The decoder stack, without adapters.
@@ -88,7 +79,6 @@ def select_keys_values(
         ids: The text.
         separator: What stands between the two readings.
         kept: How many to keep; at most the tokens of the text.
-        fit: Whether to fit the values; without, they are the text's own.
 
     Raises:
         ValueError: If the model gives no attention weights, or caches none of its keys.
@@ -103,26 +93,14 @@ def select_keys_values(
             _add(received[0], [own[:, max(first - start, 0) :, text] for own in weights], size)
         behind = torch.arange(size, 0, -1, device=received[0][0].device)  # of each token, how many can attend to it
         received[0] = [own / behind for own in received[0]]
-        attention: list[list[Tensor]] = []  # of each chunk, of each block: (heads of queries, queries, tokens)
-        outputs: list[list[tuple[Tensor, Tensor]]] = []  # likewise: what attention puts out, of all and of other keys
-        stride = -(-size // FITTED_QUERIES)
-        for layers, start, weights in _passes(stack, whole, [*separator, *ids]):
+        for _, start, weights in _passes(stack, whole, [*separator, *ids]):
             skipped = max(first + size + len(separator) - start, 0)
             _add(received[1], [own[:, skipped:, text] for own in weights], size)
-            if not fit:
-                continue
-            asked = [own[:, skipped::stride] for own in weights]
-            attention.append([own[:, :, text] for own in asked])
-            outputs.append([_outputs(own, values, text) for own, (_, values) in zip(asked, layers, strict=True)])
     keys, values, places = [], [], []
     for i, (key, value) in enumerate((k[0, :, text], v[0, :, text]) for k, v in whole):
         chosen = _chosen(received[0][i], received[1][i], value, kept)
         keys.append(at_places(key, chosen))
         values.append(at_places(value, chosen))
-        if fit:
-            weight = torch.cat([own[i] for own in attention], 1)
-            every, others = (torch.cat([own[i][part] for own in outputs], 1) for part in (0, 1))
-            values[-1] = _fitted(weight, every, others, values[-1], chosen)
         places.append(chosen.to(torch.int32))
     return KeysValues(tuple(keys), tuple(values), tuple(places), tuple(prefix))
 
@@ -155,13 +133,6 @@ def _add(sums: list[Tensor], weights: Sequence[Tensor], size: int) -> None:
     sums[:] = [old + new for old, new in zip(sums, totals, strict=True)] if sums else totals
 
 
-def _outputs(weights: Tensor, values: Tensor, text: slice) -> tuple[Tensor, Tensor]:
-    """Return what attention puts out (heads, queries, head_dim), of all keys and of those outside the text."""
-    values = values[0].float().repeat_interleave(len(weights) // values.shape[1], 0)
-    every = weights @ values
-    return every, every - weights[:, :, text] @ values[:, text]
-
-
 def _chosen(first: Tensor, second: Tensor, values: Tensor, kept: int) -> Tensor:
     """Return the places (heads, kept) of the keys with the highest scores, in rising order.
 
@@ -178,23 +149,6 @@ def _chosen(first: Tensor, second: Tensor, values: Tensor, kept: int) -> Tensor:
     scores = shares * values.float().norm(dim=-1)
     scores[:, 0] = torch.inf  # attention rests on the first token where nothing stands before the text
     return scores.topk(kept, -1).indices.sort(-1).values
-
-
-def _fitted(weights: Tensor, every: Tensor, others: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the values (heads, kept, head_dim) that make up for the keys that are gone: V' above."""
-    heads = len(values)
-    group = len(weights) // heads
-    own = weights.gather(2, chosen.repeat_interleave(group, 0)[:, None].expand(-1, weights.shape[1], -1))
-    gone = (weights.sum(-1) - own.sum(-1)).clamp(max=MOST_DROPPED)
-    grown = (1 / (1 - gone))[..., None]  # the attention that is left sums to 1 again
-    missing = (every - others * grown).reshape(heads, -1, every.shape[-1])
-    own = (own * grown).reshape(heads, -1, own.shape[-1])
-    start = values.float()
-    gram = own.transpose(1, 2) @ own
-    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp(min=torch.finfo(gram.dtype).tiny)
-    gram = gram + ridge * torch.eye(gram.shape[-1], device=gram.device)
-    change = torch.linalg.solve(gram, own.transpose(1, 2) @ (missing - own @ start))
-    return (start + change).to(values.dtype)
 
 
 def at_places(rows: Tensor, places: Tensor) -> Tensor:

@@ -215,9 +215,8 @@ def keep_keys_values(
             found.append((None, []))
             continue
         with encoder.adapters_disabled():
-            trained = encoder.config.encoder_steps > 0
-            kept = select_keys_values(stack, prefix, ids, separator, count, fit=not trained)
-        if trained:
+            kept = select_keys_values(stack, prefix, ids, separator, count)
+        if encoder.config.encoder_steps > 0:
             with evaluating(encoder.model), torch.no_grad():
                 keys, values = zip(*encoder.keys_values(prefix, ids, kept.places), strict=True)
             kept = replace(kept, keys=keys, values=values)

@@ -13,7 +13,7 @@ from memory_adapters import Document, Fact, MemoryAdapterConfig, MemorySlotsConf
 from memory_adapters.base_model.chat import chat_start
 from memory_adapters.memory_slots.encoder_training import Example, train_encoder
 from memory_adapters.memory_slots.entries_file import ENTRIES_FILE
-from memory_adapters.memory_slots.keys_values import RIDGE, _fitted, select_keys_values
+from memory_adapters.memory_slots.keys_values import select_keys_values
 from memory_adapters.memory_slots.loss import Query
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -182,47 +182,18 @@ def test_gradients_reach_an_adapter_through_kept_keys() -> None:
 
 def test_refinement_learns_the_text_and_can_be_forgotten_in_part(tmp_path: Path) -> None:
     facts = [Fact(f"Lumo Ferry {verb}", "Lumo Ferry", "Oslo, in the rain") for verb in ("leaves", "likes", "shuns")]
-    memory = memory_on(tiny_model(), refine_learning_rate=0.2)
+    memory = memory_on(tiny_model(), refine_learning_rate=0.4)
     report = memory.write(facts, progress=False, compress=True, refine_steps=30)
     assert memory.entries[0].kept.refine_steps == len(report.losses) == 30
     assert report.losses[-1] < report.losses[0] / 1.3, "cross-entropy of the text, and divergence from who reads it"
     memory.save_pretrained(tmp_path)
     memory.forget(facts[0])
-    never = memory_on(tiny_model(), refine_learning_rate=0.2)
+    never = memory_on(tiny_model(), refine_learning_rate=0.4)
     never.write(facts[1:], progress=False, compress=True, refine_steps=30)
     asked = chat(ASKED)
     torch.testing.assert_close(logits(memory.model, asked), logits(never.model, asked))
     loaded: Any = load_memory(tiny_model(), tmp_path, tokenizer=TOKENIZER)
     assert loaded.entries[0].kept.refine_steps == 30
-
-
-def reference(
-    weights: torch.Tensor, values: torch.Tensor, others: torch.Tensor, chosen: list[int], ridge: float
-) -> torch.Tensor:
-    """The fit of `select_keys_values` of one head, slowly, in float64: weights (queries, text), values (text, d)."""
-    rows, targets = [], []
-    for own, other in zip(weights.double(), others.double(), strict=True):
-        left = 1 - sum(own[j] for j in range(len(own)) if j not in chosen)
-        target = sum(own[j] * values[j].double() for j in range(len(own))) + other - other / left
-        rows.append(torch.stack([own[j] / left for j in chosen]))
-        targets.append(target)
-    a, start = torch.stack(rows), values[chosen].double()
-    gram = a.T @ a
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(chosen), dtype=torch.float64)
-    return start + torch.linalg.solve(gram, a.T @ (torch.stack(targets) - a @ start))
-
-
-def test_values_are_fitted_as_the_equation_says() -> None:
-    torch.manual_seed(0)
-    values = torch.randn(1, 9, 4)
-    weights = torch.softmax(torch.randn(2, 6, 9 + 5), -1)  # two heads of queries, six queries
-    text, rest = weights[..., :9], weights[..., 9:]
-    other = rest @ torch.randn(5, 4)
-    every = text @ values + other
-    chosen = torch.tensor([[0, 3, 4, 7]])
-    found = _fitted(text, every, other, values[:, chosen[0]], chosen)
-    expected = reference(text.reshape(-1, 9), values[0], other.reshape(-1, 4), [0, 3, 4, 7], RIDGE)
-    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_trained_encoder_makes_them(tmp_path: Path) -> None:
