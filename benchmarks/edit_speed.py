@@ -55,7 +55,7 @@ def main() -> None:
         builder = LedgerBuilder(model, tokenizer, memory.config)
         contexts = builder.contexts()
         plain = PlainMemit(model, tokenizer, memory.config, covariance, contexts)
-        times, changes = timed(plain.write, few, apart=True)
+        times, changes = timed(plain.write, few, together=True)
     baseline = times / len(few)
     stages = {f"seconds a fact, {stage}": seconds / len(few) for stage, seconds in plain.seconds.items()}
     found: dict[str, Any] = {"plain": a_fact(baseline) | stages}

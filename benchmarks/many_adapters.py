@@ -47,7 +47,7 @@ def add(model: Any, tokenizer: Any, kind: str, index: int) -> None:
     generator = torch.Generator().manual_seed(index)
     if kind == "memit":
         widths = {i: k.shape[1] for i, k in memory.ledger.keys.items()}
-        size = memory.ledger.targets.shape[1]
+        size = next(iter(memory.ledger.shares.values())).shape[1]
         random = {
             i: (torch.randn(RANK, w, generator=generator), torch.randn(size, RANK, generator=generator))
             for i, w in widths.items()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch.nn import functional as F
 
 from memory_adapters import Covariance, Fact, MemitConfig
 from memory_adapters.base_model.decoder import execution_device, find_decoder
+from memory_adapters.base_model.partial_forward import hidden_state
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import Context, FactRow, bare_rows, context_rows
 
 
 @dataclass
 class PlainMemit:
-    """Compute the weight changes of MEMIT in the plainest way.
+    """Compute the weight changes of facts in the plainest way, as the library does or as MEMIT's authors do.
 
     Attributes:
         seconds: Wall time of each stage.
@@ -38,13 +40,14 @@ class PlainMemit:
         self.device = execution_device(self.decoder.embeddings)
         self.projections: dict[int, Any] = {layer: mlp_projection(self.decoder, layer).module for layer in self.layers}
 
-    def write(self, facts: Sequence[Fact], apart: bool) -> dict[int, Tensor]:
+    def write(self, facts: Sequence[Fact], together: bool) -> dict[int, Tensor]:
         """Return the change of each layer's weight, (hidden_size, d_in); the weights stay as they were.
 
         Args:
             facts: What to write.
-            apart: Whether keys and residuals of a fact are taken with its own shares in place below, as the library
-                does; otherwise with the lower layers edited, as MEMIT's authors do.
+            together: Whether the changes at all layers are found together, and a fact's keys with its own below in
+                place, as the library does; otherwise one δ is found at the last layer, and its rest shared out with the
+                lower layers edited for all facts, as MEMIT's authors do.
         """
         bare = [bare_rows([fact], self.tokenizer, 1 << 30) for fact in facts]
         rows = [
@@ -52,72 +55,83 @@ class PlainMemit:
             for fact, own in zip(facts, bare, strict=True)
         ]
         start = time.perf_counter()
-        z = [self.target(own) for own in rows]
+        targets = [self.target(own, self.layers if together else self.layers[-1:]) for own in rows]
         self.seconds["z"] += time.perf_counter() - start
-        shares: list[dict[int, Tensor]] = [{} for _ in facts]
         changes: dict[int, Tensor] = {}
         missing = torch.zeros(self.decoder.hidden_size, len(facts), dtype=torch.float64, device=self.device)
         for i, layer in enumerate(self.layers):
             start = time.perf_counter()
+            left = len(self.layers) - i
             keys, residuals = [], []
-            for own, target, added in zip(rows, z, shares, strict=True):
-                pushed = added if apart else {}
+            for own, target in zip(rows, targets, strict=True):
+                pushed = dict(zip(self.layers[:i], target[1], strict=False)) if together else {}
                 found = [self.visit(row, layer, pushed) for row in own if row.context >= 0]
                 prefixed = torch.stack([key for key, _ in found[1:]]).mean(0)
                 keys.append(torch.stack([found[0][0], prefixed]) / 2**0.5)
-                residuals.append((target - found[0][1]) / (len(self.layers) - i))
-                added[layer] = residuals[-1]
+                h0, change = target
+                residuals.append(change[i] if together else (h0 + change[0] - found[0][1]) / left)
             self.seconds["keys"] += time.perf_counter() - start
             start = time.perf_counter()
             both, R = torch.stack(keys).double(), torch.stack(residuals, 1).double()
             K, mean = both.flatten(0, 1).T, both.sum(1).T / 2**0.5
             cost = self.config.regularization * K.shape[0] * self.covariance.shrunk(layer).to(K)
-            if apart:  # what lower layers did not realise is shared out, too
-                left = len(self.layers) - i
+            if together:  # what lower layers did not realise is shared out, too
                 R += missing / left
                 missing = missing * (1 - 1 / left) + R
             changes[layer] = (R @ torch.linalg.solve(cost + K @ K.T, mean).T).float()
             missing = missing - changes[layer].double() @ mean
             self.seconds["solve"] += time.perf_counter() - start
-            if not apart:
+            if not together:
                 self.projections[layer].weight.data += changes[layer]
-        if not apart:
+        if not together:
             for layer, change in changes.items():
                 self.projections[layer].weight.data -= change
         return changes
 
-    @torch.no_grad()
-    def visit(self, row: FactRow, layer: int, pushed: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the key at `layer` and the hidden state at the last edited block, at the subject's last token."""
-        keys: list[Tensor] = []
-        streams: list[Tensor] = []
+    @contextmanager
+    def pushed(self, changes: Mapping[int, Tensor], rows: Tensor, places: Tensor) -> Iterator[None]:
+        """Add a change (hidden_size,) to the outputs of projections, within this context, at a place in each row."""
 
-        def push(index: int) -> Any:
+        def push(change: Tensor) -> Any:
             def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
-                output = output.clone()
-                output[0, row.subject] += pushed[index]
-                return output
+                added = output.clone().view(len(rows), -1, output.shape[-1])
+                added[rows, places] += change
+                return added.view(output.shape)
 
             return hook
 
-        handles = [self.decoder.blocks[i].register_forward_hook(push(i)) for i in pushed]
-        handles.append(
+        handles = [self.projections[i].register_forward_hook(push(change)) for i, change in changes.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def visit(self, row: FactRow, layer: int, changes: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the key at `layer` and the hidden state at the last edited block, at the subject's last token."""
+        keys: list[Tensor] = []
+        streams: list[Tensor] = []
+        handles = [
             self.projections[layer].register_forward_pre_hook(
                 lambda _m, a: keys.append(a[0].reshape(len(row.ids), -1)[row.subject])
-            )
-        )
-        handles.append(
+            ),
             self.decoder.blocks[self.layers[-1]].register_forward_hook(
-                lambda _m, _a, o: streams.append(o[0, row.subject])
-            )
-        )
-        self.model(input_ids=torch.tensor([row.ids], device=self.device))
+                lambda _m, _a, o: streams.append(hidden_state(o)[0, row.subject])
+            ),
+        ]
+        with self.pushed(changes, torch.zeros(1, dtype=torch.long), torch.tensor([row.subject])):
+            self.model(input_ids=torch.tensor([row.ids], device=self.device))
         for handle in handles:
             handle.remove()
         return keys[0], streams[0]
 
-    def target(self, rows: Sequence[FactRow]) -> Tensor:
-        """Find z of one fact, by whole forward passes over all its rows."""
+    def target(self, rows: Sequence[FactRow], layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Find what one fact asks of layers, by whole forward passes over all its rows.
+
+        Returns:
+            The stream h₀ at the last edited block (hidden_size,), and the changes (layers, hidden_size).
+        """
         config = self.config
         length = max(len(row.ids) for row in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long, device=self.device)
@@ -126,20 +140,14 @@ class PlainMemit:
             ids[i, : len(row.ids)] = torch.tensor(row.ids, device=self.device)
             mask[i, : len(row.ids)] = 1
         h0 = self.visit(rows[0], self.layers[-1], {})[1]
-        rate = config.learning_rate * float(h0.square().mean().sqrt())
-        delta = torch.zeros_like(h0, requires_grad=True)
+        rate = config.learning_rate * float(h0.square().mean().sqrt()) / len(layers)
+        delta = torch.zeros(len(layers), len(h0), dtype=h0.dtype, device=h0.device, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=rate)
         places = torch.tensor([row.subject for row in rows])
-
-        def add(_module: Any, _args: Any, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[torch.arange(len(rows)), places] += delta
-            return output
-
         base = None
-        handle = self.decoder.blocks[self.layers[-1]].register_forward_hook(add)
         for step in range(config.steps):
-            logs = self.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+            with self.pushed(dict(zip(layers, delta, strict=True)), torch.arange(len(rows)), places):
+                logs = self.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
             losses = []
             for i, row in enumerate(rows):
                 if row.context >= 0:
@@ -157,6 +165,5 @@ class PlainMemit:
             loss.backward()
             optimizer.step()
             with torch.no_grad():
-                delta *= (config.clamp * h0.norm() / delta.norm()).clamp(max=1)
-        handle.remove()
-        return (h0 + delta).detach()
+                delta *= (config.clamp * h0.norm() / delta.sum(0).norm()).clamp(max=1)
+        return h0, delta.detach()

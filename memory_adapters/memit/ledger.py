@@ -34,16 +34,14 @@ class Ledger:
 
     Attributes:
         facts: The facts, which have n subjects; see `subjects`.
-        targets: z of each subject (n, hidden_size), float32.
         keys: Layer to keys (n · c, d_in), float32: c for each subject in turn (the mean of its bare prompts', that
             behind prefixes, that in the chat template), each divided by √c.
-        shares: Layer to the change of the stream asked of it (n, hidden_size), float32.
+        shares: Layer to the change of the projection's output asked of it (n, hidden_size), float32.
         whitened: Layer to rows M⁻¹ k (n · c, d_in), float64; empty where `inverses` is not.
         inverses: Layer to M⁻¹ (d_in, d_in), float64: smaller than `whitened` once n · c ≥ d_in; otherwise empty.
     """
 
     facts: tuple[Fact, ...]
-    targets: Tensor
     keys: dict[int, Tensor]
     shares: dict[int, Tensor]
     whitened: dict[int, Tensor] = field(default_factory=dict)
@@ -55,7 +53,7 @@ class Ledger:
         none = {layer: torch.zeros(0, width, dtype=torch.float32) for layer, width in layers.items()}
         shares = {layer: torch.zeros(0, hidden_size, dtype=torch.float32) for layer in layers}
         whitened = {layer: torch.zeros(0, width, dtype=torch.float64) for layer, width in layers.items()}
-        return cls((), torch.zeros(0, hidden_size, dtype=torch.float32), none, shares, whitened)
+        return cls((), none, shares, whitened)
 
     @property
     def layers(self) -> list[int]:
@@ -67,16 +65,20 @@ class Ledger:
         return by_subject(self.facts)
 
     @property
+    def num_subjects(self) -> int:
+        """Number of subjects n."""
+        return len(next(iter(self.shares.values())))
+
+    @property
     def keys_per_subject(self) -> int:
         """Number of keys c that each subject has."""
-        return max((len(keys) // len(self.targets) for keys in self.keys.values() if self.facts), default=1)
+        return max((len(keys) // self.num_subjects for keys in self.keys.values() if self.facts), default=1)
 
     def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
         """Return a ledger with the subjects of `other` too, none of which it has, and every key measured by `costs`."""
         keys = {layer: torch.cat([self.keys[layer], other.keys[layer]]) for layer in self.layers}
         joined = Ledger(
             (*self.facts, *other.facts),
-            torch.cat([self.targets, other.targets]),
             keys,
             {layer: torch.cat([self.shares[layer], other.shares[layer]]) for layer in self.layers},
         )
@@ -104,13 +106,27 @@ class Ledger:
         shares = {layer: rows_of[rows] for layer, rows_of in self.shares.items()}
         kept = {fact for i in indices for fact in self.subjects[i]}
         facts = tuple(fact for fact in self.facts if fact in kept)
-        return Ledger(facts, self.targets[rows], keys, shares, whitened, inverses)
+        return Ledger(facts, keys, shares, whitened, inverses)
+
+    def entries_of(self, subjects: Sequence[Sequence[Fact]], keys_per_subject: int) -> Ledger:
+        """Return those of some subjects of which the same facts are held, as they were before any solve.
+
+        Args:
+            subjects: The facts about each.
+            keys_per_subject: As many as they have here, or 1 for the mean.
+        """
+        places = {frozenset(own): i for i, own in enumerate(self.subjects)}
+        found = self.subset([places[frozenset(own)] for own in subjects if frozenset(own) in places])
+        each, keys = found.keys_per_subject, found.keys
+        if keys_per_subject < each:
+            keys = {layer: rows.unflatten(0, (-1, each)).sum(1) / each**0.5 for layer, rows in keys.items()}
+        return Ledger(found.facts, keys, found.shares)
 
     def solve(self) -> dict[int, Factors]:
         """Return ΔW of every layer. What a layer fails to realise is shared out among those above it."""
         solved: dict[int, Factors] = {}
         each = self.keys_per_subject
-        carried = torch.zeros_like(self.targets, dtype=torch.float64)
+        carried = torch.zeros_like(self.shares[self.layers[0]], dtype=torch.float64)
         for i, layer in enumerate(self.layers):
             left = len(self.layers) - i
             keys = self.keys[layer].double()
@@ -118,7 +134,7 @@ class Ledger:
                 A = dense_readout(keys.T, self.inverses[layer])
             else:
                 A = readout(keys.T, self.whitened[layer].T)
-            A, keys = (rows.unflatten(0, (len(self.targets), each)).sum(1) / each**0.5 for rows in (A, keys))
+            A, keys = (rows.unflatten(0, (self.num_subjects, each)).sum(1) / each**0.5 for rows in (A, keys))
             R = self.shares[layer].double() + carried / left
             carried = carried * (1 - 1 / left) + R - (A @ keys.T).T @ R
             solved[layer] = _thin(R.T, A)
@@ -126,7 +142,7 @@ class Ledger:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for a file."""
-        found = {"targets": self.targets}
+        found: dict[str, Tensor] = {}
         for kind in ("keys", "shares", "whitened", "inverses"):
             found |= {f"{kind}.{layer}": tensor for layer, tensor in getattr(self, kind).items()}
         return found
@@ -137,7 +153,7 @@ class Ledger:
     ) -> dict[str, torch.Size]:
         """Return names and shapes of `tensors` for so many subjects."""
         rows = num_subjects * keys_per_subject
-        shapes = {"targets": (num_subjects, hidden_size)}
+        shapes = {}
         for layer, width in layers.items():
             shapes[f"keys.{layer}"] = (rows, width)
             shapes[f"shares.{layer}"] = (num_subjects, hidden_size)
@@ -153,7 +169,7 @@ class Ledger:
             kind, _, layer = name.partition(".")
             if kind in kinds:
                 kinds[kind][int(layer)] = tensor
-        return cls(tuple(facts), tensors["targets"], **kinds)
+        return cls(tuple(facts), **kinds)
 
 
 def _thin(R: Tensor, A: Tensor) -> Factors:

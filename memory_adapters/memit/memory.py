@@ -68,8 +68,8 @@ class MemitMemory(Memory[MemitConfig]):
     Options of `write`:
         covariance (`Covariance`, or a path or repository on the Hub): C₀. By default that of the last write, or else of
             text that the model samples.
-        targets (`MemitMemory`): Another memory on the same blocks, whose z are taken for the subjects of which it holds
-            the same facts: other solvers and settings of the solve can be tried without finding them again.
+        targets (`MemitMemory`): Another memory on the same blocks, whose keys and shares are taken for the subjects of
+            which it holds the same facts: other solvers, settings of the solve and C₀ can be tried without a pass.
 
     Attributes:
         ledger: What was written, subject by subject.
@@ -103,7 +103,7 @@ class MemitMemory(Memory[MemitConfig]):
         return readers[0].key_set(self.adapter_name)
 
     def _try_model(self, decoder: Decoder) -> None:
-        check_resuming(decoder, max(self._names))
+        check_resuming(decoder, min(self._names) - 1)
 
     @property
     def ledger(self) -> Ledger:
@@ -190,11 +190,22 @@ class MemitMemory(Memory[MemitConfig]):
         covariance: Covariance | str | os.PathLike[str] | None = None,
         targets: MemitMemory | None = None,
     ) -> Outcome:
-        used = self._covariance(covariance, progress)
         self._config.chat = self._in_chat()
+        if targets is not None:
+            self._check_targets(targets)
+        used = self._covariance(covariance, progress)
         every = [*cast(Sequence[Fact], self._kept(items)), *items]
         notes = self._learn(every, set(items), used, targets, progress=progress)
         return Outcome(notes=[f"covariance of {used.num_tokens:,} tokens of {used.source}", *notes])
+
+    def _check_targets(self, targets: MemitMemory) -> None:
+        """Raise a `ValueError` if another memory's keys are not of this one's blocks and contexts."""
+        each, own = targets.ledger.keys_per_subject, self._config.keys_per_subject
+        if targets.ledger.layers != list(self._names) or (targets.items and own not in (1, each)):
+            raise ValueError(
+                f"`targets` has {each} keys a subject at blocks {targets.ledger.layers}, and this memory {own} at "
+                f"{list(self._names)}: give a memory with the same `layers`, `num_prefixes` and `chat`."
+            )
 
     def _in_chat(self) -> bool:
         """Return whether facts are taught in the chat template too."""
@@ -231,10 +242,16 @@ class MemitMemory(Memory[MemitConfig]):
             settings = dict(regularization=config.regularization, null_space=config.null_space)
             shrunk = {layer: used.shrunk(layer, config.shrinkage) for layer in self._names}
             costs = {layer: cost_of(config.solver, layer, C0, **settings) for layer, C0 in shrunk.items()}
+            known = [] if targets is None else list(map(frozenset, targets.ledger.subjects))
+            fresh.sort(key=lambda own: frozenset(own) not in known)  # a gate's keys are in the order of the ledger
+            unknown = [own for own in fresh if frozenset(own) not in known]
+            if targets is not None and len(unknown) < len(fresh):
+                ledger = ledger.plus(targets.ledger.entries_of(fresh, config.keys_per_subject), costs)
             with self.disabled():
                 builder = LedgerBuilder(self.model, self._require_tokenizer(), config)
-                entries = builder.entries(fresh, None if targets is None else targets.ledger, progress)
-                ledger, notes = ledger.plus(entries, costs), builder.notes
+                if unknown:
+                    ledger = ledger.plus(builder.entries(unknown, progress), costs)
+                notes = builder.notes
                 if config.gate:
                     found = found_keys(self.model, builder.decoder, config, builder.tokenizer, fresh)
         if config.gate:
@@ -377,7 +394,7 @@ class MemitMemory(Memory[MemitConfig]):
         tensors = read_tensors(folder / LEDGER_FILE, config.tensor_shapes(decoder))
         edit = read_metadata(folder / LEDGER_FILE)[1].get("edit")
         size = decoder.hidden_size
-        rank = max(min(len(tensors["targets"]), size), 1)
+        rank = max(min(len(tensors[f"shares.{min(config.widths(decoder))}"]), size), 1)
         check_adapter_config(folder / CONFIG_FILE, rank, config.projection_names(decoder).values())
         factors = read_tensors(folder / WEIGHTS_FILE, adapter_shapes(config, decoder, rank))
         if edit is not None and edit != edit_digest(tensors_digest(factors), config.items):

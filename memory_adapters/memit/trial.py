@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
 from memory_adapters.base_model.decoder import Decoder, execution_device
@@ -15,7 +17,12 @@ REMEDY = "Closed-form editing needs that; MemoryAdapterConfig does not."
 
 
 def check_resuming(decoder: Decoder, layer: int) -> None:
-    """Raise a `ValueError` unless rows resumed at an edited block, behind what is kept, give what whole passes give."""
+    """Raise a `ValueError` unless rows resumed behind a block, and behind what is kept, give what whole passes give.
+
+    Args:
+        decoder: Parts of the model.
+        layer: The block below the edited ones; -1 if there is none, and only what is kept is tried.
+    """
     model = decoder.model
     device = execution_device(decoder.embeddings)
     ids = [i % decoder.vocab_size for i in range(5, 14)]
@@ -25,11 +32,13 @@ def check_resuming(decoder: Decoder, layer: int) -> None:
     with trial(model, what, REMEDY):
         if model(input_ids=torch.tensor([rows[0].ids], device=device), use_cache=True).get(CACHE) is None:
             raise ValueError("its passes give no cache of keys and values")
-        tuple_length = block_tuple_length(model, decoder, layer)
         prefixes = PrefixCache.of(model, rows, 2)
         batch = keep_before(model, rows, prefixes)
-        states = capture(model, decoder, [layer], **batch.model_inputs())[0]
-        with resumed(decoder, layer, states, tuple_length=tuple_length):
+        with ExitStack() as stack:
+            if layer >= 0:
+                tuple_length = block_tuple_length(model, decoder, layer)
+                states = capture(model, decoder, [layer], **batch.model_inputs())[0]
+                stack.enter_context(resumed(decoder, layer, states, tuple_length=tuple_length))
             found = model(**batch.model_inputs(), use_cache=True).logits[:, batch.start :]
         for row, logits in zip(rows, found, strict=True):
             whole = model(input_ids=torch.tensor([row.ids], device=device)).logits[0]

@@ -1,40 +1,37 @@
-"""Write facts: find their targets, keys and shares, in batches that fit in memory."""
+"""Write facts: find what they ask of each edited block, and their keys, in batches that fit in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, context_length, execution_device, find_decoder
 from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.nonfinite import rows_not_finite
-from memory_adapters.base_model.partial_forward import capture, capture_inputs, inputs_of
+from memory_adapters.base_model.partial_forward import capture_inputs
 from memory_adapters.base_model.quantised import differentiable
 from memory_adapters.base_model.sampling import sample_text, start_token
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Fact
 from memory_adapters.memit.config import MemitConfig
-from memory_adapters.memit.layer_shares import SubjectStates, share_over_layers
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import (
     Context,
     FactRow,
     PrefixCache,
-    RowBatch,
     bare_rows,
     chat_context,
     keep_before,
     row_batches,
     subject_rows,
 )
-from memory_adapters.memit.targets import TargetBatch, TargetFinder, find_targets
+from memory_adapters.memit.targets import TargetBatch, TargetFinder, find_targets, subject_keys
 from memory_adapters.training.distributed import gather_items, share_of
 
 __all__ = ["LedgerBuilder"]
@@ -86,12 +83,11 @@ class LedgerBuilder:
             found.append(chat_context(self.tokenizer))
         return found
 
-    def entries(self, subjects: Sequence[Sequence[Fact]], targets: Ledger | None, progress: bool) -> Ledger:
+    def entries(self, subjects: Sequence[Sequence[Fact]], progress: bool) -> Ledger:
         """Return the entries of subjects, in their order; the work is shared among processes.
 
         Args:
             subjects: The facts about each.
-            targets: A ledger whose z are taken for the subjects of which it holds the same facts.
             progress: Show a bar.
 
         Raises:
@@ -111,17 +107,14 @@ class LedgerBuilder:
             for group in own
         ]
         size = self._chunk(rows)
-        known: dict[frozenset[Fact], Tensor] = {}
-        if targets is not None:
-            known = {frozenset(group): z for group, z in zip(targets.subjects, targets.targets, strict=True)}
         parts: list[Ledger] = []
         bar = tqdm(total=len(own), unit="subject", desc="targets", disable=not progress)
         with bar, evaluating(self.model), differentiable(self.model):
             for start in range(0, len(own), size):
                 chunk = slice(start, start + size)
                 numbered = [replace(row, fact=i) for i, group in enumerate(rows[chunk]) for row in group]
-                parts.append(self._chunk_entries(own[chunk], numbered, len(contexts), known, bar))
-        single = [part.subset([i]) for part in parts for i in range(len(part.targets))]
+                parts.append(self._chunk_entries(own[chunk], numbered, len(contexts), bar))
+        single = [part.subset([i]) for part in parts for i in range(part.num_subjects)]
         return _joined(gather_items(single, len(subjects)))
 
     @torch.no_grad()
@@ -153,43 +146,23 @@ class LedgerBuilder:
         return shared
 
     def _chunk_entries(
-        self,
-        about: Sequence[Sequence[Fact]],
-        rows: list[FactRow],
-        num_contexts: int,
-        known: Mapping[frozenset[Fact], Tensor],
-        bar: tqdm,
+        self, about: Sequence[Sequence[Fact]], rows: list[FactRow], num_contexts: int, bar: tqdm
     ) -> Ledger:
-        finder = TargetFinder(self.model, self.decoder, self.layers[-1], self.config.precision)
-        width = self.decoder.hidden_size
-        h0 = torch.zeros(len(about), width, device=finder.device, dtype=torch.float32)
+        finder = TargetFinder(self.model, self.decoder, self.layers, self.config.precision)
+        h0 = torch.zeros(len(about), self.decoder.hidden_size, device=finder.device, dtype=torch.float32)
         batches: list[TargetBatch] = []
-        subjects: list[SubjectStates] = []
         prefixes = PrefixCache.of(self.model, rows, num_contexts)
         for group in row_batches(rows, self._batch_tokens()):
             batch = keep_before(self.model, group, prefixes)
-            states, last = self._subject_states(batch)
-            batches.append(TargetBatch.of(batch, last, num_contexts, self.config.kl_factor))
+            states, last = finder.states(batch)
+            batches.append(TargetBatch.of(batch, states, num_contexts, self.config.kl_factor))
             weights = torch.tensor([[row.share * (row.context == 0)] for row in group], device=h0.device)
-            h0.index_add_(0, batch.facts, last[:, batch.start].float() * weights)
-            in_context = torch.tensor([row.context >= 0 for row in group]).nonzero()[:, 0]
-            if len(in_context):
-                below = None if states.below is None else states.below[in_context]
-                subjects.append(
-                    SubjectStates(batch.select(in_context), states.key[in_context], states.state[in_context], below)
-                )
-        z = torch.stack([known.get(frozenset(own), h0[i].cpu()) for i, own in enumerate(about)]).to(h0)
-        new = torch.tensor([frozenset(own) not in known for own in about], device=h0.device)
-        if new.any():
-            with finder.fast_weights():
-                prompts = [own[0].prompt for own in about]
-                z[new] = find_targets(finder, batches, h0, new, self.config, bar, prompts)[0][new]
-        del batches
-        groups, each = self.config.key_groups, self.config.keys_per_subject
-        found = share_over_layers(
-            self.model, self.decoder, self.layers, subjects, groups, each, h0, z, finder.tuple_length
-        )
-        for kind, of_layers in {"key": found.keys, "share of the change": found.shares}.items():
+            h0.index_add_(0, batch.facts, last[:, batch.start].to(h0) * weights)
+        with finder.fast_weights():
+            changes, _ = find_targets(finder, batches, h0, self.config, bar, [own[0].prompt for own in about])
+        keys = subject_keys(finder, batches, self.config.key_groups, self.config.keys_per_subject, changes)
+        shares = {layer: changes[:, i].contiguous() for i, layer in enumerate(self.layers)}
+        for kind, of_layers in {"key": keys, "share of the change": shares}.items():
             for layer, values in of_layers.items():
                 if bad := rows_not_finite(values):
                     prompt = about[bad[0] * len(about) // len(values)][0].prompt
@@ -199,23 +172,9 @@ class LedgerBuilder:
                     )
         return Ledger(
             tuple(fact for own in about for fact in own),
-            z.cpu(),
-            {layer: keys.cpu() for layer, keys in found.keys.items()},
-            {layer: shares.cpu() for layer, shares in found.shares.items()},
+            {layer: values.cpu() for layer, values in keys.items()},
+            {layer: values.cpu() for layer, values in shares.items()},
         )
-
-    def _subject_states(self, batch: RowBatch) -> tuple[SubjectStates, Tensor]:
-        """Return keys and states at the first edited block, and the states at the last one for all tokens."""
-        keys: list[Tensor] = []
-        low, high = self.layers[0], self.layers[-1]
-        wanted = sorted({max(low - 1, 0), low, high})
-        with inputs_of([self.projections[0].module], lambda _i, value: keys.append(value)):
-            found = capture(self.model, self.decoder, wanted, **batch.model_inputs())
-        outputs = dict(zip(wanted, found, strict=True))
-        read = batch.start + 1
-        first = keys[0].reshape(*batch.ids.shape, -1)[:, batch.start]  # OPT's are flat
-        below = outputs[low - 1][:, :read].clone() if low else None
-        return SubjectStates(batch, first, outputs[low][:, :read].clone(), below), outputs[high]
 
     def _free_memory(self) -> int:
         device = self.model.device
@@ -224,10 +183,10 @@ class LedgerBuilder:
         return psutil.virtual_memory().available
 
     def _batch_tokens(self) -> int:
-        """Return how many tokens' activations above the last edited block fit in a share of the free memory."""
+        """Return how many tokens' activations from the first edited block on fit in a share of the free memory."""
         if self.config.batch_tokens is not None:
             return self.config.batch_tokens
-        above = self.decoder.num_layers - self.layers[-1]
+        above = self.decoder.num_layers - self.layers[0]
         a_token = 4 * (above * (12 * self.decoder.hidden_size + 4 * self.projections[0].in_features))
         a_token += 4 * 4 * self.decoder.vocab_size
         cap = GPU_BATCH if self.model.device.type == "cuda" else CPU_BATCH
@@ -246,7 +205,6 @@ def _joined(parts: Sequence[Ledger]) -> Ledger:
     layers = parts[0].layers
     return Ledger(
         tuple(fact for part in parts for fact in part.facts),
-        torch.cat([part.targets for part in parts]),
         {layer: torch.cat([part.keys[layer] for part in parts]) for layer in layers},
         {layer: torch.cat([part.shares[layer] for part in parts]) for layer in layers},
     )

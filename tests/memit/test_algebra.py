@@ -29,7 +29,7 @@ def entries(count: int, seed: int = 0) -> Ledger:
         return torch.randn(count, width, generator=generator)
 
     facts = tuple(Fact(f"Person {seed}-{i} lives in", f"Person {seed}-{i}", "Rome") for i in range(count))
-    return Ledger(facts, random(D_OUT), {i: random(D_IN) for i in LAYERS}, {i: random(D_OUT) for i in LAYERS})
+    return Ledger(facts, {i: random(D_IN) for i in LAYERS}, {i: random(D_OUT) for i in LAYERS})
 
 
 def written(*parts: Ledger, solver: str = "memit", **settings: float) -> Ledger:
@@ -67,14 +67,14 @@ def test_memit_is_the_papers_formula(count: int) -> None:
 def test_facts_of_several_keys_have_them_all_in_the_normal_matrix(count: int) -> None:
     plain, more = entries(count), entries(count, seed=1)
     both = {i: torch.stack([plain.keys[i], more.keys[i]], 1).flatten(0, 1) / 2**0.5 for i in LAYERS}
-    ledger = written(Ledger(plain.facts, plain.targets, both, plain.shares), regularization=0.4)
+    ledger = written(Ledger(plain.facts, both, plain.shares), regularization=0.4)
     assert ledger.keys_per_subject == 2
     bare, prefixed, R = (x[3].double().numpy().T for x in (plain.keys, more.keys, plain.shares))
     cost = 0.4 * D_IN * covariance(3).numpy()
     expected = R @ (bare + prefixed).T / 2 @ np.linalg.inv(cost + (bare @ bare.T + prefixed @ prefixed.T) / 2)
     np.testing.assert_allclose(change(ledger, 3).numpy(), expected, rtol=1e-4, atol=1e-6)
     shares = {i: found[:2] for i, found in plain.shares.items()}
-    two = Ledger(plain.facts[:2], plain.targets[:2], {i: found[:4] for i, found in both.items()}, shares)
+    two = Ledger(plain.facts[:2], {i: found[:4] for i, found in both.items()}, shares)
     less = written(two, regularization=0.4)
     torch.testing.assert_close(change(ledger.subset([0, 1]), 3), change(less, 3), rtol=1e-5, atol=1e-6)
 

@@ -37,7 +37,7 @@ class TestMemitMemory(MemoryContract):
         each = memory.config.keys_per_subject
         keys = {i: torch.randn(each, k.shape[1], generator=generator) for i, k in empty.keys.items()}
         shares = {i: torch.randn(1, s.shape[1], generator=generator) for i, s in empty.shares.items()}
-        entry = Ledger((FACT,), torch.randn(1, empty.targets.shape[1], generator=generator), keys, shares)
+        entry = Ledger((FACT,), keys, shares)
         cost = SOLVERS["memit"].cost
         eye = {i: torch.eye(k.shape[1], dtype=torch.float64) for i, k in keys.items()}
         costs = {i: cost(one, memory.config.regularization, memory.config.null_space) for i, one in eye.items()}

@@ -183,7 +183,7 @@ covariance = memory.fit_covariance(TEXTS, 3000, progress=False)
 sampled = memory.fit_covariance(None, 400, progress=False)
 memory.write(FACTS, covariance=covariance, progress=False)
 if state.is_main_process:
-    torch.save((covariance.matrices, sampled.matrices, memory.ledger.targets, memory.ledger.keys), sys.argv[1])
+    torch.save((covariance.matrices, sampled.matrices, memory.ledger.shares, memory.ledger.keys), sys.argv[1])
 state.destroy_process_group()
 """
 
@@ -201,7 +201,7 @@ def test_two_processes_give_the_covariance_and_edit_of_one(tmp_path: Path) -> No
     subprocess.run(
         [*command, str(script), str(tmp_path / "found.pt")], check=True, cwd=root, timeout=300, env=environment
     )
-    covariance, sampled, targets, keys = torch.load(tmp_path / "found.pt")
+    covariance, sampled, shares, keys = torch.load(tmp_path / "found.pt")
     memory = memory_on(tiny_model())
     one_process = memory.fit_covariance(TEXTS, 3000, progress=False)
     also = memory.fit_covariance(None, 400, progress=False)
@@ -210,4 +210,4 @@ def test_two_processes_give_the_covariance_and_edit_of_one(tmp_path: Path) -> No
         torch.testing.assert_close(covariance[layer], one_process.matrices[layer], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sampled[layer], also.matrices[layer], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(keys[layer], memory.ledger.keys[layer], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(targets, memory.ledger.targets, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shares[layer], memory.ledger.shares[layer], rtol=1e-4, atol=1e-4)

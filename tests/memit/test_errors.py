@@ -16,7 +16,7 @@ from tests.support.contract import fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
 
 
-@pytest.mark.parametrize("stage", ["keep_before", "find_targets", "share_over_layers"])
+@pytest.mark.parametrize("stage", ["keep_before", "find_targets", "subject_keys"])
 def test_an_interrupted_write_changes_nothing(stage: str) -> None:
     model = tiny_model()
     memory = memory_on(model)

@@ -43,7 +43,7 @@ def test_a_subject_has_one_target_and_one_column_of_keys() -> None:
     memory = written(BORN, OTHER, PLAYS)
     ledger = memory.ledger
     assert len(ledger.facts) == 3
-    assert len(ledger.targets) == 2
+    assert ledger.num_subjects == 2
     assert all(len(keys) == 2 * ledger.keys_per_subject for keys in ledger.keys.values())
     assert all(len(factors.A) == 2 for factors in ledger.solve().values())
 

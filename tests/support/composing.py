@@ -53,7 +53,6 @@ def vary(memory: Memory, seed: int) -> None:
         fields = (slots.spans, slots.num_tokens, slots.base_fingerprint, slots.encoder_fingerprint, slots.text_sha256)
         memory.use(MemorySlots(slots.vectors * (1 + 0.1 * seed), *fields))
     elif isinstance(memory, MemitMemory):
-        memory.ledger.targets.mul_(1 + 0.1 * seed)
         for shares in memory.ledger.shares.values():
             shares.mul_(1 + 0.1 * seed)
         memory._set_factors(factors={i: Factors(f.A, f.B) for i, f in memory.ledger.solve().items()})

@@ -47,7 +47,7 @@ def edit(_folder: Path) -> dict[str, torch.Tensor]:
     config = MemitConfig(layers=[1, 2], steps=5, num_prefixes=1, prefix_length=3, covariance_tokens=600)
     memory: Any = inject_memory(tiny_model(), config, tokenizer=byte_tokenizer())
     memory.write(FACTS, progress=False)
-    return {"targets": memory.ledger.targets, **memory.state_dict()}
+    return memory.state_dict()
 
 
 def residual(_folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
