@@ -48,7 +48,7 @@ def main() -> None:
     facts = [record.fact for record in counterfact(arguments, arguments.facts)]
     texts = wikitext(arguments, "valid").split("\n")
 
-    memory: Any = inject_memory(model, MemitConfig(seed=arguments.seed), tokenizer=tokenizer)
+    memory: Any = inject_memory(model, MemitConfig(chat=False, seed=arguments.seed), tokenizer=tokenizer)
     covariance = memory.fit_covariance(texts, arguments.covariance_tokens)
     few = facts[: arguments.plain_facts]
     with memory.disabled():
@@ -63,7 +63,7 @@ def main() -> None:
     rows = context_rows(facts, bare_rows(facts, tokenizer, LONGEST), contexts, tokenizer, LONGEST)
     needed = operations(builder, [row for own in rows for row in own]) / len(facts)
     for label, precision in (("float32", "model"), ("bfloat16", "bfloat16")):
-        config = MemitConfig(precision=precision, seed=arguments.seed)
+        config = MemitConfig(chat=False, precision=precision, seed=arguments.seed)
         fast: Any = inject_memory(model, config, tokenizer=tokenizer)
         fast.write(few, covariance=covariance)
         cosines = {
@@ -98,8 +98,8 @@ def a_fact(times: Times) -> dict[str, float]:
 
 
 def operations(builder: LedgerBuilder, rows: Any) -> float:
-    """Count the operations of one evaluation of all facts with its gradient, above the last edited block."""
-    blocks = builder.decoder.blocks[builder.layers[-1] + 1 :]
+    """Count the operations of one evaluation of all facts with its gradient, from the first edited block on."""
+    blocks = builder.decoder.blocks[builder.layers[0] :]
     weights = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
     head = builder.decoder.head.weight.numel()
     read = sum(row.num_read for row in rows)

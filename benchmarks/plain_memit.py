@@ -55,7 +55,7 @@ class PlainMemit:
             for fact, own in zip(facts, bare, strict=True)
         ]
         start = time.perf_counter()
-        targets = [self.target(own, self.layers if together else self.layers[-1:]) for own in rows]
+        targets = [self.target(own, together) for own in rows]
         self.seconds["z"] += time.perf_counter() - start
         changes: dict[int, Tensor] = {}
         missing = torch.zeros(self.decoder.hidden_size, len(facts), dtype=torch.float64, device=self.device)
@@ -126,13 +126,13 @@ class PlainMemit:
             handle.remove()
         return keys[0], streams[0]
 
-    def target(self, rows: Sequence[FactRow], layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Find what one fact asks of layers, by whole forward passes over all its rows.
+    def target(self, rows: Sequence[FactRow], together: bool) -> tuple[Tensor, Tensor]:
+        """Find what one fact asks of the layers, or of the last one, by whole forward passes over all its rows.
 
         Returns:
             The stream h₀ at the last edited block (hidden_size,), and the changes (layers, hidden_size).
         """
-        config = self.config
+        config, layers = self.config, self.layers if together else self.layers[-1:]
         length = max(len(row.ids) for row in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
@@ -142,7 +142,8 @@ class PlainMemit:
         h0 = self.visit(rows[0], self.layers[-1], {})[1]
         rate = config.learning_rate * float(h0.square().mean().sqrt()) / len(layers)
         delta = torch.zeros(len(layers), len(h0), dtype=h0.dtype, device=h0.device, requires_grad=True)
-        optimizer = torch.optim.Adam([delta], lr=rate)
+        authors = torch.optim.Adam([delta], lr=rate)  # a second moment for each coordinate
+        moment, square = torch.zeros_like(delta), 0.0
         places = torch.tensor([row.subject for row in rows])
         base = None
         for step in range(config.steps):
@@ -161,9 +162,15 @@ class PlainMemit:
             loss = torch.stack(losses).mean() + config.kl_factor * kept + decay
             if loss < config.target_loss or step + 1 == config.steps:
                 break
-            optimizer.zero_grad()
+            authors.zero_grad()
             loss.backward()
-            optimizer.step()
+            if not together:
+                authors.step()
             with torch.no_grad():
+                if together:
+                    moment = 0.9 * moment + 0.1 * delta.grad
+                    square = 0.999 * square + 0.001 * float(delta.grad.square().mean())
+                    root = (square / (1 - 0.999 ** (step + 1))) ** 0.5
+                    delta -= rate * moment / (1 - 0.9 ** (step + 1)) / (root + 1e-8)
                 delta *= (config.clamp * h0.norm() / delta.sum(0).norm()).clamp(max=1)
         return h0, delta.detach()

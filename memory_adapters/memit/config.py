@@ -32,7 +32,8 @@ class MemitConfig(MemoryConfig):
 
     Attributes:
         layers: Blocks to edit: indices (negatives count from the top), or a range of depth. Resolved to indices when
-            the memory is injected. `memory_adapters.memit.trace_facts` measures where a model keeps its facts.
+            the memory is injected. The more blocks share an edit, the less it harms other text; C₀ takes 4 · d_in²
+            bytes a block. `memory_adapters.memit.trace_facts` measures where a model keeps its facts.
         solver: `"memit"`, `"alphaedit"` (ΔW leaves the directions in use alone) or `"emmet"` (ΔW K = R exactly).
         regularization: λ as a share of d_in, which is the mean of kᵀ C₀⁻¹ k over ordinary text: 1 weighs a fact like
             an ordinary token. GPT-J's λ = 15,000 is 0.92 in these units.
@@ -43,17 +44,17 @@ class MemitConfig(MemoryConfig):
             None to let it act everywhere, as the exports do and every program that loads the LoRA alone.
         names: With a gate: for each subject, the token ids of its spellings. Filled in by `write`.
         key_owners: With a gate: for each key, the index of its subject. Filled in by `write`.
-        steps: Most evaluations of the loss of a fact's target vector z.
-        learning_rate: Adam's, in units of the RMS of the stream h₀ that δ is added to.
-        clamp: Largest ‖δ‖ / ‖h₀‖.
-        target_loss: A fact's optimisation ends below this loss.
+        steps: Most evaluations of the loss of a subject's changes δ of the edited blocks, and one.
+        learning_rate: Adam's, of the sum of the changes, in units of the RMS of the stream h₀ at the last edited block.
+        clamp: Largest ‖Σ δ‖ / ‖h₀‖.
+        target_loss: A subject's optimisation ends below this loss.
         kl_factor: Weight of KL(edited ‖ base) at the subject in "{subject} is a".
         weight_decay: Weight of ‖δ‖ / ‖h₀‖².
         num_prefixes: Sampled openings behind which a fact must hold, beside its bare prompt.
         prefix_length: Their length in tokens.
         chat: Whether a fact must hold as the answer to its prompt in the tokenizer's chat template too; None for
             where the tokenizer has one that renders a message as it is written. Resolved by the first `write`.
-        precision: Of the forward passes that find z: `"model"` for the model's own, or `"bfloat16"` where that is
+        precision: Of the forward passes that find δ: `"model"` for the model's own, or `"bfloat16"` where that is
             fast: a CPU without its instructions (AVX-512 on x86) takes the model's own.
         covariance_tokens: Tokens of text sampled from the model, for C₀ when `write` is given none.
         shrinkage: ρ of C₀'s shrinkage in [0, 1]; None to estimate it from the number of tokens.
@@ -69,20 +70,20 @@ class MemitConfig(MemoryConfig):
         "`ledger.safetensors` and a gate's `keys.safetensors` are for writing more and forgetting.\n\n"
     )
 
-    layers: Sequence[int | float] | int | float = (0.2, 0.35)
+    layers: Sequence[int | float] | int | float = (0.1, 0.43)
     solver: str = "memit"
     regularization: float = 0.3
     null_space: float = 0.8
     gate: str | None = None
     names: list[list[list[int]]] = field(default_factory=list, repr=False, metadata=STATE)
     key_owners: list[int] = field(default_factory=list, repr=False, metadata=STATE)
-    steps: int = field(default=25, metadata=TRAINING)
-    learning_rate: float = field(default=0.09, metadata=TRAINING)
+    steps: int = field(default=13, metadata=TRAINING)
+    learning_rate: float = field(default=0.18, metadata=TRAINING)
     clamp: float = field(default=0.75, metadata=TRAINING)
     target_loss: float = field(default=0.05, metadata=TRAINING)
     kl_factor: float = field(default=0.0625, metadata=TRAINING)
     weight_decay: float = field(default=0.5, metadata=TRAINING)
-    num_prefixes: int = field(default=5, metadata=TRAINING)
+    num_prefixes: int = field(default=2, metadata=TRAINING)
     prefix_length: int = field(default=10, metadata=TRAINING)
     chat: bool | None = field(default=None, metadata=TRAINING)
     precision: str = field(default="model", metadata=TRAINING)
@@ -131,6 +132,11 @@ class MemitConfig(MemoryConfig):
     def keys_per_subject(self) -> int:
         """One for each group; a single one for an exact solver, which would have to tell nearly equal keys apart."""
         return 1 if SOLVERS[self.solver].exact else 1 + (self.num_prefixes > 0) + bool(self.chat)
+
+    @property
+    def half(self) -> bool:
+        """Whether the ledger keeps its rows to the precision of float16: an exact solver needs more."""
+        return not SOLVERS[self.solver].exact
 
     def resolved(self, decoder: Decoder) -> list[int]:
         """Return the blocks to edit, in rising order."""
@@ -182,10 +188,18 @@ class MemitConfig(MemoryConfig):
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the ledger's tensors."""
         subjects = by_subject([fact for fact in self.written_items() if isinstance(fact, Fact)])
-        return Ledger.tensor_shapes(len(subjects), self.widths(decoder), decoder.hidden_size, self.keys_per_subject)
+        each, widths = self.keys_per_subject, self.widths(decoder)
+        return Ledger.tensor_shapes(len(subjects), widths, decoder.hidden_size, each, half=self.half)
 
     @classmethod
     def reference(cls, **settings: Any) -> MemitConfig:
-        """Return the authors' settings for GPT-J."""
-        gptj: dict[str, Any] = dict(layers=[3, 4, 5, 6, 7, 8], regularization=15000 / 16384, chat=False)
+        """Return the authors' settings for GPT-J. The changes of the blocks are found together all the same."""
+        gptj: dict[str, Any] = dict(
+            layers=[3, 4, 5, 6, 7, 8],
+            regularization=15000 / 16384,
+            steps=25,
+            learning_rate=0.09,
+            num_prefixes=5,
+            chat=False,
+        )
         return cls(**{**gptj, **settings})

@@ -39,6 +39,8 @@ class Ledger:
         shares: Layer to the change of the projection's output asked of it (n, hidden_size), float32.
         whitened: Layer to rows M⁻¹ k (n · c, d_in), float64; empty where `inverses` is not.
         inverses: Layer to M⁻¹ (d_in, d_in), float64: smaller than `whitened` once n · c ≥ d_in; otherwise empty.
+        half: Whether `plus` and `subset` round what they keep to what a file holds: rows to float16 times a number a
+            row, and M⁻¹ to float32, which changes ΔW by 3e-4 of its norm. A solver that is exact needs more.
     """
 
     facts: tuple[Fact, ...]
@@ -46,14 +48,15 @@ class Ledger:
     shares: dict[int, Tensor]
     whitened: dict[int, Tensor] = field(default_factory=dict)
     inverses: dict[int, Tensor] = field(default_factory=dict)
+    half: bool = False
 
     @classmethod
-    def empty(cls, layers: Mapping[int, int], hidden_size: int) -> Ledger:
+    def empty(cls, layers: Mapping[int, int], hidden_size: int, *, half: bool = False) -> Ledger:
         """Return the ledger of no facts, for layers and their d_in."""
         none = {layer: torch.zeros(0, width, dtype=torch.float32) for layer, width in layers.items()}
         shares = {layer: torch.zeros(0, hidden_size, dtype=torch.float32) for layer in layers}
         whitened = {layer: torch.zeros(0, width, dtype=torch.float64) for layer, width in layers.items()}
-        return cls((), none, shares, whitened)
+        return cls((), none, shares, whitened, half=half)
 
     @property
     def layers(self) -> list[int]:
@@ -76,19 +79,22 @@ class Ledger:
 
     def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
         """Return a ledger with the subjects of `other` too, none of which it has, and every key measured by `costs`."""
-        keys = {layer: torch.cat([self.keys[layer], other.keys[layer]]) for layer in self.layers}
-        joined = Ledger(
-            (*self.facts, *other.facts),
-            keys,
-            {layer: torch.cat([self.shares[layer], other.shares[layer]]) for layer in self.layers},
-        )
+        keep = _rounded if self.half else _as_it_is
+        keys = {layer: torch.cat([self.keys[layer], keep(other.keys[layer])]) for layer in self.layers}
+        shares = {layer: torch.cat([self.shares[layer], keep(other.shares[layer])]) for layer in self.layers}
+        joined = Ledger((*self.facts, *other.facts), keys, shares, half=self.half)
         many = [layer for layer in self.layers if len(keys[layer]) >= keys[layer].shape[1]]
         few = [layer for layer in self.layers if layer not in many]
         return replace(
             joined,
-            whitened={layer: costs[layer].whiten(keys[layer].T.double()).T for layer in few},
-            inverses={layer: costs[layer].whiten(_identity(keys[layer])) for layer in many},
+            whitened={layer: keep(costs[layer].whiten(keys[layer].T.double()).T) for layer in few},
+            inverses={layer: self._symmetric(costs[layer].whiten(_identity(keys[layer]))) for layer in many},
         )
+
+    def _symmetric(self, inverse: Tensor) -> Tensor:
+        """Return M⁻¹ with its lower triangle in the upper one too, as a file holds it."""
+        lower = (inverse.float().double() if self.half else inverse).tril()
+        return lower + lower.tril(-1).T
 
     def subset(self, indices: Sequence[int]) -> Ledger:
         """Return a ledger of the subjects with these indices alone."""
@@ -102,11 +108,12 @@ class Ledger:
             if len(own) >= len(inverse):
                 inverses[layer] = inverse
             else:
-                whitened[layer] = keys[layer].double() @ inverse
+                rows_of = keys[layer].double() @ inverse
+                whitened[layer] = _rounded(rows_of) if self.half else rows_of
         shares = {layer: rows_of[rows] for layer, rows_of in self.shares.items()}
         kept = {fact for i in indices for fact in self.subjects[i]}
         facts = tuple(fact for fact in self.facts if fact in kept)
-        return Ledger(facts, keys, shares, whitened, inverses)
+        return Ledger(facts, keys, shares, whitened, inverses, self.half)
 
     def entries_of(self, subjects: Sequence[Sequence[Fact]], keys_per_subject: int) -> Ledger:
         """Return those of some subjects of which the same facts are held, as they were before any solve.
@@ -143,33 +150,80 @@ class Ledger:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for a file."""
         found: dict[str, Tensor] = {}
-        for kind in ("keys", "shares", "whitened", "inverses"):
-            found |= {f"{kind}.{layer}": tensor for layer, tensor in getattr(self, kind).items()}
+        for kind in ("keys", "shares", "whitened"):
+            for layer, rows in getattr(self, kind).items():
+                name = f"{kind}.{layer}"
+                found |= {name: _halves(rows), f"{name}.scale": _scale(rows)} if self.half else {name: rows}
+        for layer, inverse in self.inverses.items():
+            triangle = inverse[tuple(torch.tril_indices(*inverse.shape))]
+            found[f"inverses.{layer}"] = triangle.float() if self.half else triangle
         return found
 
     @staticmethod
     def tensor_shapes(
-        num_subjects: int, layers: Mapping[int, int], hidden_size: int, keys_per_subject: int = 1
+        num_subjects: int,
+        layers: Mapping[int, int],
+        hidden_size: int,
+        keys_per_subject: int = 1,
+        *,
+        half: bool = False,
     ) -> dict[str, torch.Size]:
         """Return names and shapes of `tensors` for so many subjects."""
         rows = num_subjects * keys_per_subject
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for layer, width in layers.items():
             shapes[f"keys.{layer}"] = (rows, width)
             shapes[f"shares.{layer}"] = (num_subjects, hidden_size)
-            dense = rows >= width
-            shapes[f"inverses.{layer}" if dense else f"whitened.{layer}"] = (width if dense else rows, width)
+            if rows < width:
+                shapes[f"whitened.{layer}"] = (rows, width)
+        if half:
+            shapes |= {f"{name}.scale": (shape[0], 1) for name, shape in shapes.items()}
+        for layer, width in layers.items():
+            if rows >= width:
+                shapes[f"inverses.{layer}"] = (width * (width + 1) // 2,)
         return {name: torch.Size(shape) for name, shape in shapes.items()}
 
     @classmethod
-    def from_tensors(cls, facts: Sequence[Fact], tensors: Mapping[str, Tensor]) -> Ledger:
+    def from_tensors(cls, facts: Sequence[Fact], tensors: Mapping[str, Tensor], *, half: bool = False) -> Ledger:
         """Undo `tensors`."""
         kinds: dict[str, dict[int, Tensor]] = {"keys": {}, "shares": {}, "whitened": {}, "inverses": {}}
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")
-            if kind in kinds:
-                kinds[kind][int(layer)] = tensor
-        return cls(tuple(facts), **kinds)
+            if layer.endswith(".scale"):
+                continue
+            if kind == "inverses":
+                width = int((2 * len(tensor)) ** 0.5)
+                inverse = torch.zeros(width, width, dtype=torch.float64)
+                inverse[tuple(torch.tril_indices(width, width))] = tensor.double()
+                tensor = inverse + inverse.tril(-1).T
+            elif half:
+                tensor = tensor.float() * tensors[f"{name}.scale"]
+            if kind == "whitened":
+                tensor = tensor.double()
+            kinds[kind][int(layer)] = tensor
+        return cls(tuple(facts), **kinds, half=half)
+
+
+def _scale(rows: Tensor) -> Tensor:
+    """Return the largest size in each row (rows, 1), float32; 1 for a row of zeros."""
+    if not rows.numel():
+        return rows.new_ones(len(rows), 1, dtype=torch.float32)
+    largest = rows.abs().amax(1, keepdim=True).float()
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _halves(rows: Tensor) -> Tensor:
+    """Return rows ÷ their scale in float16."""
+    return (rows.float() / _scale(rows)).half()
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """Return rows as a file holds them, in their own dtype. Rounding twice is rounding once."""
+    return (_halves(rows).float() * _scale(rows)).to(rows.dtype)
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _thin(R: Tensor, A: Tensor) -> Factors:

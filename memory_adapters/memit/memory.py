@@ -88,7 +88,7 @@ class MemitMemory(Memory[MemitConfig]):
 
     def _attach(self, decoder: Decoder) -> None:
         self._names, self._widths = self._config.projection_names(decoder), self._config.widths(decoder)
-        self.ledger = Ledger.empty(self._widths, decoder.hidden_size)
+        self.ledger = Ledger.empty(self._widths, decoder.hidden_size, half=self._config.half)
         self._set_factors(self.ledger)  # a LoRA of rank 1 has random factors until then
         layers = lora_layers(self.model, self._names)
         if self._config.gate:
@@ -405,7 +405,12 @@ class MemitMemory(Memory[MemitConfig]):
             )
         facts = [fact for fact in config.written_items() if isinstance(fact, Fact)]
         keys = read_tensors(folder / KEYS_FILE, config.key_shapes(decoder)) if config.gate else {}
-        return Ledger.from_tensors(facts, tensors), factors, read_covariance(folder, config, decoder), keys
+        return (
+            Ledger.from_tensors(facts, tensors, half=config.half),
+            factors,
+            read_covariance(folder, config, decoder),
+            keys,
+        )
 
     def _restore(self, contents: tuple[Ledger | None, dict[str, Tensor], Covariance | None, dict[str, Tensor]]) -> None:
         ledger, tensors, self.covariance, keys = contents

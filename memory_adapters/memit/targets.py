@@ -10,6 +10,9 @@ with ‖Σ δᵢ‖ ≤ clamp · ‖h₀‖ after every step, h₀ being the str
 the last block, and ask (z − h) / (n − i) of the i-th: what the lower ones do to the tokens behind is not seen by the
 loss. Found together, the changes are what the edited model makes of them, and less is needed.
 
+Adam's second moment is one number a subject: a step goes along the gradient, and not as far in coordinates that matter
+little as in those that matter.
+
 All facts about a subject share its changes. Subjects are independent, so many are moved at once, each with its own
 moments, clamp and end. Per step only the tokens from the subject on run, from the first edited block on.
 """
@@ -273,7 +276,8 @@ def find_targets(
     gains = finder.gains[:, None]  # (edited blocks, 1)
     # All blocks together move the stream as far as a step of the learning rate at the last one would.
     rates = config.learning_rate * norms[:, None, None] / math.sqrt(h0.shape[1]) / (blocks * gains)
-    changes, moment, square = (h0.new_zeros(len(h0), blocks, h0.shape[1]) for _ in range(3))
+    changes, moment = (h0.new_zeros(len(h0), blocks, h0.shape[1]) for _ in range(2))
+    square = h0.new_zeros(len(h0), 1, 1)
     losses = torch.zeros(len(h0), device=h0.device, dtype=torch.float32)
     active = torch.ones(len(h0), device=h0.device, dtype=torch.bool)
     problems = [finder.prepared(problem) for problem in problems]
@@ -297,8 +301,9 @@ def find_targets(
             break
         direction = gains.square() * changes / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None, None]
         gradient += config.weight_decay * direction / norms.square()[:, None, None]
+        gradient /= gains  # with regard to the stream
         moment = BETA_1 * moment + (1 - BETA_1) * gradient
-        square = BETA_2 * square + (1 - BETA_2) * gradient.square()
+        square = BETA_2 * square + (1 - BETA_2) * gradient.square().mean((1, 2), keepdim=True)
         move = (moment / (1 - BETA_1**step)) / ((square / (1 - BETA_2**step)).sqrt() + EPSILON)
         moved = changes - rates * move
         total = (gains * moved).sum(1).norm(dim=-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memory_adapters import Fact, MemitConfig
+from memory_adapters.memit import ledger as ledger_module
 from memory_adapters.memit.covariance import oracle_shrinkage
 from memory_adapters.memit.covariance_fitter import add_gram
 from memory_adapters.memit.ledger import Ledger
@@ -32,12 +33,12 @@ def entries(count: int, seed: int = 0) -> Ledger:
     return Ledger(facts, {i: random(D_IN) for i in LAYERS}, {i: random(D_OUT) for i in LAYERS})
 
 
-def written(*parts: Ledger, solver: str = "memit", **settings: float) -> Ledger:
+def written(*parts: Ledger, solver: str = "memit", half: bool = False, **settings: float) -> Ledger:
     config = MemitConfig(solver=solver, **settings)  # type: ignore[arg-type]
     costs = {
         layer: SOLVERS[solver].cost(covariance(layer), config.regularization, config.null_space) for layer in LAYERS
     }
-    ledger = Ledger.empty(dict.fromkeys(LAYERS, D_IN), D_OUT)
+    ledger = Ledger.empty(dict.fromkeys(LAYERS, D_IN), D_OUT, half=half)
     for part in parts:
         ledger = ledger.plus(part, costs)
     return ledger
@@ -140,11 +141,14 @@ def test_order_of_writes_does_not_matter_and_forgetting_is_never_having_written(
 
 
 @pytest.mark.parametrize("count", [6, 30])
-def test_tensors_round_trip(count: int) -> None:
-    ledger = written(entries(count))
+@pytest.mark.parametrize("half", [False, True])
+def test_tensors_round_trip(count: int, half: bool) -> None:
+    ledger = written(entries(count), half=half)
     tensors = ledger.tensors()
-    assert {k: v.shape for k, v in tensors.items()} == Ledger.tensor_shapes(count, dict.fromkeys(LAYERS, D_IN), D_OUT)
-    again = Ledger.from_tensors(ledger.facts, tensors)
+    shapes = Ledger.tensor_shapes(count, dict.fromkeys(LAYERS, D_IN), D_OUT, half=half)
+    assert {k: v.shape for k, v in tensors.items()} == shapes
+    assert {tensors[f"keys.{i}"].dtype for i in LAYERS} == {torch.float16 if half else torch.float32}
+    again = Ledger.from_tensors(ledger.facts, tensors, half=half)
     for layer in LAYERS:
         assert torch.equal(change(again, layer), change(ledger, layer))
         assert torch.equal(change(again.subset([0, 1]), layer), change(ledger.subset([0, 1]), layer))
@@ -174,3 +178,15 @@ def test_a_singular_covariance_is_refused() -> None:
     rows = torch.randn(5, D_IN, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"singular.*more tokens.*shrinkage"):
         SOLVERS["memit"].cost(rows.T @ rows / 5, 0.3, 0.8)
+
+
+@pytest.mark.parametrize("count", [6, 30])
+def test_rounding_to_half_precision_hardly_changes_the_edit(count: int) -> None:
+    ledger, rounded = written(entries(count)), written(entries(count), half=True)
+    for layer in LAYERS:
+        wanted = change(ledger, layer)
+        assert 0 < (change(rounded, layer) - wanted).norm() < 1e-3 * wanted.norm()
+    tiny = torch.tensor([[0.0, 0.0], [1e-30, 3e-31], [7e8, -2e6]])
+    kept = ledger_module._rounded(tiny)
+    torch.testing.assert_close(kept, tiny, rtol=1e-3, atol=0)
+    assert torch.equal(ledger_module._rounded(kept), kept)

@@ -62,20 +62,6 @@ def test_batched_is_one_at_a_time(architecture: str, batch_tokens: int | None) -
         assert change.norm() == pytest.approx(float(wanted.norm()), rel=0.05)
 
 
-def test_one_layer_is_edited_as_the_authors_do() -> None:
-    """With one layer there is nothing to find together."""
-    model = tiny_model("llama", torch.float64)
-    memory = memory_on(model, layers=[2])
-    covariance = memory.fit_covariance(progress=False)
-    with memory.disabled():
-        contexts = LedgerBuilder(model, memory.tokenizer, memory.config).contexts()
-    memory.write(FACTS, progress=False)
-    with memory.disabled():
-        plain = PlainMemit(model, memory.tokenizer, memory.config, covariance, contexts)
-        expected = plain.write(FACTS, together=False)[2]
-    torch.testing.assert_close(changes(memory)[2], expected.double(), rtol=1e-3, atol=1e-5)
-
-
 def test_the_loss_falls_and_the_clamp_holds() -> None:
     model = tiny_model()
     memory = memory_on(model, steps=20, clamp=0.4)

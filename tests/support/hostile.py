@@ -224,7 +224,7 @@ def _ledger(empty: Ledger) -> Ledger:
     keys = {layer: torch.randn(n * each, rows.shape[1]) for layer, rows in empty.keys.items()}
     shares = {layer: torch.randn(n, rows.shape[1]) for layer, rows in empty.shares.items()}
     whitened = {layer: rows.double() / 3 for layer, rows in keys.items()}
-    return Ledger(tuple(FACTS), keys, shares, whitened)
+    return Ledger(tuple(FACTS), keys, shares, whitened, half=True)
 
 
 def check_finite(value: Any) -> None:
