@@ -22,7 +22,6 @@ REFUSED = {
     ("rwkv", "slots"): "no cache of keys and values",
     ("jamba", "memit"): "mixture of experts",
     ("phimoe", "memit"): "mixture of experts",
-    ("llama4_text", "memit"): "mixture of experts",
     **{("t5", method): "encoder–decoder" for method in ("residual", "memit", "slots")},
 }
 

@@ -230,9 +230,9 @@ def test_chat_contexts() -> None:
         memory_on(tiny_model(), chat=True).write(FACTS[:2], progress=False)
 
 
-@on_architectures("llama", "gpt2", "gptj", "falcon", "phi", "opt", "gemma2", "gemma3_text")
+@on_architectures("llama", "gpt2", "gptj", "falcon", "phi", "opt", "gemma2", "gemma3_text", "qwen2_moe", "llama4_text")
 def test_the_stream_changes_as_it_did_when_the_loss_was_lowered(architecture: str) -> None:
-    """Also where the MLP's output is normalised before it joins the stream (Gemma)."""
+    """Also where the MLP's output is normalised before it joins the stream (Gemma), or scaled by a gate (Qwen2-MoE)."""
     model = tiny_model(architecture)
     memory = memory_on(model, layers=[2], num_prefixes=0, solver="emmet", clamp=0.2)
     memory.write(FACTS[:2], progress=False)

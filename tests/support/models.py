@@ -60,6 +60,9 @@ UNUSUAL: dict[str, dict[str, Any]] = {
         **dict(**_COMMON, **_GQA, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=1),
         interleave_moe_layer_step=2,
     ),
+    "qwen2_moe": dict(
+        _TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=48
+    ),
     "phimoe": dict(_TEXT, num_local_experts=4, num_experts_per_tok=2),
     "gemma3": dict(
         text_config=dict(**_COMMON, **_GQA, sliding_window=16),
