@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from benchmarks.common import DEVICE, BenchmarkParser, dumps, random_model, save, stored, timed
 from memory_adapters import CovarianceFitter, Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory
+from memory_adapters.base_model.decoder import resolve_layers
 from memory_adapters.embedded_model import embedded_model
 
 SIZES: dict[str, dict[str, int]] = {
@@ -52,14 +53,14 @@ def formulas(model: Any, tokens: int) -> dict[str, float]:
     """Count the FLOP of each cost: N parameters of the blocks, H of the head; the edit reads a share of the blocks."""
     N, H = blocks_parameters(model), model.lm_head.weight.numel()
     depth, d_in = model.config.num_hidden_layers, model.config.intermediate_size
-    edited = [i for i in range(depth) if 0.2 <= i / depth < 0.35]
-    below = (edited[-1] + 1) / depth
+    edited = resolve_layers(MemitConfig().layers, depth)
+    below, under = (edited[-1] + 1) / depth, edited[0] / depth
     first = (int(0.18 * depth) + 1) / depth
     rows = (1 + PREFIXES) * tokens
     return {
         "forward, a token": 2 * N + 2 * H,
         "covariance, a token": 2 * N * below + len(edited) * d_in**2,
-        "edit, a fact": STEPS * 4 * N * (1 - below) * rows + 2 * N * below * rows,
+        "edit, a fact": STEPS * 4 * N * (1 - under) * rows + 2 * N * below * rows,
         "residual, a fact": EPOCHS * 4 * N * (1 - first) * tokens,
         "slots, compressing a token": 2 * N,
         "slots, a token and step of refinement": 4 * N + 4 * H,
@@ -75,9 +76,9 @@ def measured(model: Any, tokenizer: Any, facts: tuple[int, int]) -> dict[str, fl
         model(ids[:, :count], use_cache=False)
 
     def covariance(count: int) -> None:
-        CovarianceFitter(model, tokenizer, (0.2, 0.35)).fit([TEXT[:1200]] * 40, count, progress=False)
+        CovarianceFitter(model, tokenizer, MemitConfig().layers).fit([TEXT[:1200]] * 40, count, progress=False)
 
-    given = CovarianceFitter(model, tokenizer, (0.2, 0.35)).fit([TEXT], 512, progress=False).covariance()
+    given = CovarianceFitter(model, tokenizer, MemitConfig().layers).fit([TEXT], 512, progress=False).covariance()
 
     def edit(count: int) -> None:
         config = MemitConfig(steps=STEPS, num_prefixes=PREFIXES, prefix_length=4, target_loss=0.0)
