@@ -192,7 +192,8 @@ class TargetFinder:
                 after = capture(self.model, self.decoder, [layer], input_ids=ids)[0]
             found.append(((after.float() - before.float()).norm(dim=-1).flatten() / sizes[0]).median())
         gains = torch.stack(found)
-        return torch.where((gains - 1).abs() < TOLERANCE, 1.0, gains)
+        as_it_is = (gains - 1).abs() < TOLERANCE
+        return torch.where(as_it_is | ~(gains > 0), 1.0, gains)  # of a projection that puts out 0, nothing is known
 
     def prepared(self, problem: TargetBatch) -> TargetBatch:
         """Convert the states, keys and values of a batch to bfloat16, if that is the `precision`."""
