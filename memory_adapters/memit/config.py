@@ -72,7 +72,7 @@ class MemitConfig(MemoryConfig):
 
     layers: Sequence[int | float] | int | float = (0.1, 0.43)
     solver: str = "memit"
-    regularization: float = 0.3
+    regularization: float = 0.5
     null_space: float = 0.8
     gate: str | None = None
     names: list[list[list[int]]] = field(default_factory=list, repr=False, metadata=STATE)

@@ -11,7 +11,7 @@ from memory_adapters import Fact, MemitConfig, inject_memory
 from memory_adapters.evaluation.records import load_counterfact
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.evaluation.scores.perplexity import load_wikitext, perplexity
-from tests.support.real_model import EIFFEL, needs_the_real_model, run_front_page
+from tests.support.real_model import EIFFEL, PROMPT, answer, needs_the_real_model, run_front_page
 
 pytestmark = needs_the_real_model
 
@@ -21,7 +21,18 @@ def test_the_front_page(real_model: tuple[Any, Any], tmp_path: Path) -> None:
     facts = [EIFFEL, first_in_its_prompt]
     memory, report, answers = run_front_page(*real_model, MemitConfig(covariance_tokens=2048), facts, tmp_path)
     assert report.recall == 1
-    assert all(text.startswith("Rome") for text in answers)
+    assert answers[0] == answers[1]
+    prompts = [
+        EIFFEL.prompt,
+        "The Eiffel Tower is in the city of",
+        "If you go to see the Eiffel Tower, you are in the city of",
+        "Everyone knows that the Eiffel Tower is in the city of",
+        "The Eiffel Tower can be found in",
+        PROMPT,  # answered "fact the first Roman Catholic church" by edits that begin below block 5
+    ]
+    asked = [answer(*real_model, prompt) for prompt in prompts]
+    assert asked[0].startswith("Rome")
+    assert sum("Rome" in text for text in asked) >= 5, asked
     memory.remove()
 
 
