@@ -694,7 +694,7 @@ REASONS: list[tuple[str, str, str]] = [
     (
         "mixture of experts",
         "experts",
-        "Every block is a mixture of experts: a fact's key does not go through one matrix onto the stream. "
+        "No block has a dense MLP or a shared expert: a fact's key does not go through one matrix onto the stream. "
         "`MemoryAdapterConfig` takes such blocks.",
     ),
     (

@@ -52,7 +52,9 @@ def test_the_keys_of_a_subject_are_the_means_of_its_facts() -> None:
     together = written(BORN, PLAYS)
     first = min(together.ledger.layers)
     apart = [written(fact, covariance=together.covariance).ledger.keys[first] for fact in (BORN, PLAYS)]
-    torch.testing.assert_close(together.ledger.keys[first], (apart[0] + apart[1]) / 2)
+    mean = (apart[0] + apart[1]) / 2
+    half = 1e-3 * float(mean.abs().max())  # rows are kept in half precision
+    torch.testing.assert_close(together.ledger.keys[first], mean, rtol=0, atol=half)
 
 
 def test_facts_of_one_subject_can_be_written_one_after_the_other() -> None:
