@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.partial_forward import hidden_state
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import Context, FactRow, bare_rows, context_rows
+from memory_adapters.memit.targets import added
 
 
 @dataclass
@@ -92,20 +94,15 @@ class PlainMemit:
     def pushed(self, changes: Mapping[int, Tensor], rows: Tensor, places: Tensor) -> Iterator[None]:
         """Add a change (hidden_size,) to the outputs of projections, within this context, at a place in each row."""
 
-        def push(change: Tensor) -> Any:
-            def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
-                added = output.clone().view(len(rows), -1, output.shape[-1])
-                added[rows, places] += change
-                return added.view(output.shape)
+        def placed(output: Tensor, change: Tensor) -> Tensor:
+            everywhere = output.new_zeros(len(rows), output.numel() // output.shape[-1] // len(rows), output.shape[-1])
+            everywhere[rows, places] = change.to(output)
+            return everywhere
 
-            return hook
-
-        handles = [self.projections[i].register_forward_hook(push(change)) for i, change in changes.items()]
-        try:
+        with ExitStack() as stack:
+            for layer, change in changes.items():
+                stack.enter_context(added(self.projections[layer], partial(placed, change=change)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def visit(self, row: FactRow, layer: int, changes: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:

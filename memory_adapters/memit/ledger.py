@@ -79,17 +79,20 @@ class Ledger:
 
     def plus(self, other: Ledger, costs: Mapping[int, Cost]) -> Ledger:
         """Return a ledger with the subjects of `other` too, none of which it has, and every key measured by `costs`."""
-        keep = _rounded if self.half else _as_it_is
-        keys = {layer: torch.cat([self.keys[layer], keep(other.keys[layer])]) for layer in self.layers}
-        shares = {layer: torch.cat([self.shares[layer], keep(other.shares[layer])]) for layer in self.layers}
+        keys = {layer: torch.cat([self.keys[layer], self._kept(other.keys[layer])]) for layer in self.layers}
+        shares = {layer: torch.cat([self.shares[layer], self._kept(other.shares[layer])]) for layer in self.layers}
         joined = Ledger((*self.facts, *other.facts), keys, shares, half=self.half)
         many = [layer for layer in self.layers if len(keys[layer]) >= keys[layer].shape[1]]
         few = [layer for layer in self.layers if layer not in many]
         return replace(
             joined,
-            whitened={layer: keep(costs[layer].whiten(keys[layer].T.double()).T) for layer in few},
+            whitened={layer: self._kept(costs[layer].whiten(keys[layer].T.double()).T) for layer in few},
             inverses={layer: self._symmetric(costs[layer].whiten(_identity(keys[layer]))) for layer in many},
         )
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Return rows as this ledger keeps them."""
+        return _rounded(rows) if self.half else rows
 
     def _symmetric(self, inverse: Tensor) -> Tensor:
         """Return M⁻¹ with its lower triangle in the upper one too, as a file holds it."""
@@ -108,8 +111,7 @@ class Ledger:
             if len(own) >= len(inverse):
                 inverses[layer] = inverse
             else:
-                rows_of = keys[layer].double() @ inverse
-                whitened[layer] = _rounded(rows_of) if self.half else rows_of
+                whitened[layer] = self._kept(keys[layer].double() @ inverse)
         shares = {layer: rows_of[rows] for layer, rows_of in self.shares.items()}
         kept = {fact for i in indices for fact in self.subjects[i]}
         facts = tuple(fact for fact in self.facts if fact in kept)
@@ -220,10 +222,6 @@ def _halves(rows: Tensor) -> Tensor:
 def _rounded(rows: Tensor) -> Tensor:
     """Return rows as a file holds them, in their own dtype. Rounding twice is rounding once."""
     return (_halves(rows).float() * _scale(rows)).to(rows.dtype)
-
-
-def _as_it_is(rows: Tensor) -> Tensor:
-    return rows
 
 
 def _thin(R: Tensor, A: Tensor) -> Factors:

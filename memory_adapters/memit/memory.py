@@ -242,7 +242,7 @@ class MemitMemory(Memory[MemitConfig]):
             settings = dict(regularization=config.regularization, null_space=config.null_space)
             shrunk = {layer: used.shrunk(layer, config.shrinkage) for layer in self._names}
             costs = {layer: cost_of(config.solver, layer, C0, **settings) for layer, C0 in shrunk.items()}
-            known = [] if targets is None else list(map(frozenset, targets.ledger.subjects))
+            known = set() if targets is None else set(map(frozenset, targets.ledger.subjects))
             fresh.sort(key=lambda own: frozenset(own) not in known)  # a gate's keys are in the order of the ledger
             unknown = [own for own in fresh if frozenset(own) not in known]
             if targets is not None and len(unknown) < len(fresh):

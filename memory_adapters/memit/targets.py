@@ -41,7 +41,7 @@ from memory_adapters.memit.prompts import RowBatch
 if TYPE_CHECKING:
     from memory_adapters.memit.config import MemitConfig
 
-__all__ = ["TargetBatch", "TargetFinder", "find_targets", "subject_keys"]
+__all__ = ["TargetBatch", "TargetFinder", "added", "find_targets", "subject_keys"]
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 COMPACT_BELOW = 0.8
