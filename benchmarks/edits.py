@@ -4,17 +4,24 @@
 
 FOLDER holds counterfact/edit.json and wikitext2/{valid,test}.txt. Target vectors are found once, in writes of 100, and
 kept in `--work`, where an interrupted run goes on; every solver and number of facts then solves from the same targets.
-With `--covariances` the first records are also solved with C₀ of sampled text and of WikiText-2, at equal tokens.
+With `--covariances` the first records are also solved with C₀ of sampled text and of WikiText-2, at equal tokens; with
+`--forget` facts drawn at random are forgotten again, beside a write of the others; with `--slots` the same facts are
+read as memory slots.
 Results are saved as they come. Facts are taught outside chats alone, as in the literature.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from benchmarks.common import (
     BenchmarkParser,
@@ -28,7 +35,7 @@ from benchmarks.common import (
     timed,
     wikitext,
 )
-from memory_adapters import Covariance, MemitConfig, inject_memory, load_memory
+from memory_adapters import Covariance, MemitConfig, MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.memit.solvers import SOLVERS
@@ -49,18 +56,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/edits"), help="not used by --quick")
     parser.add_argument("--covariances", type=int, nargs="*", default=[], help="token budgets to compare, 40 records")
     parser.add_argument("--regularizations", type=float, nargs="*", default=[], help="of memit, beside the default")
+    parser.add_argument("--forget", type=int, default=0, quick=1, help="facts of the largest number, drawn at random")
+    parser.add_argument("--slots", action="store_true", help="score memory slots on the same facts, too")
     arguments = parser.parse()
     model, tokenizer = load_model(arguments)
     records = counterfact(arguments, max(arguments.records))
     study = Study(arguments, model, tokenizer, records, wikitext(arguments, "test"), stored(arguments, "rows"))
     for count in arguments.records:
         if f"base, {count}" not in study.rows:
-            study.keep(f"base, {count}", count)
+            study.keep(f"base, {count}", records[:count])
     with tempfile.TemporaryDirectory() as temporary:
         targets = study.targets(Path(temporary) if arguments.quick else arguments.work)
     for budget in arguments.covariances:
         study.compare_covariances(budget, targets)
     study.compare_solvers(targets)
+    if arguments.forget:
+        study.forget(arguments.forget, targets)
+    if arguments.slots:
+        study.read_slots()
 
 
 @dataclass
@@ -81,14 +94,14 @@ class Study:
             self.model, MemitConfig(seed=self.arguments.seed, chat=False, **settings), tokenizer=self.tokenizer
         )
 
-    def keep(self, key: str, count: int, seconds: float = 0.0, first: int = 0) -> None:
-        """Score the model as it is on the first records, and save the row."""
-        scores = score(self.model, self.tokenizer, self.records[:count], self.text, self.arguments.perplexity_tokens)
+    def keep(self, key: str, records: Sequence[EditRecord], seconds: float = 0.0, first: int = 0, **more: Any) -> None:
+        """Score the model as it is on records, and save the row."""
+        scores = score(self.model, self.tokenizer, records, self.text, self.arguments.perplexity_tokens)
         row = {name: scores[name] for name in (*SCORES, "perplexity")}
         if first:
-            scores = score_edits(self.model, self.tokenizer, self.records[:first]).to_dict()
+            scores = score_edits(self.model, self.tokenizer, records[:first]).to_dict()
             row["first"] = {name: scores[name] for name in SCORES}
-        self.rows[key] = {"records": count, **row, "seconds": seconds}
+        self.rows[key] = {"records": len(records), **row, "seconds": seconds, **more}
         about = save(
             self.arguments,
             {"rows": self.rows},
@@ -137,7 +150,7 @@ class Study:
                 memory = self.inject()
                 spent, _ = timed(memory.fit_covariance, texts, tokens)
                 self.write(memory, 40, 40, covariance=memory.covariance, targets=targets)
-                self.keep(key, 40, spent.wall)
+                self.keep(key, self.records[:40], spent.wall)
                 memory.remove()
 
     def compare_solvers(self, targets: Any) -> None:
@@ -157,8 +170,58 @@ class Study:
                     if key not in self.rows:
                         memory = self.inject(**settings)
                         spent, _ = timed(self.write, memory, count, size, **given)
-                        self.keep(key, count, spent.wall, first=min(100, count) if size < count else 0)
+                        first = min(100, count) if size < count else 0
+                        self.keep(key, self.records[:count], spent.wall, first)
                         memory.remove()
+
+    def forget(self, number: int, targets: Any) -> None:
+        """Forget facts drawn at random, and compare with a write of the others."""
+        count = max(self.arguments.records)
+        key = f"memit, {count} in one write, {number} forgotten"
+        if key in self.rows:
+            return
+        drawn = set(random.Random(self.arguments.seed).sample(range(count), number))
+        forgotten, kept = ([r for i, r in enumerate(self.records) if (i in drawn) is own] for own in (True, False))
+        given = {"covariance": targets.covariance, "targets": targets, "progress": False, "measure": False}
+        alone = self.inject()
+        alone.write([record.fact for record in kept], **given)
+        expected = changes(alone)
+        alone.remove()
+        memory = self.inject()
+        memory.write([record.fact for record in self.records], **given)
+        spent, _ = timed(memory.forget, [record.fact for record in forgotten])
+        off = max(float((own - expected[name]).norm() / expected[name].norm()) for name, own in changes(memory).items())
+        gone = score_edits(self.model, self.tokenizer, forgotten)
+        more = {"exact match of the forgotten": gone.exact_match, "ΔW off a write of the others": off}
+        self.keep(key, kept, spent.wall, **more, bytes=folder_sizes(memory))
+        memory.remove()
+
+    def read_slots(self) -> None:
+        """Score memory slots, which read what a prompt names, on as many facts as edits."""
+        for count in self.arguments.records:
+            key = f"slots, {count} in one write"
+            if key not in self.rows:
+                memory: Any = inject_memory(self.model, MemorySlotsConfig(), tokenizer=self.tokenizer)
+                facts = [record.fact for record in self.records[:count]]
+                spent, _ = timed(memory.write, facts, progress=False, measure=False)
+                self.keep(key, self.records[:count], spent.wall)
+                memory.remove()
+
+
+def changes(memory: Any) -> dict[str, Tensor]:
+    """Return the change of each edited weight (hidden_size, d_in)."""
+    return {
+        name: module.get_delta_weight(memory.adapter_name)
+        for name, module in memory.model.named_modules()
+        if isinstance(module, LoraLayer) and memory.adapter_name in module.lora_A
+    }
+
+
+def folder_sizes(memory: Any) -> dict[str, int]:
+    """Return the bytes of each file of a saved memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        memory.save_pretrained(folder)
+        return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
 
 
 def markdown(rows: dict[str, Any]) -> str:

@@ -54,11 +54,12 @@ class Covariance(OneFile):
     texts_sha256: str | None = None
 
     def shrunk(self, layer: int, shrinkage: float | None = None) -> Tensor:
-        """Return (1 − ρ) C₀ + ρ m I (d_in, d_in) in float64: invertible also when tokens are few.
+        """Return (1 − ρ) C₀ + ρ D (d_in, d_in) in float64: invertible also when tokens are few.
 
-        m is the median of C₀'s diagonal, not its mean: the first token of a text has keys of enormous norm in many
-        models. Where most components are always 0, it is that of the others. Without `shrinkage`, ρ is the
-        oracle-approximating one (Chen et al. 2010, eq. 23).
+        D is C₀'s diagonal, and nowhere less than its median; where most components are always 0, than that of the
+        others. Without `shrinkage`, ρ is the oracle-approximating one (Chen et al. 2010, eq. 23) of keys divided by D's
+        root: in many models the first token of a text has a key of enormous norm, and ρ of the keys as they are is next
+        to 0, however few the tokens.
 
         Raises:
             ValueError: If C₀ lacks the layer, is 0, or holds NaN or infinity.
@@ -71,15 +72,17 @@ class Covariance(OneFile):
         matrix = self.matrices[layer].double()
         if not torch.isfinite(matrix).all():
             raise ValueError(f"`covariance` of block {layer} holds NaN or infinity: check the model's weights.")
-        rho = oracle_shrinkage(matrix, self.num_tokens) if shrinkage is None else shrinkage
         diagonal = matrix.diagonal()
         if not (diagonal > 0).any():
             raise ValueError(
                 f"`covariance` of block {layer} is 0: no text moved the block's MLP; fit it on other texts."
             )
         m = diagonal.median() if diagonal.median() > 0 else diagonal[diagonal > 0].median()
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        return (1 - rho) * matrix + rho * m * identity
+        target = diagonal.clamp(min=m)
+        if shrinkage is None:
+            scale = target.rsqrt()
+            shrinkage = oracle_shrinkage(scale[:, None] * matrix * scale, self.num_tokens)
+        return (1 - shrinkage) * matrix + shrinkage * target.diag()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""

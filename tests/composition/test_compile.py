@@ -19,7 +19,7 @@ CACHES = {"residual": ("dynamic", "static"), "memit": ("dynamic", "static"), "sl
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "cache"), [(kind, cache) for kind, caches in CACHES.items() for cache in caches])
 def test_compiled_generation_is_generation(kind: str, cache: str, architecture: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model: Any = tiny_model(architecture)
     memory = inject_memory(model, SUITES[kind].make_config(), tokenizer=byte_tokenizer())
     SUITES[kind].fill(memory)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memory_adapters import Fact, MemitConfig
 from memory_adapters.memit import ledger as ledger_module
-from memory_adapters.memit.covariance import oracle_shrinkage
+from memory_adapters.memit.covariance import Covariance, oracle_shrinkage
 from memory_adapters.memit.covariance_fitter import add_gram
 from memory_adapters.memit.ledger import Ledger
 from memory_adapters.memit.solvers import SOLVERS, dense_readout, readout
@@ -172,6 +172,17 @@ def test_shrinkage_is_scikit_learns() -> None:
     X = torch.randn(40, D_IN, dtype=torch.float64) @ torch.linalg.cholesky(covariance()).T
     _, expected = sklearn.oas(X.numpy(), assume_centered=True)
     assert oracle_shrinkage(X.T @ X / len(X), len(X)) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_first_token_of_enormous_norm_does_not_hide_that_tokens_are_few() -> None:
+    keys = torch.randn(D_IN // 2, D_IN)
+    ordinary = Covariance({0: keys.T @ keys / len(keys)}, len(keys), 1, "", {})
+    keys[0, :3] = 1e6  # several components, always together
+    enormous = Covariance({0: keys.T @ keys / len(keys)}, len(keys), 1, "", {})
+    assert (torch.linalg.eigvalsh(enormous.shrunk(0)) > 0).all()
+    SOLVERS["memit"].cost(enormous.shrunk(0), 0.3, 0.8)  # not singular
+    ratio = torch.linalg.eigvalsh(enormous.shrunk(0))[0] / torch.linalg.eigvalsh(ordinary.shrunk(0))[0]
+    assert 0.3 < ratio < 3
 
 
 def test_a_singular_covariance_is_refused() -> None:
