@@ -6,7 +6,7 @@ FOLDER holds counterfact/edit.json and wikitext2/{valid,test}.txt. Target vector
 kept in `--work`, where an interrupted run goes on; every solver and number of facts then solves from the same targets.
 With `--covariances` the first records are also solved with C₀ of sampled text and of WikiText-2, at equal tokens; with
 `--forget` facts drawn at random are forgotten again, beside a write of the others; with `--slots` the same facts are
-read as memory slots.
+read as memory slots; with `--plain` the first facts are written as MEMIT's authors do, one at a time.
 Results are saved as they come. Facts are taught outside chats alone, as in the literature.
 """
 
@@ -35,11 +35,16 @@ from benchmarks.common import (
     timed,
     wikitext,
 )
+from benchmarks.plain_memit import PlainMemit
 from memory_adapters import Covariance, MemitConfig, MemorySlotsConfig, inject_memory, load_memory
+from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.memit.solvers import SOLVERS
+from memory_adapters.memit.write import LedgerBuilder
 
+# Blocks 6 to 10 of SmolLM2-135M, five prefixes, 24 steps; the learning rate is in units of the stream.
+AUTHORS: dict[str, Any] = dict(layers=(0.2, 0.35), num_prefixes=5, steps=25, learning_rate=0.09, chat=False)
 SCORES = ("exact_match", "efficacy", "paraphrase", "neighbourhood", "score")
 
 
@@ -58,6 +63,7 @@ def main() -> None:
     parser.add_argument("--regularizations", type=float, nargs="*", default=[], help="of memit, beside the default")
     parser.add_argument("--forget", type=int, default=0, quick=1, help="facts of the largest number, drawn at random")
     parser.add_argument("--slots", action="store_true", help="score memory slots on the same facts, too")
+    parser.add_argument("--plain", type=int, default=0, quick=1, help="facts to write by the authors' MEMIT, too")
     arguments = parser.parse()
     model, tokenizer = load_model(arguments)
     records = counterfact(arguments, max(arguments.records))
@@ -67,6 +73,8 @@ def main() -> None:
             study.keep(f"base, {count}", records[:count])
     with tempfile.TemporaryDirectory() as temporary:
         targets = study.targets(Path(temporary) if arguments.quick else arguments.work)
+    if arguments.plain:
+        study.write_as_the_authors(arguments.plain, targets)
     for budget in arguments.covariances:
         study.compare_covariances(budget, targets)
     study.compare_solvers(targets)
@@ -174,6 +182,29 @@ class Study:
                         self.keep(key, self.records[:count], spent.wall, first)
                         memory.remove()
 
+    def write_as_the_authors(self, count: int, targets: Any) -> None:
+        """Score the first facts, written by whole passes one at a time, beside those of the library."""
+        own, key = f"memit, {count} in one write", f"MEMIT as its authors write it, {count}"
+        if own not in self.rows:
+            memory = self.inject()
+            spent, _ = timed(self.write, memory, count, count, covariance=targets.covariance, targets=targets)
+            self.keep(own, self.records[:count], spent.wall)
+            memory.remove()
+        if key not in self.rows:
+            decoder = find_decoder(self.model)
+            config = MemitConfig(**AUTHORS, seed=self.arguments.seed)
+            config.layers = config.resolved(decoder)
+            contexts = LedgerBuilder(self.model, self.tokenizer, config).contexts()
+            plain = PlainMemit(self.model, self.tokenizer, config, targets.covariance, contexts)
+            facts = [record.fact for record in self.records[:count]]
+            spent, found = timed(plain.write, facts, together=False)
+            weights = {layer: plain.projections[layer].weight for layer in found}
+            for layer, change in found.items():
+                weights[layer].data += change
+            self.keep(key, self.records[:count], spent.wall)
+            for layer, change in found.items():
+                weights[layer].data -= change
+
     def forget(self, number: int, targets: Any) -> None:
         """Forget facts drawn at random, and compare with a write of the others."""
         count = max(self.arguments.records)
@@ -192,7 +223,7 @@ class Study:
         spent, _ = timed(memory.forget, [record.fact for record in forgotten])
         off = max(float((own - expected[name]).norm() / expected[name].norm()) for name, own in changes(memory).items())
         gone = score_edits(self.model, self.tokenizer, forgotten)
-        more = {"exact match of the forgotten": gone.exact_match, "ΔW off a write of the others": off}
+        more: dict[str, Any] = {"exact match of the forgotten": gone.exact_match, "ΔW off a write of the others": off}
         self.keep(key, kept, spent.wall, **more, bytes=folder_sizes(memory))
         memory.remove()
 
@@ -210,11 +241,9 @@ class Study:
 
 def changes(memory: Any) -> dict[str, Tensor]:
     """Return the change of each edited weight (hidden_size, d_in)."""
-    return {
-        name: module.get_delta_weight(memory.adapter_name)
-        for name, module in memory.model.named_modules()
-        if isinstance(module, LoraLayer) and memory.adapter_name in module.lora_A
-    }
+    modules: dict[str, Any] = {name: m for name, m in memory.model.named_modules() if isinstance(m, LoraLayer)}
+    name = memory.adapter_name
+    return {path: layer.get_delta_weight(name) for path, layer in modules.items() if name in layer.lora_A}
 
 
 def folder_sizes(memory: Any) -> dict[str, int]:
