@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.modes import evaluating
@@ -23,7 +24,7 @@ from memory_adapters.evaluation.scores.generation import (
     greedy_texts,
 )
 from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer, OwnWordsQuestions, score_own_words
-from memory_adapters.evaluation.scores.perplexity import held_out_perplexity, perplexity
+from memory_adapters.evaluation.scores.perplexity import divergence, held_out_perplexity, perplexity
 from memory_adapters.evaluation.tables import UNKNOWN, format_table, table_rows
 from memory_adapters.files.atomic import atomic_file
 
@@ -97,6 +98,7 @@ class EditReport:
         consistency: RS of the generated texts against the references.
         num_generated: Texts that were generated.
         perplexity: Perplexity on `text`, or on held-out sentences.
+        divergence: KL of the base's predictions on `text` from the model's, in nats a token.
         seconds: Wall time of the whole evaluation.
         own_words: Share of the chat questions in other words whose answer names the object.
         same: Share of the chat answers about other things that are the base's, letter for letter.
@@ -114,6 +116,7 @@ class EditReport:
     consistency: float | None = None
     num_generated: int = 0
     perplexity: float | None = None
+    divergence: float | None = None
     seconds: float = 0.0
     kinds: list[KindScores] = field(default_factory=list)
     items: list[ItemScores] = field(default_factory=list)
@@ -208,6 +211,7 @@ def evaluate_edits(
     seed: int = 0,
     per_item: bool = False,
     own_words: OwnWordsQuestions | None = None,
+    base_predictions: Sequence[Tensor] | None = None,
     progress: bool = True,
 ) -> EditReport:
     """Measure everything the records allow on the model as it stands.
@@ -229,10 +233,13 @@ def evaluate_edits(
         per_item: Also report each fact, with what the model decodes greedily after its prompt.
         own_words: Questions in other words to ask in the chat template, as `record_questions` makes them. `same`,
             `leak` and `spill` need the base's answers, see `OwnWordsQuestions.with_base_answers`.
+        base_predictions: Log-probabilities of the base on the beginning of `text`, window by window, as
+            `scores.perplexity.predictions` yields them; for `divergence`.
         progress: Show bars.
 
     Raises:
-        ValueError: If there is no record, or `references` is given without `generate` or fits no record.
+        ValueError: If there is no record, `references` is given without `generate` or fits no record, or
+            `base_predictions` are of another text.
     """
     start = time.perf_counter()
     if references is not None and not generate:
@@ -274,6 +281,9 @@ def evaluate_edits(
             if text is None
             else perplexity(model, tokenizer, text, max_tokens=max_text_tokens)
         )
+        if text is not None and base_predictions is not None:
+            read = sum(len(window) + 1 for window in base_predictions)
+            measured["divergence"] = divergence(model, tokenizer, text, base_predictions, max_tokens=read)
     return EditReport(
         num_records=len(records),
         scores=EditScores.mean(scored),
@@ -407,6 +417,7 @@ def report_cells(report: EditReport, base_perplexity: float | None) -> dict[str,
     cells = {"edits": str(report.num_records)} | {label: _percent(share) for label, share in shares.items()}
     for label, value in (("GE", report.fluency), ("RS", report.consistency)):
         cells[label] = UNKNOWN if value is None else f"{value:.1f}"
+    cells["KL"] = UNKNOWN if report.divergence is None else f"{report.divergence:.4f}"
     cells["perplexity"] = UNKNOWN
     if report.perplexity is not None and base_perplexity is not None:
         drift = report.perplexity / base_perplexity - 1

@@ -88,6 +88,8 @@ def test_base_and_every_method_are_measured(compared: tuple[Comparison, PreTrain
         assert costs is not None
         assert write.num_items == {"Fact": 2}
         assert (write.num_parameters > 0) == (name != NOTHING)
+        assert report.divergence is not None
+        assert (report.divergence > 1e-5) == (name in ("edit", "lora", "full", "prompt")), name  # others do not act there
         assert 0 < write.seconds <= costs.seconds or name == NOTHING
         assert report.num_records == report.num_generated == 2
         assert report.fluency is not None
@@ -146,7 +148,7 @@ def test_shown_and_sent(compared: tuple[Comparison, PreTrainedModel]) -> None:
     assert Comparison.from_dict(sent) == result
     scores, costs, *curves = result.tables()
     assert scores.title == "2 facts; scores in %"
-    wanted = "S,ES,PS,NS,exact,greedy,portability exact,portability tokens,GE,ability,perplexity"
+    wanted = "S,ES,PS,NS,exact,paraphrases exact,greedy,portability exact,portability tokens,GE,ability,KL,perplexity"
     assert scores.rows[0] == ["", *wanted.split(",")]
     assert [row[0] for row in scores.rows[1:]] == [row[0] for row in costs.rows[1:]] == list(result.methods)
     wanted = "write, s|CPU, s|forget, s|on disk|prefill|decode|peak memory|stored numbers"

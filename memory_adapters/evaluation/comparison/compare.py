@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.fingerprint import base_fingerprint
+from memory_adapters.base_model.modes import evaluating
 from memory_adapters.base_model.sampling import HELD_OUT_SENTENCES
 from memory_adapters.config import MemoryConfig
 from memory_adapters.evaluation.comparison.baselines import Baseline, Unchanged, WrittenMemory
@@ -33,8 +35,11 @@ from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.generation import fluency, generate_texts
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
+from memory_adapters.evaluation.scores.perplexity import predictions
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
+
+KL_TOKENS = 2048  # on which predictions of the base are kept, in half precision
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def compare(
         baselines: Name to a baseline, or to the config of a memory; the same method may come several times with
             other settings. `Unchanged` comes by itself, as `"nothing"`.
         num_facts: The first so many are compared in full; None for all. `fact_counts` may go beyond.
-        text: Unrelated text for the perplexity; None for the held-out sentences that `WriteReport` is about.
+        text: Unrelated text for the perplexity, and the KL to the base on its first 2,048 tokens; None for the held-out
+            sentences that `WriteReport` is about, without KL.
         max_text_tokens: Most tokens of it that are read; None for all.
         greedy: Decode greedily after each prompt and paraphrase, and look for the target.
         fluency_prompts: Generate a text of 100 tokens from so many prompts, for fluency.
@@ -181,6 +187,16 @@ class _Measurement:
         """The questions with the answers of the base; first looked at before a baseline is on the model."""
         return self.own_words and self.own_words.with_base_answers(self.model, self.tokenizer)
 
+    @cached_property
+    def base_predictions(self) -> list[Tensor] | None:
+        """What the base predicts on the beginning of the text; first looked at before a baseline is on the model."""
+        if self.text is None:
+            return None
+        tokens = KL_TOKENS if self.max_text_tokens is None else min(KL_TOKENS, self.max_text_tokens)
+        with evaluating(self.model):
+            found = predictions(self.model, self.tokenizer, self.text, max_tokens=tokens)
+            return [window.half() for window, _ in found]
+
     def settings(self, part: _Part) -> dict[str, Any]:
         """Return what the result of a part depends on."""
         base = base_model(self.model)
@@ -215,6 +231,7 @@ class _Measurement:
         ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
         before = speeds(model, ids, [nullcontext])[0] if full and self.costs else None
         questions = self.questions if full else None
+        base_predictions = self.base_predictions if full else None
         with applied_at_cost(model, tokenizer, part.baseline, facts) as (applied, costs):
             report = evaluate_edits(
                 model,
@@ -224,6 +241,7 @@ class _Measurement:
                 max_text_tokens=self.max_text_tokens,
                 greedy=full and self.greedy,
                 own_words=questions,
+                base_predictions=base_predictions,
                 progress=self.progress,
             )
             ability = None

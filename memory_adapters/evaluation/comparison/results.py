@@ -21,6 +21,7 @@ SCORES = (
     "PS",
     "NS",
     "exact",
+    "paraphrases exact",
     "greedy",
     "portability exact",
     "portability tokens",
@@ -159,7 +160,7 @@ class Comparison:
         scores = {labels[name]: result.score_cells(base) for name, result in self.methods.items()}
         costs = {labels[name]: result.cost_cells() for name, result in self.methods.items()}
         found = [
-            Table(f"{self.num_facts:,} facts; scores in %", table_rows(scores, (*SCORES, "perplexity"))),
+            Table(f"{self.num_facts:,} facts; scores in %", table_rows(scores, (*SCORES, "KL", "perplexity"))),
             Table("Costs", table_rows(costs, COSTS)),
         ]
         quality = "S" if self.base.scores.score is not None else "exact"
