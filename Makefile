@@ -77,7 +77,7 @@ compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
 		--text $(DATA)/wikitext2/test.txt --text-tokens 2048 \
 		--set slots.refine_fraction=1 --set slots.refine_steps=20 --set lora.rank=3 --set lora.batch_size=16 \
 		--set full.batch_size=16 --set full.learning_rate=5e-5 --set 'full.training_args={"bf16":true}' --folder $(RESULTS)/comparison
-	cp $(addprefix $(RESULTS)/comparison/,comparison.json comparison.md quality_damage.png quality_cost.png curves.png) docs/results
+	cp $(addprefix $(RESULTS)/comparison/,comparison.json comparison.md comparison.html quality_damage.png quality_cost.png curves.png) docs/results
 
 benchmarks: $(VENV)/.installed ## what an active memory costs, and what the reuse of states saves
 	$(BIN)/python benchmarks/overhead.py

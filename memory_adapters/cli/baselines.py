@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
@@ -10,14 +10,27 @@ from typing import Any
 from memory_adapters.cli.messages import wrong
 from memory_adapters.cli.saved_memory import SavedMemory, with_settings
 from memory_adapters.cli.settings import check_config, check_names, method_named, parse_pairs
-from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, Unchanged, WrittenMemory
+from memory_adapters.evaluation.comparison.baselines import (
+    Baseline,
+    FineTuned,
+    Lora,
+    Together,
+    Unchanged,
+    WrittenMemory,
+)
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.evaluation.comparison.results import NOTHING
 from memory_adapters.registry import Method, Variant, methods
 
 __all__ = ["Baselines", "baseline_names"]
 
-TRAINED: dict[str, Callable[..., Lora | FineTuned]] = {"lora": Lora, "full": FineTuned}
+TRAINED: dict[str, Lora | FineTuned] = {
+    "lora": Lora(),
+    "lora_slow": Lora(recipe=Recipe(learning_rate=1e-4)),
+    "lora_rehearsed": Lora(recipe=Recipe(learning_rate=1e-3, rehearsal=50)),
+    "full": FineTuned(),
+}
+TOGETHER = "+"
 _TYPES: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "Mapping[str, Any]": (dict,)}
 Memories = dict[str, tuple[Method, Variant]]
 
@@ -31,7 +44,8 @@ class Baselines:
     """Make baselines as the command line names them; wrong settings are refused before a model is loaded.
 
     Args:
-        names: Names, separated by commas; None for all but those that need a saved memory which is not given.
+        names: Names, separated by commas; None for all but those that need a saved memory which is not given. Memories
+            that are to act together have a plus between their names.
         pairs: `NAME.FIELD=VALUE` each: a field of the config or an option of the write of a method, for all of its
             variants, or of one variant; or a field of the training of `lora` and `full`.
         starts: `METHOD=ADAPTER` each: the saved memory that the method's variants start from.
@@ -41,16 +55,21 @@ class Baselines:
         variants, given = _variants(), _parse_starts(starts)
         missing = [name for name, (method, v) in variants.items() if v.start == "saved" and method.name not in given]
         known = baseline_names()
-        chosen = [name for name in known if name not in missing]
+        self.names = [name for name in known if name not in missing]
         if names is not None:
-            chosen = [name.strip() for name in names.split(",")]
-            if not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
+            self.names = [name.strip() for name in names.split(",")]
+            several = [name for name in self.names if TOGETHER in name]
+            parts = [part for name in self.names for part in name.split(TOGETHER)]
+            if not set(parts) <= set(known) or len(set(self.names)) < len(self.names):
                 raise wrong("--methods", f"{names!r} must name some of {', '.join(known)}, each once.")
-            for name in chosen:
+            for name in several:
+                if not set(name.split(TOGETHER)) <= set(variants) or len(set(name.split(TOGETHER))) < 2:
+                    raise wrong("--methods", f"{name} must join different memories: some of {', '.join(variants)}.")
+            for name in parts:
                 if name in missing:
                     start = f"--start {variants[name][0].name}=ADAPTER"
                     raise wrong("--methods", f"{name} starts from a saved memory: give one with {start}.")
-        self.names = chosen
+        chosen = list(dict.fromkeys(part for name in self.names for part in name.split(TOGETHER)))
         memories = {name: variants[name] for name in chosen if name in variants}
         for started in given:
             able = [name for name, (method, v) in variants.items() if method.name == started and v.start != "fresh"]
@@ -73,6 +92,11 @@ class Baselines:
             return Unchanged()
         if name in TRAINED:
             return _trained(name, self.trained[name], progress)
+        if TOGETHER in name:
+            return Together([self._memory(part, stack, progress) for part in name.split(TOGETHER)])
+        return self._memory(name, stack, progress)
+
+    def _memory(self, name: str, stack: ExitStack, progress: bool) -> WrittenMemory:
         method, variant = self.memories[name]
         options = {"progress": progress, **variant.write_options}
         start = self.starts.get(method.name)
@@ -138,7 +162,7 @@ def _part(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
 def _training_settings(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Check fields of a recipe, or of a LoRA its rank."""
     known = {field.name: _TYPES[str(field.type)] for field in fields(Recipe)}
-    if name == "lora":
+    if isinstance(TRAINED[name], Lora):
         known["rank"] = (int,)
     check_names("--set", name, "field", values, known)
     for field, value in values.items():
@@ -152,4 +176,4 @@ def _trained(name: str, settings: Mapping[str, Any], progress: bool) -> Baseline
     own = {field: value for field, value in settings.items() if field == "rank"}
     recipe = {field: value for field, value in settings.items() if field != "rank"}
     args = {"disable_tqdm": not progress, **recipe.pop("training_args", {})}
-    return TRAINED[name](recipe=replace(TRAINED[name]().recipe, **recipe, training_args=args), **own)
+    return replace(TRAINED[name], recipe=replace(TRAINED[name].recipe, **recipe, training_args=args), **own)

@@ -106,10 +106,11 @@ def _choices(source: str, limit: int | None) -> list[Choice]:
 
 
 def _save(run: Run, result: Comparison, folder: Path) -> None:
-    """Write comparison.json, comparison.md, and figures if matplotlib is installed."""
+    """Write comparison.json, .md and .html, and figures if matplotlib is installed."""
     run.save(result.to_dict(), folder / "comparison.json")
     if is_main_process():
         (folder / "comparison.md").write_text(result.markdown(), encoding="utf-8")
+        (folder / "comparison.html").write_text(result.html(), encoding="utf-8")
         try:
             comparison_plots(result, folder)
         except ModuleNotFoundError as error:

@@ -16,6 +16,7 @@ BASELINES = (
     "memit",
     "alphaedit",
     "emmet",
+    "gated_memit",
     "encoder",
     "slots",
     "retrieval",
@@ -23,6 +24,8 @@ BASELINES = (
     "prompt",
     "residual",
     "lora",
+    "lora_slow",
+    "lora_rehearsed",
     "full",
     "nothing",
 )

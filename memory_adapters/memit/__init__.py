@@ -15,5 +15,8 @@ register_method(
     "memit",
     MemitConfig,
     MemitMemory,
-    variants={solver: Variant({"solver": solver}) for solver in ("memit", "alphaedit", "emmet")},
+    variants={
+        **{solver: Variant({"solver": solver}) for solver in ("memit", "alphaedit", "emmet")},
+        "gated_memit": Variant({"solver": "memit", "gate": "keys"}),
+    },
 )

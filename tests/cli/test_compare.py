@@ -21,8 +21,10 @@ COMPARED = {
     "gated_lora": ("lora_rank=2", "num_train_epochs=2", "num_prefixes=1"),
     "residual": QUICK["residual"],
     **dict.fromkeys(("memit", "alphaedit", "emmet"), QUICK["memit"]),
+    "gated_memit": (*QUICK["memit"], "layers=[1]"),
     **dict.fromkeys(("slots", "retrieval", "refined"), QUICK["slots"]),
-    **dict.fromkeys(("lora", "full"), TRAINING),
+    **dict.fromkeys(("lora", "lora_slow", "full"), TRAINING),
+    "lora_rehearsed": (*TRAINING, "rehearsal=1"),
 }
 
 
@@ -69,14 +71,18 @@ def test_compare(here: Path, tmp_path: Path) -> None:
     assert numbers["residual"] > width * inner * 2
     assert numbers["lora"] == 4 * 8 * (width + width + width + 16), "rank 8 on the queries and values of 4 blocks"
     assert numbers["full"] == sum(parameter.numel() for parameter in tiny_model().parameters())
-    lines = run(*arguments[:3], "--methods", "memit", "--limit", 1, *settings_of("memit")).stdout.splitlines()
-    assert [line.split()[0] for line in lines[2:4]] == ["nothing", "memit"]
+    several = ["--methods", "memit,memit+slots", "--limit", 1, *settings_of("memit", "slots")]
+    lines = run(*arguments[:3], *several).stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["nothing", "memit", "memit+slots"]
     assert lines[0] == "Comparison: 1 facts; scores in %"
+    assert lines[-1].startswith(("Take ", "None of the methods "))
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
+        (["--methods", "memit+lora"], "memit+lora must join different memories: some of gated_lora, "),
+        (["--methods", "memit+memit"], "memit+memit must join different memories"),
         (["--methods", "a,b"], f"'a,b' must name some of {', '.join(baseline_names())}, each once"),
         (["--methods", "memit,memit"], "each once"),
         (["--methods", "memit", "--set", "slots.seed=1"], "must begin with one of memit and a dot"),

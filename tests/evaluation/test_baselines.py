@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from memory_adapters.evaluation.comparison.baselines import (
     Baseline,
     FineTuned,
     Lora,
+    Together,
     Unchanged,
     WrittenMemory,
 )
@@ -27,12 +29,15 @@ RECIPE = Recipe(learning_rate=1e-2, min_steps=20, num_train_epochs=1, num_prefix
 PROMPT = WrittenMemory(
     MemorySlotsConfig(read="all", num_slots=1, span_length=1, lora_rank=1), {"compress": False, "progress": False}
 )
+MEMIT = WrittenMemory(MemitConfig(covariance_tokens=128, steps=4, num_prefixes=1), {"progress": False})
 
 
 def baselines() -> dict[str, Baseline]:
     return {
-        "memit": WrittenMemory(MemitConfig(covariance_tokens=128, steps=4, num_prefixes=1), {"progress": False}),
+        "memit": MEMIT,
         "lora": Lora(rank=2, recipe=RECIPE),
+        "lora, rehearsed": Lora(rank=2, recipe=replace(RECIPE, rehearsal=2)),
+        "together": Together([MEMIT, PROMPT]),
         "all weights": FineTuned(RECIPE),
         "prompt": PROMPT,
         "nothing": Unchanged(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from transformers import PreTrainedModel
 from memory_adapters import Fact, MemitConfig, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, memories
 from memory_adapters.config import MemoryConfig
 from memory_adapters.evaluation.comparison.baselines import Baseline, FineTuned, Lora, WrittenMemory
-from memory_adapters.evaluation.comparison.compare import NOTHING, Comparison, compare
+from memory_adapters.evaluation.comparison.compare import NOTHING, Comparison, MethodResult, compare
+from memory_adapters.evaluation.comparison.costs import Costs
 from memory_adapters.evaluation.comparison.finetuning import Recipe
+from memory_adapters.evaluation.edit_report import EditReport
 from memory_adapters.evaluation.plots import comparison_plots, score_scatter
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
-from memory_adapters.evaluation.scores.edits import score_edits
+from memory_adapters.evaluation.scores.edits import EditScores, score_edits
 from memory_adapters.evaluation.scores.perplexity import perplexity
 from tests.evaluation.test_baselines import PROMPT
 from tests.support.contract import fingerprint, logits
@@ -42,6 +45,7 @@ TEXT = "Rome was not built in a day, nor was Paris, and both were rebuilt more t
 RECIPE = Recipe(
     learning_rate=1e-2, min_steps=10, num_train_epochs=1, num_prefixes=1, training_args={"disable_tqdm": True}
 )
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 FULL: dict[str, Any] = dict(
     text=TEXT, fluency_prompts=2, choices=CHOICES, portability=FOLLOWING, fact_counts=(2, 1), progress=False
 )
@@ -89,7 +93,9 @@ def test_base_and_every_method_are_measured(compared: tuple[Comparison, PreTrain
         assert write.num_items == {"Fact": 2}
         assert (write.num_parameters > 0) == (name != NOTHING)
         assert report.divergence is not None
-        assert (report.divergence > 1e-5) == (name in ("edit", "lora", "full", "prompt")), name  # others do not act there
+        assert (report.divergence > 1e-5) == (name in ("edit", "lora", "full", "prompt")), (
+            name
+        )  # others do not act there
         assert 0 < write.seconds <= costs.seconds or name == NOTHING
         assert report.num_records == report.num_generated == 2
         assert report.fluency is not None
@@ -218,6 +224,57 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch: pyte
 
 
 def test_published_results_load_and_print_the_published_tables() -> None:
-    folder = Path(__file__).parents[2] / "docs" / "results"
-    published = Comparison.from_dict(json.loads((folder / "comparison.json").read_text(encoding="utf-8")))
-    assert published.markdown() == (folder / "comparison.md").read_text(encoding="utf-8")
+    published = Comparison.from_dict(json.loads((RESULTS / "comparison.json").read_text(encoding="utf-8")))
+    assert published.markdown() == (RESULTS / "comparison.md").read_text(encoding="utf-8")
+    assert published.html() == (RESULTS / "comparison.html").read_text(encoding="utf-8")
+
+
+def judged(seconds: float = 1.0, **scores: Any) -> MethodResult:
+    """Return a result with these scores; what is not given is that of the base model."""
+    given = {"own_words": 0.1, "same": 1.0, "perplexity": 20.0, "exact_match": 0.0, "neighbourhood": 0.6, **scores}
+    own: dict[str, Any] = {field.name: given.pop(field.name, None) for field in fields(EditScores) if field.init}
+    costs = Costs(seconds=seconds, cpu_seconds=seconds, peak_memory=0)
+    return MethodResult(report=EditReport(9, EditScores(**own), **given), costs=costs)
+
+
+@pytest.mark.parametrize(
+    ("methods", "advice"),
+    [
+        ({"a": dict(own_words=0.5), "b": dict(own_words=0.8)}, "Take b: .* 80% .* Behind it: a, 50%"),
+        (
+            {"a": dict(own_words=0.5), "b": dict(own_words=0.8, same=0.2)},
+            "Take a: .* More, at a price: b, 80% .*20% of",
+        ),
+        (
+            {"a": dict(own_words=0.5), "b": dict(own_words=0.8, perplexity=21.0)},
+            r"Take a: .*b, 80% .*perplexity \+5.0%",
+        ),
+        ({"a": dict(own_words=0.5), "b": dict(own_words=0.8, neighbourhood=0.5)}, "Take a: .*neighbours 50% for 60%"),
+        ({"a": dict(own_words=0.81, seconds=9), "b": dict(own_words=0.8)}, "Take b: .* Behind it: a, 81%"),
+        ({"a": dict(own_words=0.81, seconds=9), "b": dict(own_words=0.7)}, "Take a: "),
+        ({"a": dict(own_words=0.5, same=0.1)}, "None of the methods leaves the rest as it was. .*: a, 50%"),
+        ({"a": dict(own_words=0.1)}, "None of the methods raises questions in other words answered: 10% without"),
+        (
+            {NOTHING: dict(own_words=None, paraphrase_exact_match=0.0), "a": dict(own_words=None, exact_match=1.0)},
+            "None of the methods raises paraphrases answered",
+        ),
+        (
+            {NOTHING: dict(own_words=None), "a": dict(own_words=None, exact_match=1.0)},
+            "Take a: the most prompts answered",
+        ),
+    ],
+)
+def test_advice(methods: dict[str, dict[str, Any]], advice: str) -> None:
+    found = {NOTHING: judged(**methods.pop(NOTHING, {}))}
+    found |= {name: judged(**scores) for name, scores in methods.items()}
+    comparison = Comparison(9, {**found, "failed": MethodResult(failed="ValueError: no")})
+    assert re.match(advice, comparison.advice()), comparison.advice()
+
+
+def test_a_page_escapes_names_and_advice(compared: tuple[Comparison, PreTrainedModel]) -> None:
+    edit = compared[0].methods["edit"]
+    page = Comparison(2, {**compared[0].methods, "<edit>": edit, "<b>": MethodResult(failed="<i>")}).html()
+    assert "<td>&lt;edit&gt;" in page
+    assert "&lt;i&gt;" in page
+    assert "<i>" not in page
+    assert page.count("<table>") == 2

@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from memory_adapters.peft_layers.layers import adapter_layers, adapter_tensors, 
 from memory_adapters.registry import saved_file_names
 from memory_adapters.report import WriteReport
 
-__all__ = ["AppliedBaseline", "Baseline", "FineTuned", "Lora", "Unchanged", "WrittenMemory"]
+__all__ = ["AppliedBaseline", "Baseline", "FineTuned", "Lora", "Together", "Unchanged", "WrittenMemory"]
 
 ADAPTER = "baseline"
 
@@ -116,21 +116,84 @@ class WrittenMemory(Baseline):
         digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
         return {**super().settings(), "source": digests}
 
-    def _attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Memory[Any]:
+    def _attach(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter_name: str = ADAPTER
+    ) -> Memory[Any]:
         if isinstance(self.source, str):
-            return load_memory(model, self.source, tokenizer=tokenizer, adapter_name=ADAPTER)
-        return inject_memory(model, self.source, tokenizer=tokenizer, adapter_name=ADAPTER)
+            return load_memory(model, self.source, tokenizer=tokenizer, adapter_name=adapter_name)
+        return inject_memory(model, self.source, tokenizer=tokenizer, adapter_name=adapter_name)
 
     @contextmanager
     def applied(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        items: Sequence[Item],
+        adapter_name: str = ADAPTER,
     ) -> Iterator[AppliedBaseline]:
-        memory = self._attach(model, tokenizer)
+        memory = self._attach(model, tokenizer, adapter_name)
         try:
             report = memory.write(list(items), **self.write_options)
             yield AppliedBaseline(report, memory.save_pretrained, memory.disabled, memory.forget)
         finally:
             memory.remove()
+
+
+@dataclass(frozen=True)
+class Together(Baseline):
+    """Write the same items to several memories, one after the other, that then act together.
+
+    Attributes:
+        memories: The memories, in the order of writing.
+    """
+
+    memories: Sequence[WrittenMemory]
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        for memory in self.memories:
+            memory.check(model, tokenizer)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of each."""
+        return {"kind": type(self).__name__, "memories": [memory.settings() for memory in self.memories]}
+
+    @contextmanager
+    def applied(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> Iterator[AppliedBaseline]:
+        with ExitStack() as stack:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*are written in the active memory")  # as is wanted here
+                every = [
+                    stack.enter_context(memory.applied(model, tokenizer, items, f"{ADAPTER}_{i}"))
+                    for i, memory in enumerate(self.memories)
+                ]
+            reports = [one.report for one in every]
+            report = _report(
+                " + ".join(report.method for report in reports),
+                items,
+                sum(report.num_parameters for report in reports),
+                sum(report.seconds for report in reports),
+            )
+
+            def save(folder: Path) -> None:
+                for i, one in enumerate(every):
+                    one.save(folder / str(i))
+
+            @contextmanager
+            def disabled() -> Iterator[None]:
+                with ExitStack() as off:
+                    for one in every:
+                        if one.disabled is not None:
+                            off.enter_context(one.disabled())
+                    yield
+
+            def forget(fact: Fact) -> None:
+                for one in every:
+                    if one.forget is not None:
+                        one.forget(fact)
+
+            yield AppliedBaseline(report, save, disabled, forget)
 
 
 @dataclass(frozen=True)

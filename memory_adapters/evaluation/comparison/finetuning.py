@@ -15,14 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.base_model.item_rows import IGNORED
 from memory_adapters.base_model.partial_forward import logits_at
-from memory_adapters.base_model.sampling import PLAIN_SENTENCES
+from memory_adapters.base_model.sampling import PLAIN_SENTENCES, sample_text
 from memory_adapters.base_model.seeding import seeded
-from memory_adapters.items import Item
+from memory_adapters.items import Document, Item
 from memory_adapters.training.dataset import TurnDataset, collate
 from memory_adapters.training.rows import build_turns, make_prefixes
 from memory_adapters.training.trainer import AdapterTrainer, check_training_options, default_arguments, only_trainable
 
 __all__ = ["Recipe", "train"]
+
+REHEARSED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Recipe:
         weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: Gradient clipping.
         num_prefixes: Prefixes, from plain sentences, behind which each fact is trained beside its bare prompt.
+        rehearsal: Texts of 64 tokens that the model samples before, to be trained beside the items, so that it keeps
+            what it says otherwise.
         seed: Of the data order and the prefixes.
         training_args: Other fields of `transformers.TrainingArguments`, such as `{"bf16": True}`.
 
@@ -55,6 +59,7 @@ class Recipe:
     weight_decay: float = 0.05
     max_grad_norm: float = 10.0
     num_prefixes: int = 5
+    rehearsal: int = 0
     seed: int = 0
     training_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,6 +83,9 @@ def train(
         ValueError: If an item does not fit in the model's context.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if recipe.rehearsal:
+        texts = sample_text(model, tokenizer, [""] * recipe.rehearsal, num_tokens=REHEARSED_TOKENS, seed=recipe.seed)
+        items = [*items, *(Document(text) for text in texts if text.strip())]
     prefixes = make_prefixes(PLAIN_SENTENCES, recipe.num_prefixes, recipe.seed)
     turns, _ = build_turns(items, tokenizer, prefixes=prefixes, max_length=context)
     num_rows = sum(len(turn.rows) for turn in turns)
