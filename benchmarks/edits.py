@@ -44,7 +44,9 @@ from memory_adapters.memit.solvers import SOLVERS
 from memory_adapters.memit.write import LedgerBuilder
 
 # Blocks 6 to 10 of SmolLM2-135M, five prefixes, 24 steps; the learning rate is in units of the stream.
-AUTHORS: dict[str, Any] = dict(layers=(0.2, 0.35), num_prefixes=5, steps=25, learning_rate=0.09, chat=False)
+AUTHORS: dict[str, Any] = dict(
+    layers=(0.2, 0.35), regularization=0.5, num_prefixes=5, steps=25, learning_rate=0.09, chat=False
+)
 SCORES = ("exact_match", "efficacy", "paraphrase", "neighbourhood", "score")
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from memory_adapters import Covariance, Fact, MemitConfig
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.partial_forward import hidden_state
+from memory_adapters.memit.ledger import LEAST_REGULARIZATION
 from memory_adapters.memit.projection import mlp_projection
 from memory_adapters.memit.prompts import Context, FactRow, bare_rows, context_rows
 from memory_adapters.memit.targets import added
@@ -76,7 +77,9 @@ class PlainMemit:
             start = time.perf_counter()
             both, R = torch.stack(keys).double(), torch.stack(residuals, 1).double()
             K, mean = both.flatten(0, 1).T, both.sum(1).T / 2**0.5
-            cost = self.config.regularization * K.shape[0] * self.covariance.shrunk(layer).to(K)
+            share = self.config.regularization
+            share = LEAST_REGULARIZATION + len(facts) / len(K) if share is None else share
+            cost = share * len(K) * self.covariance.shrunk(layer).to(K)
             if together:  # what lower layers did not realise is shared out, too
                 R += missing / left
                 missing = missing * (1 - 1 / left) + R

@@ -36,7 +36,8 @@ class MemitConfig(MemoryConfig):
             bytes a block. `memory_adapters.memit.trace_facts` measures where a model keeps its facts.
         solver: `"memit"`, `"alphaedit"` (ΔW leaves the directions in use alone) or `"emmet"` (ΔW K = R exactly).
         regularization: λ as a share of d_in, which is the mean of kᵀ C₀⁻¹ k over ordinary text: 1 weighs a fact like
-            an ordinary token. GPT-J's λ = 15,000 is 0.92 in these units.
+            an ordinary token. GPT-J's λ = 15,000 is 0.92 in these units. None for 0.2 + n ÷ d_in with n subjects: few
+            are held exactly, and the more there are, the more each has to leave other text alone.
         null_space: For alphaedit: the share of C₀'s directions, those in which ordinary keys are least, that may
             change.
         gate: `"keys"` to let the edit act, inside this library, only at tokens near keys of its subjects, which are
@@ -72,7 +73,7 @@ class MemitConfig(MemoryConfig):
 
     layers: Sequence[int | float] | int | float = (0.1, 0.43)
     solver: str = "memit"
-    regularization: float = 0.5
+    regularization: float | None = None
     null_space: float = 0.8
     gate: str | None = None
     names: list[list[list[int]]] = field(default_factory=list, repr=False, metadata=STATE)
@@ -98,7 +99,8 @@ class MemitConfig(MemoryConfig):
         self.task_type = "CAUSAL_LM"
         self.layers = checked_layers(self.layers)
         check_choice("solver", self.solver, SOLVERS)
-        check_number("regularization", self.regularization, low=0, open_low=True)
+        if self.regularization is not None:
+            check_number("regularization", self.regularization, low=0, open_low=True)
         check_number("null_space", self.null_space, low=0, high=1, open_low=True)
         if self.gate is not None:
             check_choice("gate", self.gate, GATES)
@@ -134,9 +136,10 @@ class MemitConfig(MemoryConfig):
         return 1 if SOLVERS[self.solver].exact else 1 + (self.num_prefixes > 0) + bool(self.chat)
 
     @property
-    def half(self) -> bool:
-        """Whether the ledger keeps its rows to the precision of float16: an exact solver needs more."""
-        return not SOLVERS[self.solver].exact
+    def ledger_settings(self) -> dict[str, Any]:
+        """Settings of the ledger: an exact solver needs rows of more precision than float16's, and has no λ."""
+        exact = SOLVERS[self.solver].exact
+        return {"half": not exact, "regularization": 1.0 if exact else self.regularization}
 
     def resolved(self, decoder: Decoder) -> list[int]:
         """Return the blocks to edit, in rising order."""
@@ -189,7 +192,7 @@ class MemitConfig(MemoryConfig):
         """Return names and shapes of the ledger's tensors."""
         subjects = by_subject([fact for fact in self.written_items() if isinstance(fact, Fact)])
         each, widths = self.keys_per_subject, self.widths(decoder)
-        return Ledger.tensor_shapes(len(subjects), widths, decoder.hidden_size, each, half=self.half)
+        return Ledger.tensor_shapes(len(subjects), widths, decoder.hidden_size, each, half=self.ledger_settings["half"])
 
     @classmethod
     def reference(cls, **settings: Any) -> MemitConfig:

@@ -14,6 +14,8 @@ from memory_adapters.memit.solvers import Cost, dense_readout, readout
 
 __all__ = ["Factors", "Ledger"]
 
+LEAST_REGULARIZATION = 0.2
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -37,10 +39,12 @@ class Ledger:
         keys: Layer to keys (n · c, d_in), float32: c for each subject in turn (the mean of its bare prompts', that
             behind prefixes, that in the chat template), each divided by √c.
         shares: Layer to the change of the projection's output asked of it (n, hidden_size), float32.
-        whitened: Layer to rows M⁻¹ k (n · c, d_in), float64; empty where `inverses` is not.
-        inverses: Layer to M⁻¹ (d_in, d_in), float64: smaller than `whitened` once n · c ≥ d_in; otherwise empty.
+        whitened: Layer to rows M⁻¹ k (n · c, d_in), float64, at λ = d_in; empty where `inverses` is not.
+        inverses: Layer to M⁻¹ (d_in, d_in), float64, at λ = d_in: smaller than `whitened` once n · c ≥ d_in; otherwise
+            empty.
         half: Whether `plus` and `subset` round what they keep to what a file holds: rows to float16 times a number a
             row, and M⁻¹ to float32, which changes ΔW by 3e-4 of its norm. A solver that is exact needs more.
+        regularization: λ as a share of d_in, with which `solve` scales M; None for 0.2 + n ÷ d_in.
     """
 
     facts: tuple[Fact, ...]
@@ -49,14 +53,17 @@ class Ledger:
     whitened: dict[int, Tensor] = field(default_factory=dict)
     inverses: dict[int, Tensor] = field(default_factory=dict)
     half: bool = False
+    regularization: float | None = 1.0
 
     @classmethod
-    def empty(cls, layers: Mapping[int, int], hidden_size: int, *, half: bool = False) -> Ledger:
+    def empty(
+        cls, layers: Mapping[int, int], hidden_size: int, *, half: bool = False, regularization: float | None = 1.0
+    ) -> Ledger:
         """Return the ledger of no facts, for layers and their d_in."""
         none = {layer: torch.zeros(0, width, dtype=torch.float32) for layer, width in layers.items()}
         shares = {layer: torch.zeros(0, hidden_size, dtype=torch.float32) for layer in layers}
         whitened = {layer: torch.zeros(0, width, dtype=torch.float64) for layer, width in layers.items()}
-        return cls((), none, shares, whitened, half=half)
+        return cls((), none, shares, whitened, half=half, regularization=regularization)
 
     @property
     def layers(self) -> list[int]:
@@ -81,7 +88,7 @@ class Ledger:
         """Return a ledger with the subjects of `other` too, none of which it has, and every key measured by `costs`."""
         keys = {layer: torch.cat([self.keys[layer], self._kept(other.keys[layer])]) for layer in self.layers}
         shares = {layer: torch.cat([self.shares[layer], self._kept(other.shares[layer])]) for layer in self.layers}
-        joined = Ledger((*self.facts, *other.facts), keys, shares, half=self.half)
+        joined = replace(self, facts=(*self.facts, *other.facts), keys=keys, shares=shares)
         many = [layer for layer in self.layers if len(keys[layer]) >= keys[layer].shape[1]]
         few = [layer for layer in self.layers if layer not in many]
         return replace(
@@ -115,7 +122,7 @@ class Ledger:
         shares = {layer: rows_of[rows] for layer, rows_of in self.shares.items()}
         kept = {fact for i in indices for fact in self.subjects[i]}
         facts = tuple(fact for fact in self.facts if fact in kept)
-        return Ledger(facts, keys, shares, whitened, inverses, self.half)
+        return replace(self, facts=facts, keys=keys, shares=shares, whitened=whitened, inverses=inverses)
 
     def entries_of(self, subjects: Sequence[Sequence[Fact]], keys_per_subject: int) -> Ledger:
         """Return those of some subjects of which the same facts are held, as they were before any solve.
@@ -139,15 +146,20 @@ class Ledger:
         for i, layer in enumerate(self.layers):
             left = len(self.layers) - i
             keys = self.keys[layer].double()
+            scale = self._regularization(keys.shape[1])
             if layer in self.inverses:
-                A = dense_readout(keys.T, self.inverses[layer])
+                A = dense_readout(keys.T, self.inverses[layer] / scale)
             else:
-                A = readout(keys.T, self.whitened[layer].T)
+                A = readout(keys.T, self.whitened[layer].T / scale)
             A, keys = (rows.unflatten(0, (self.num_subjects, each)).sum(1) / each**0.5 for rows in (A, keys))
             R = self.shares[layer].double() + carried / left
             carried = carried * (1 - 1 / left) + R - (A @ keys.T).T @ R
             solved[layer] = _thin(R.T, A)
         return solved
+
+    def _regularization(self, d_in: int) -> float:
+        """Return λ ÷ d_in. By default it grows with the subjects, as what they all say to an ordinary token does."""
+        return LEAST_REGULARIZATION + self.num_subjects / d_in if self.regularization is None else self.regularization
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for a file."""
@@ -186,7 +198,14 @@ class Ledger:
         return {name: torch.Size(shape) for name, shape in shapes.items()}
 
     @classmethod
-    def from_tensors(cls, facts: Sequence[Fact], tensors: Mapping[str, Tensor], *, half: bool = False) -> Ledger:
+    def from_tensors(
+        cls,
+        facts: Sequence[Fact],
+        tensors: Mapping[str, Tensor],
+        *,
+        half: bool = False,
+        regularization: float | None = 1.0,
+    ) -> Ledger:
         """Undo `tensors`."""
         kinds: dict[str, dict[int, Tensor]] = {"keys": {}, "shares": {}, "whitened": {}, "inverses": {}}
         for name, tensor in tensors.items():
@@ -203,7 +222,7 @@ class Ledger:
             if kind == "whitened":
                 tensor = tensor.double()
             kinds[kind][int(layer)] = tensor
-        return cls(tuple(facts), **kinds, half=half)
+        return cls(tuple(facts), **kinds, half=half, regularization=regularization)
 
 
 def _scale(rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -88,7 +89,7 @@ class MemitMemory(Memory[MemitConfig]):
 
     def _attach(self, decoder: Decoder) -> None:
         self._names, self._widths = self._config.projection_names(decoder), self._config.widths(decoder)
-        self.ledger = Ledger.empty(self._widths, decoder.hidden_size, half=self._config.half)
+        self.ledger = Ledger.empty(self._widths, decoder.hidden_size, **self._config.ledger_settings)
         self._set_factors(self.ledger)  # a LoRA of rank 1 has random factors until then
         layers = lora_layers(self.model, self._names)
         if self._config.gate:
@@ -235,13 +236,14 @@ class MemitMemory(Memory[MemitConfig]):
         about = by_subject(facts)
         kept = [held[frozenset(own)] for own in about if frozenset(own) in held and new.isdisjoint(own)]
         fresh = [own for own in about if frozenset(own) not in held or not new.isdisjoint(own)]
-        ledger = self.ledger.subset(kept)
+        ledger = replace(self.ledger.subset(kept), **config.ledger_settings)
         notes: list[str] = []
         found = None
         if fresh and used is not None:
-            settings = dict(regularization=config.regularization, null_space=config.null_space)
             shrunk = {layer: used.shrunk(layer, config.shrinkage) for layer in self._names}
-            costs = {layer: cost_of(config.solver, layer, C0, **settings) for layer, C0 in shrunk.items()}
+            costs = {
+                layer: cost_of(config.solver, layer, C0, null_space=config.null_space) for layer, C0 in shrunk.items()
+            }
             known = set() if targets is None else set(map(frozenset, targets.ledger.subjects))
             fresh.sort(key=lambda own: frozenset(own) not in known)  # a gate's keys are in the order of the ledger
             unknown = [own for own in fresh if frozenset(own) not in known]
@@ -406,7 +408,7 @@ class MemitMemory(Memory[MemitConfig]):
         facts = [fact for fact in config.written_items() if isinstance(fact, Fact)]
         keys = read_tensors(folder / KEYS_FILE, config.key_shapes(decoder)) if config.gate else {}
         return (
-            Ledger.from_tensors(facts, tensors, half=config.half),
+            Ledger.from_tensors(facts, tensors, **config.ledger_settings),
             factors,
             read_covariance(folder, config, decoder),
             keys,

@@ -1,7 +1,8 @@
 """The linear algebra of an edit: which change of a matrix makes it say R at the keys K, and nothing elsewhere.
 
 All solvers minimise ‖ΔW K − R‖² + tr(ΔW M ΔWᵀ), each with its own M: what a change costs on what the matrix has
-learned already. With W = M⁻¹ K and G = Kᵀ W,
+learned already. A solver gives M for λ = d_in; the ledger, which knows how many subjects there are, scales it. With
+W = M⁻¹ K and G = Kᵀ W,
 
     ΔW = R A,    A = Kᵀ (M + K Kᵀ)⁻¹ = (I + G)⁻¹ Wᵀ,
 
@@ -76,15 +77,15 @@ class Solver(ABC):
     exact: bool = False
 
     @abstractmethod
-    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
-        """Return M for C₀ (d_in, d_in) in float64; see `cost_of`."""
+    def cost(self, covariance: Tensor, null_space: float) -> Cost:
+        """Return M at λ = d_in for C₀ (d_in, d_in) in float64; see `cost_of`."""
 
 
 class Memit(Solver):
     """Choose M = λ C₀ (MEMIT, eq. 14)."""
 
-    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
-        return DenseCost(regularization * len(covariance) * covariance)
+    def cost(self, covariance: Tensor, null_space: float) -> Cost:
+        return DenseCost(len(covariance) * covariance)
 
 
 class AlphaEdit(Solver):
@@ -93,7 +94,7 @@ class AlphaEdit(Solver):
     λ is relative to the mean of ‖P k‖² over ordinary text.
     """
 
-    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
+    def cost(self, covariance: Tensor, null_space: float) -> Cost:
         values, vectors = torch.linalg.eigh(covariance)  # in rising order
         free = max(1, round(null_space * len(values)))
         kept = float(values[:free].sum())
@@ -102,36 +103,35 @@ class AlphaEdit(Solver):
                 f"The covariance is singular: ordinary keys are not at all in the {free} directions that may change. "
                 "Fit it on more tokens (about 10 · d_in), or raise `shrinkage` or `null_space`."
             )
-        return NullSpaceCost(vectors[:, :free], regularization * kept)
+        return NullSpaceCost(vectors[:, :free], kept)
 
 
 class Emmet(Solver):
-    """Choose M = ε C₀ with ε next to 0: ΔW K = R holds exactly (Gupta et al. 2024)."""
+    """Choose M = ε C₀ with ε next to 0, whatever λ is: ΔW K = R holds exactly (Gupta et al. 2024)."""
 
     exact = True
 
-    def cost(self, covariance: Tensor, regularization: float, null_space: float) -> Cost:
+    def cost(self, covariance: Tensor, null_space: float) -> Cost:
         return DenseCost(1e-6 * len(covariance) * covariance)
 
 
 SOLVERS: dict[str, Solver] = {"memit": Memit(), "alphaedit": AlphaEdit(), "emmet": Emmet()}
 
 
-def cost_of(solver: str, layer: int, covariance: Tensor, *, regularization: float, null_space: float) -> Cost:
-    """Return M of a block for C₀ (d_in, d_in) in float64.
+def cost_of(solver: str, layer: int, covariance: Tensor, *, null_space: float) -> Cost:
+    """Return M of a block at λ = d_in, for C₀ (d_in, d_in) in float64.
 
     Args:
         solver: One of `SOLVERS`.
         layer: The block's index, for errors.
         covariance: C₀.
-        regularization: λ as a share of d_in; see `MemitConfig`.
         null_space: Share of C₀'s directions that may change; see `MemitConfig`.
 
     Raises:
         ValueError: If C₀ is singular; names the block.
     """
     try:
-        return SOLVERS[solver].cost(covariance, regularization, null_space)
+        return SOLVERS[solver].cost(covariance, null_space)
     except ValueError as error:
         raise ValueError(f"`covariance` of block {layer}: {error}") from error
 

@@ -209,7 +209,7 @@ def test_singular_covariances_are_refused_or_shrunk(solver: str, matrix: Tensor,
     given = Covariance(dict.fromkeys((1, 2), matrix.float()), 300, 3, "made", memory.config.base_fingerprint)
     exact = given.matrices[1].double()
     if solver == "alphaedit" and "finite" in match:  # directions that are hardly used are what it edits in
-        cost_of("alphaedit", 1, given.shrunk(1, 0.0), regularization=memory.config.regularization, null_space=0.8)
+        cost_of("alphaedit", 1, given.shrunk(1, 0.0), null_space=0.8)
     else:
         refused(memory, lambda: memory.write(FACT, covariance=given, progress=False), match)
     if torch.isfinite(exact).all() and exact.any():
@@ -224,9 +224,8 @@ def test_a_covariance_of_mostly_unused_components_is_shrunk_by_the_others() -> N
     covariance = Covariance({1: values.diag()}, 300, 3, "a ReLU model", {})
     shrunk = covariance.shrunk(1)
     assert torch.linalg.eigvalsh(shrunk).min() > 0
-    defaults = MemitConfig()
     for solver in SOLVERS:
-        cost_of(solver, 1, shrunk, regularization=defaults.regularization, null_space=defaults.null_space)
+        cost_of(solver, 1, shrunk, null_space=MemitConfig.null_space)
 
 
 @solvers
@@ -235,13 +234,12 @@ def test_edits_agree_with_plain_algebra_on_ill_conditioned_covariances(solver: s
     d, n = 24, 5
     C = spectrum(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), d))
     K = torch.randn(d, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    config = MemitConfig(solver=solver, regularization=0.3, null_space=0.5)
-    A = readout(K, SOLVERS[solver].cost(C, config.regularization, config.null_space).whiten(K))
+    A = readout(K, SOLVERS[solver].cost(C, 0.5).whiten(K))
     values, vectors = torch.linalg.eigh(C)
     if solver == "alphaedit":
-        inverse = vectors[:, :12] @ vectors[:, :12].T / (0.3 * values[:12].sum())
+        inverse = vectors[:, :12] @ vectors[:, :12].T / values[:12].sum()
     else:
-        weight = d * (0.3 if solver == "memit" else 1e-6)
+        weight = d * (1.0 if solver == "memit" else 1e-6)
         inverse = vectors / (weight * values) @ vectors.T
     expected = torch.linalg.solve(torch.eye(n, dtype=torch.float64) + K.T @ inverse @ K, K.T @ inverse)
     tolerance = condition * 1e-14
@@ -252,7 +250,7 @@ def test_edits_agree_with_plain_algebra_on_ill_conditioned_covariances(solver: s
 def test_components_of_any_scale_are_no_singularity(scale: float) -> None:
     scales = torch.logspace(0, torch.log10(torch.tensor(scale)).item(), 24, dtype=torch.float64)
     C = spectrum(torch.linspace(1, 3, 24)) * scales[:, None] * scales
-    SOLVERS["memit"].cost(C, 0.3, 0.8)
+    SOLVERS["memit"].cost(C, 0.8)
 
 
 def test_factors_that_are_not_finite_are_not_placed() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from memory_adapters import Fact, MemitConfig
+from memory_adapters import Fact
 from memory_adapters.memit import ledger as ledger_module
 from memory_adapters.memit.covariance import Covariance, oracle_shrinkage
 from memory_adapters.memit.covariance_fitter import add_gram
@@ -33,12 +35,15 @@ def entries(count: int, seed: int = 0) -> Ledger:
     return Ledger(facts, {i: random(D_IN) for i in LAYERS}, {i: random(D_OUT) for i in LAYERS})
 
 
-def written(*parts: Ledger, solver: str = "memit", half: bool = False, **settings: float) -> Ledger:
-    config = MemitConfig(solver=solver, **settings)  # type: ignore[arg-type]
-    costs = {
-        layer: SOLVERS[solver].cost(covariance(layer), config.regularization, config.null_space) for layer in LAYERS
-    }
-    ledger = Ledger.empty(dict.fromkeys(LAYERS, D_IN), D_OUT, half=half)
+def written(
+    *parts: Ledger,
+    solver: str = "memit",
+    half: bool = False,
+    regularization: float | None = 0.4,
+    null_space: float = 0.8,
+) -> Ledger:
+    costs = {layer: SOLVERS[solver].cost(covariance(layer), null_space) for layer in LAYERS}
+    ledger = Ledger.empty(dict.fromkeys(LAYERS, D_IN), D_OUT, half=half, regularization=regularization)
     for part in parts:
         ledger = ledger.plus(part, costs)
     return ledger
@@ -50,15 +55,16 @@ def change(ledger: Ledger, layer: int) -> Tensor:
 
 
 @pytest.mark.parametrize("count", [1, 7, 24, 60])
-def test_memit_is_the_papers_formula(count: int) -> None:
-    config = MemitConfig(regularization=0.4)
-    ledger = written(entries(count), regularization=0.4)
+@pytest.mark.parametrize("regularization", [0.4, None])
+def test_memit_is_the_papers_formula(count: int, regularization: float | None) -> None:
+    ledger = written(entries(count), regularization=regularization)
+    weight = 0.2 * D_IN + count if regularization is None else 0.4 * D_IN
     carried = np.zeros((D_OUT, count))
     for i, layer in enumerate(LAYERS):
         left = len(LAYERS) - i
         K = ledger.keys[layer].double().numpy().T
         R = ledger.shares[layer].double().numpy().T + carried / left
-        cost = config.regularization * D_IN * covariance(layer).numpy()
+        cost = weight * covariance(layer).numpy()
         expected = R @ K.T @ np.linalg.inv(cost + K @ K.T)
         np.testing.assert_allclose(change(ledger, layer).numpy(), expected, rtol=1e-4, atol=1e-6)
         carried = carried - carried / left + R - expected @ K
@@ -95,7 +101,7 @@ def test_alphaedit_is_the_papers_formula_and_leaves_the_directions_in_use(count:
     free = vectors[:, : D_IN // 2]
     P = free @ free.T
     K, R = ledger.keys[3].double().numpy().T, ledger.shares[3].double().numpy().T
-    weight = MemitConfig().regularization * values[: D_IN // 2].sum()
+    weight = 0.4 * values[: D_IN // 2].sum()
     expected = np.linalg.solve(P @ K @ K.T + weight * np.eye(D_IN), P @ K @ R.T).T
     np.testing.assert_allclose(change(ledger, 3).numpy(), expected, rtol=1e-4, atol=1e-6)
     used = torch.from_numpy(vectors[:, D_IN // 2 :].copy())
@@ -120,20 +126,22 @@ def test_a_second_write_is_recursive_least_squares() -> None:
     W = change(before, 3)
     K1, K2 = first.keys[3].double().T, second.keys[3].double().T
     R2 = second.shares[3].double().T - W @ K2
-    normal = MemitConfig().regularization * D_IN * covariance(3) + K1 @ K1.T + K2 @ K2.T
+    normal = 0.4 * D_IN * covariance(3) + K1 @ K1.T + K2 @ K2.T
     expected = W + R2 @ torch.linalg.solve(normal, K2).T
     torch.testing.assert_close(change(after, 3), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("counts", [(9, 4), (30, 10), (20, 10)])
+@pytest.mark.parametrize("regularization", [0.4, None])
 def test_order_of_writes_does_not_matter_and_forgetting_is_never_having_written(
-    solver: str, counts: tuple[int, int]
+    solver: str, counts: tuple[int, int], regularization: float | None
 ) -> None:
+    settings: dict[str, Any] = dict(solver=solver, regularization=regularization)
     first, second = entries(counts[0], seed=1), entries(counts[1], seed=2)
-    together, swapped = written(first, second, solver=solver), written(second, first, solver=solver)
+    together, swapped = written(first, second, **settings), written(second, first, **settings)
     forgotten = together.subset(range(counts[0], sum(counts)))
-    only_second = written(second, solver=solver)
+    only_second = written(second, **settings)
     assert forgotten.facts == only_second.facts
     for layer in LAYERS:
         torch.testing.assert_close(change(together, layer), change(swapped, layer), rtol=1e-3, atol=1e-4)
@@ -148,7 +156,7 @@ def test_tensors_round_trip(count: int, half: bool) -> None:
     shapes = Ledger.tensor_shapes(count, dict.fromkeys(LAYERS, D_IN), D_OUT, half=half)
     assert {k: v.shape for k, v in tensors.items()} == shapes
     assert {tensors[f"keys.{i}"].dtype for i in LAYERS} == {torch.float16 if half else torch.float32}
-    again = Ledger.from_tensors(ledger.facts, tensors, half=half)
+    again = Ledger.from_tensors(ledger.facts, tensors, half=half, regularization=0.4)
     for layer in LAYERS:
         assert torch.equal(change(again, layer), change(ledger, layer))
         assert torch.equal(change(again.subset([0, 1]), layer), change(ledger.subset([0, 1]), layer))
@@ -180,7 +188,7 @@ def test_a_first_token_of_enormous_norm_does_not_hide_that_tokens_are_few() -> N
     keys[0, :3] = 1e6  # several components, always together
     enormous = Covariance({0: keys.T @ keys / len(keys)}, len(keys), 1, "", {})
     assert (torch.linalg.eigvalsh(enormous.shrunk(0)) > 0).all()
-    SOLVERS["memit"].cost(enormous.shrunk(0), 0.3, 0.8)  # not singular
+    SOLVERS["memit"].cost(enormous.shrunk(0), 0.8)  # not singular
     ratio = torch.linalg.eigvalsh(enormous.shrunk(0))[0] / torch.linalg.eigvalsh(ordinary.shrunk(0))[0]
     assert 0.3 < ratio < 3
 
@@ -188,7 +196,7 @@ def test_a_first_token_of_enormous_norm_does_not_hide_that_tokens_are_few() -> N
 def test_a_singular_covariance_is_refused() -> None:
     rows = torch.randn(5, D_IN, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"singular.*more tokens.*shrinkage"):
-        SOLVERS["memit"].cost(rows.T @ rows / 5, 0.3, 0.8)
+        SOLVERS["memit"].cost(rows.T @ rows / 5, 0.8)
 
 
 @pytest.mark.parametrize("count", [6, 30])

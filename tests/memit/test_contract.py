@@ -40,7 +40,7 @@ class TestMemitMemory(MemoryContract):
         entry = Ledger((FACT,), keys, shares)
         cost = SOLVERS["memit"].cost
         eye = {i: torch.eye(k.shape[1], dtype=torch.float64) for i, k in keys.items()}
-        costs = {i: cost(one, memory.config.regularization, memory.config.null_space) for i, one in eye.items()}
+        costs = {i: cost(one, memory.config.null_space) for i, one in eye.items()}
         memory.ledger = empty.plus(entry, costs)
         memory._set_factors(memory.ledger)
         memory._set_items([])
