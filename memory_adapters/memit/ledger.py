@@ -107,7 +107,7 @@ class Ledger:
         return lower + lower.tril(-1).T
 
     def subset(self, indices: Sequence[int]) -> Ledger:
-        """Return a ledger of the subjects with these indices alone."""
+        """Return a ledger of the subjects with these indices alone, in their order."""
         rows = torch.tensor(list(indices), dtype=torch.long)
         each = self.keys_per_subject
         own = (rows[:, None] * each + torch.arange(each)).flatten()
@@ -120,8 +120,7 @@ class Ledger:
             else:
                 whitened[layer] = self._kept(keys[layer].double() @ inverse)
         shares = {layer: rows_of[rows] for layer, rows_of in self.shares.items()}
-        kept = {fact for i in indices for fact in self.subjects[i]}
-        facts = tuple(fact for fact in self.facts if fact in kept)
+        facts = tuple(fact for i in indices for fact in self.subjects[i])
         return replace(self, facts=facts, keys=keys, shares=shares, whitened=whitened, inverses=inverses)
 
     def entries_of(self, subjects: Sequence[Sequence[Fact]], keys_per_subject: int) -> Ledger:

@@ -149,6 +149,23 @@ def test_order_of_writes_does_not_matter_and_forgetting_is_never_having_written(
 
 
 @pytest.mark.parametrize("count", [6, 30])
+def test_rows_stay_with_their_facts_in_any_order(count: int) -> None:
+    given = entries(count)
+    ledger, order = written(given), [4, 0, 3]
+    chosen, held = ledger.subset(order), ledger.entries_of([[given.facts[i]] for i in order], 1)
+    for part in (chosen, held):
+        assert part.facts == tuple(given.facts[i] for i in order)
+        for layer in LAYERS:
+            assert torch.equal(part.keys[layer], given.keys[layer][order])
+            assert torch.equal(part.shares[layer], given.shares[layer][order])
+    less = written(given.subset([0, 3]))
+    forgotten = chosen.subset([1, 2])
+    assert forgotten.facts == less.facts
+    for layer in LAYERS:
+        torch.testing.assert_close(change(forgotten, layer), change(less, layer), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [6, 30])
 @pytest.mark.parametrize("half", [False, True])
 def test_tensors_round_trip(count: int, half: bool) -> None:
     ledger = written(entries(count), half=half)

@@ -94,8 +94,12 @@ def test_writes_add_up_in_any_order_and_forgetting_is_exact() -> None:
     again = memory_on(tiny_model())
     again.write(FACTS, targets=memory, covariance=memory.covariance, progress=False)
     torch.testing.assert_close(logits(again.model), two, rtol=1e-5, atol=1e-5)
+    backwards = memory_on(tiny_model())
+    backwards.write(FACTS[::-1], targets=memory, covariance=memory.covariance, progress=False)
     memory.forget(FACTS[1::2])
     assert memory.items == FACTS[::2]
+    backwards.forget(FACTS[1::2])
+    torch.testing.assert_close(logits(backwards.model), logits(model), rtol=1e-5, atol=1e-5)
     half = memory_on(tiny_model())
     half.write(FACTS[::2], targets=again, covariance=memory.covariance, progress=False)
     torch.testing.assert_close(logits(model), logits(half.model), rtol=1e-5, atol=1e-5)
