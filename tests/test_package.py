@@ -34,7 +34,8 @@ def test_the_wheel_holds_the_package_and_is_imported_without_extras(tmp_path: Pa
     names = zipfile.ZipFile(wheel).namelist()
     about, package = ({name for name in names if (".dist-info/" in name) == is_about} for is_about in (True, False))
     sources = {file.relative_to(ROOT).as_posix() for file in (ROOT / "memory_adapters").rglob("*.py")}
-    assert package == sources | {"memory_adapters/py.typed", "memory_adapters/evaluation/things.json"}
+    data = {"py.typed", "evaluation/things.json", "evaluation/comparison/page.html"}
+    assert package == sources | {f"memory_adapters/{name}" for name in data}
     assert any(name.endswith("LICENSE") for name in about)
     folders = {part for name in package for part in name.split("/")[:-1]}
     assert not folders & {"tests", "testing", "fever", "benchmarks", "examples"}
