@@ -43,10 +43,6 @@ from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.memit.solvers import SOLVERS
 from memory_adapters.memit.write import LedgerBuilder
 
-# Blocks 6 to 10 of SmolLM2-135M, five prefixes, 24 steps; the learning rate is in units of the stream.
-AUTHORS: dict[str, Any] = dict(
-    layers=(0.2, 0.35), regularization=0.5, num_prefixes=5, steps=25, learning_rate=0.09, chat=False
-)
 SCORES = ("exact_match", "efficacy", "paraphrase", "neighbourhood", "score")
 
 
@@ -76,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         targets = study.targets(Path(temporary) if arguments.quick else arguments.work)
     if arguments.plain:
-        study.write_as_the_authors(arguments.plain, targets)
+        study.write_as_the_authors(arguments.plain, targets.covariance)
     for budget in arguments.covariances:
         study.compare_covariances(budget, targets)
     study.compare_solvers(targets)
@@ -184,28 +180,23 @@ class Study:
                         self.keep(key, self.records[:count], spent.wall, first)
                         memory.remove()
 
-    def write_as_the_authors(self, count: int, targets: Any) -> None:
-        """Score the first facts, written by whole passes one at a time, beside those of the library."""
-        own, key = f"memit, {count} in one write", f"MEMIT as its authors write it, {count}"
-        if own not in self.rows:
-            memory = self.inject()
-            spent, _ = timed(self.write, memory, count, count, covariance=targets.covariance, targets=targets)
-            self.keep(own, self.records[:count], spent.wall)
-            memory.remove()
-        if key not in self.rows:
-            decoder = find_decoder(self.model)
-            config = MemitConfig(**AUTHORS, seed=self.arguments.seed)
-            config.layers = config.resolved(decoder)
-            contexts = LedgerBuilder(self.model, self.tokenizer, config).contexts()
-            plain = PlainMemit(self.model, self.tokenizer, config, targets.covariance, contexts)
-            facts = [record.fact for record in self.records[:count]]
-            spent, found = timed(plain.write, facts, together=False)
-            weights = {layer: plain.projections[layer].weight for layer in found}
-            for layer, change in found.items():
-                weights[layer].data += change
-            self.keep(key, self.records[:count], spent.wall)
-            for layer, change in found.items():
-                weights[layer].data -= change
+    def write_as_the_authors(self, count: int, covariance: Covariance) -> None:
+        """Score the first facts, written by whole passes one at a time."""
+        key = f"MEMIT as its authors write it, {count}"
+        if key in self.rows:
+            return
+        # Five blocks, 6 to 10 of SmolLM2-135M, and the λ of the rows that it was compared with.
+        config = MemitConfig.reference(layers=(0.2, 0.35), regularization=0.5, seed=self.arguments.seed)
+        config.layers = config.resolved(find_decoder(self.model))
+        contexts = LedgerBuilder(self.model, self.tokenizer, config).contexts()
+        plain = PlainMemit(self.model, self.tokenizer, config, covariance, contexts)
+        facts = [record.fact for record in self.records[:count]]
+        spent, found = timed(plain.write, facts, together=False)
+        for layer, change in found.items():
+            plain.projections[layer].weight.data += change
+        self.keep(key, self.records[:count], spent.wall)
+        for layer, change in found.items():
+            plain.projections[layer].weight.data -= change
 
     def forget(self, number: int, targets: Any) -> None:
         """Forget facts drawn at random, and compare with a write of the others."""

@@ -47,7 +47,7 @@ class Baselines:
         names: Names, separated by commas; None for all but those that need a saved memory which is not given. Memories
             that are to act together have a plus between their names.
         pairs: `NAME.FIELD=VALUE` each: a field of the config or an option of the write of a method, for all of its
-            variants, or of one variant; or a field of the training of `lora` and `full`.
+            variants, or of one variant; or a field of the training of all weights or of a LoRA.
         starts: `METHOD=ADAPTER` each: the saved memory that the method's variants start from.
     """
 
@@ -58,18 +58,17 @@ class Baselines:
         self.names = [name for name in known if name not in missing]
         if names is not None:
             self.names = [name.strip() for name in names.split(",")]
-            several = [name for name in self.names if TOGETHER in name]
-            parts = [part for name in self.names for part in name.split(TOGETHER)]
-            if not set(parts) <= set(known) or len(set(self.names)) < len(self.names):
-                raise wrong("--methods", f"{names!r} must name some of {', '.join(known)}, each once.")
-            for name in several:
-                if not set(name.split(TOGETHER)) <= set(variants) or len(set(name.split(TOGETHER))) < 2:
-                    raise wrong("--methods", f"{name} must join different memories: some of {', '.join(variants)}.")
-            for name in parts:
-                if name in missing:
-                    start = f"--start {variants[name][0].name}=ADAPTER"
-                    raise wrong("--methods", f"{name} starts from a saved memory: give one with {start}.")
-        chosen = list(dict.fromkeys(part for name in self.names for part in name.split(TOGETHER)))
+        joined = {name: name.split(TOGETHER) for name in self.names}
+        chosen = list(dict.fromkeys(part for parts in joined.values() for part in parts))
+        if not set(chosen) <= set(known) or len(joined) < len(self.names):
+            raise wrong("--methods", f"{names!r} must name some of {', '.join(known)}, each once.")
+        for name, parts in joined.items():
+            if len(parts) > 1 and (not set(parts) <= set(variants) or len(set(parts)) < len(parts)):
+                raise wrong("--methods", f"{name} must join different memories: some of {', '.join(variants)}.")
+        for name in chosen:
+            if name in missing:
+                start = f"--start {variants[name][0].name}=ADAPTER"
+                raise wrong("--methods", f"{name} starts from a saved memory: give one with {start}.")
         memories = {name: variants[name] for name in chosen if name in variants}
         for started in given:
             able = [name for name, (method, v) in variants.items() if method.name == started and v.start != "fresh"]

@@ -145,7 +145,7 @@ class Ledger:
         for i, layer in enumerate(self.layers):
             left = len(self.layers) - i
             keys = self.keys[layer].double()
-            scale = self._regularization(keys.shape[1])
+            scale = self._lambda_share(keys.shape[1])
             if layer in self.inverses:
                 A = dense_readout(keys.T, self.inverses[layer] / scale)
             else:
@@ -156,7 +156,7 @@ class Ledger:
             solved[layer] = _thin(R.T, A)
         return solved
 
-    def _regularization(self, d_in: int) -> float:
+    def _lambda_share(self, d_in: int) -> float:
         """Return λ ÷ d_in. By default it grows with the subjects, as what they all say to an ordinary token does."""
         return LEAST_REGULARIZATION + self.num_subjects / d_in if self.regularization is None else self.regularization
 

@@ -203,7 +203,7 @@ class Comparison:
         return text + (f" More, at a price: {'; '.join(dearer)}." if dearer else "")
 
     def html(self) -> str:
-        """Return a page of its own, with the advice and the tables, which a click sorts."""
+        """Return a standalone HTML page, with the advice and sortable tables."""
         page = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
         parts = [
             f'<h2>{html.escape(title)}</h2><div class="scrolled">{format_table(rows, "html")}</div>'
