@@ -24,7 +24,7 @@ from memory_adapters.evaluation.scores.generation import (
     greedy_texts,
 )
 from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer, OwnWordsQuestions, score_own_words
-from memory_adapters.evaluation.scores.perplexity import divergence, held_out_perplexity, perplexity
+from memory_adapters.evaluation.scores.perplexity import held_out_perplexity, perplexity_and_divergence
 from memory_adapters.evaluation.tables import UNKNOWN, format_table, table_rows
 from memory_adapters.files.atomic import atomic_file
 
@@ -276,14 +276,12 @@ def evaluate_edits(
     if own_words is not None:
         measured |= vars(score_own_words(model, tokenizer, own_words))
     with evaluating(model):
-        measured["perplexity"] = (
-            held_out_perplexity(model, tokenizer)
-            if text is None
-            else perplexity(model, tokenizer, text, max_tokens=max_text_tokens)
-        )
-        if text is not None and base_predictions is not None:
-            read = sum(len(window) + 1 for window in base_predictions)
-            measured["divergence"] = divergence(model, tokenizer, text, base_predictions, max_tokens=read)
+        if text is None:
+            measured["perplexity"] = held_out_perplexity(model, tokenizer)
+        else:
+            measured["perplexity"], measured["divergence"] = perplexity_and_divergence(
+                model, tokenizer, text, base_predictions or (), max_tokens=max_text_tokens
+            )
     return EditReport(
         num_records=len(records),
         scores=EditScores.mean(scored),

@@ -18,6 +18,7 @@ register_method(
         "encoder": Variant({"refine_steps": 0}, {"compress": True}, start="saved"),
         "slots": Variant(start="fresh"),
         "retrieval": Variant({"read": "bm25"}, start="fresh"),
+        "message": Variant({"read": "all", "space": "kv"}, start="fresh"),
         "refined": Variant({"read": "all", "refine_steps": 100}, {"compress": True}),
         "prompt": Variant(
             {"read": "all", "num_slots": 1, "span_length": 1, "lora_rank": 1}, {"compress": False}, start="fresh"

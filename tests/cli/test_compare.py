@@ -20,9 +20,10 @@ TRAINING = ["learning_rate=0.01", "min_steps=2", "num_train_epochs=1", "num_pref
 COMPARED = {
     "gated_lora": ("lora_rank=2", "num_train_epochs=2", "num_prefixes=1"),
     "residual": QUICK["residual"],
+    "per_key": (),
     **dict.fromkeys(("memit", "alphaedit", "emmet"), QUICK["memit"]),
     "gated_memit": (*QUICK["memit"], "layers=[1]"),
-    **dict.fromkeys(("slots", "retrieval", "refined"), QUICK["slots"]),
+    **dict.fromkeys(("slots", "retrieval", "message", "refined"), QUICK["slots"]),
     **dict.fromkeys(("lora", "lora_slow", "full"), TRAINING),
     "lora_rehearsed": (*TRAINING, "rehearsal=1"),
 }

@@ -10,7 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from memory_adapters.evaluation.edit_report import evaluate_edits
 from memory_adapters.evaluation.records import EditRecord
-from memory_adapters.evaluation.scores.perplexity import divergence, perplexity, predictions
+from memory_adapters.evaluation.scores.perplexity import perplexity, perplexity_and_divergence, predictions
 from memory_adapters.items import Fact
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -36,22 +36,27 @@ def test_divergence_is_that_of_torch_distributions(half: bool) -> None:
         predictions(base, tokenizer, TEXT, window=16), predictions(other, tokenizer, TEXT, window=16), strict=True
     )
     each = [kl_divergence(Categorical(logits=p), Categorical(logits=q)) for (p, _), (q, _) in both]
-    found = divergence(other, tokenizer, TEXT, kept, window=16)
+    read, found = perplexity_and_divergence(other, tokenizer, TEXT, kept, window=16)
     assert found == pytest.approx(torch.cat(each).mean().item(), rel=1e-3 if half else 1e-5)
     assert found > 0.01
-    assert divergence(base, tokenizer, TEXT, kept, window=16) == pytest.approx(0, abs=1e-6)
+    assert read == perplexity(other, tokenizer, TEXT, window=16)
+    begun = perplexity_and_divergence(other, tokenizer, TEXT, kept[:1], window=16)
+    assert begun == (read, pytest.approx(each[0].mean().item(), rel=1e-3)), "the perplexity is still of all windows"
+    assert perplexity_and_divergence(base, tokenizer, TEXT, kept, window=16)[1] == pytest.approx(0, abs=1e-6)
 
 
 def test_predictions_of_another_text_are_refused() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
     kept = [found for found, _ in predictions(model, tokenizer, TEXT, window=16)]
-    with pytest.raises(ValueError, match="`base` has other windows"):
-        divergence(model, tokenizer, TEXT * 2, kept, window=16)
+    for text in (TEXT * 2, TEXT[:16]):
+        with pytest.raises(ValueError, match="`base` has other windows"):
+            perplexity_and_divergence(model, tokenizer, text, kept, window=16)
 
 
-def test_the_report_reads_as_much_of_the_text_as_the_base_did() -> None:
+def test_the_report_compares_the_beginning_of_the_text() -> None:
     base, other, tokenizer = tiny_model(), tiny_model(seed=3), byte_tokenizer()
-    records = [EditRecord(Fact("Rome is in", "Rome", "Peru"))]
-    kept = [found for found, _ in predictions(base, tokenizer, TEXT, max_tokens=30)]
-    report = evaluate_edits(other, tokenizer, records, text=TEXT, base_predictions=kept, greedy=False, progress=False)
-    assert report.divergence == pytest.approx(divergence(other, tokenizer, TEXT, kept, max_tokens=30))
+    records, text = [EditRecord(Fact("Rome is in", "Rome", "Peru"))], TEXT * 20
+    kept = [next(iter(predictions(base, tokenizer, text)))[0]]
+    report = evaluate_edits(other, tokenizer, records, text=text, base_predictions=kept, greedy=False, progress=False)
+    assert (report.perplexity, report.divergence) == perplexity_and_divergence(other, tokenizer, text, kept)
+    assert report.perplexity == perplexity(other, tokenizer, text)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.scoring import scored
 
-__all__ = ["divergence", "held_out_perplexity", "load_wikitext", "perplexity", "predictions"]
+__all__ = ["held_out_perplexity", "load_wikitext", "perplexity", "perplexity_and_divergence", "predictions"]
 
 
 def load_wikitext(path: str | os.PathLike[str]) -> str:
@@ -72,14 +72,10 @@ def perplexity(
     max_tokens: int | None = None,
 ) -> float:
     """Return the exp of the mean next-token loss over windows of a text. Arguments as in `predictions`."""
-    total, count = 0.0, 0
-    for found, following in predictions(model, tokenizer, text, window=window, max_tokens=max_tokens):
-        total += F.nll_loss(found, following, reduction="sum").item()
-        count += len(following)
-    return math.exp(total / count)
+    return perplexity_and_divergence(model, tokenizer, text, (), window=window, max_tokens=max_tokens)[0]
 
 
-def divergence(
+def perplexity_and_divergence(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str | Sequence[str],
@@ -87,31 +83,38 @@ def divergence(
     *,
     window: int = 512,
     max_tokens: int | None = None,
-) -> float:
-    """Return KL(base ‖ model) in nats, the mean over the tokens of a text: how far predictions moved, for good or bad.
+) -> tuple[float, float | None]:
+    """Return the perplexity of a text, and KL(base ‖ model) at its beginning: how far predictions moved, either way.
 
     Args:
         model: A causal LM.
         tokenizer: Its tokenizer.
         text: As in `predictions`.
-        base: What the base predicts there, window by window (tokens − 1, vocabulary), in any precision.
+        base: What the base predicts in the first windows (tokens − 1, vocabulary), in any precision.
         window: As in `predictions`.
         max_tokens: As in `predictions`.
+
+    Returns:
+        The exp of the mean next-token loss, and nats a token; None for the latter where `base` is empty.
 
     Raises:
         ValueError: If `base` has other windows than the text.
     """
-    total, count, windows = 0.0, 0, iter(base)
-    for found, _ in predictions(model, tokenizer, text, window=window, max_tokens=max_tokens):
-        was = next(windows, None)
-        if was is None or was.shape != found.shape:
-            raise ValueError(
-                "`base` has other windows than the text: make it with the same text, window and max_tokens."
-            )
-        was = was.to(found).log_softmax(-1)  # sums to 1 again after rounding
-        total += F.kl_div(found, was, reduction="sum", log_target=True).item()
-        count += len(found)
-    return total / count
+    loss, count, apart, compared, windows = 0.0, 0, 0.0, 0, list(base)
+    for number, (found, following) in enumerate(
+        predictions(model, tokenizer, text, window=window, max_tokens=max_tokens)
+    ):
+        loss += F.nll_loss(found, following, reduction="sum").item()
+        count += len(following)
+        if number < len(windows):
+            if windows[number].shape != found.shape:
+                break
+            was = windows[number].to(found).log_softmax(-1)  # sums to 1 again after rounding
+            apart += F.kl_div(found, was, reduction="sum", log_target=True).item()
+            compared += len(found)
+    if compared != sum(map(len, windows)):
+        raise ValueError("`base` has other windows than the text: make it with the same text, window and max_tokens.")
+    return math.exp(loss / count), apart / compared if compared else None
 
 
 def held_out_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
