@@ -210,6 +210,15 @@ def compare(
             help="Curves: score and perplexity with the first so many records, such as 1,10,100, beyond --limit too.",
         ),
     ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="With --fact-counts: leave out a number of facts that a method would take longer to write, by what "
+            "its next smaller number took.",
+        ),
+    ] = None,
     portability: Annotated[
         str | None,
         typer.Option(
@@ -269,6 +278,7 @@ def compare(
             starts=starts or [],
             limit=limit,
             fact_counts=counts,
+            max_seconds=max_seconds,
             portability=portability,
             portability_limit=portability_limit,
             choices=choices,

@@ -34,6 +34,7 @@ def compare_methods(
     starts: Sequence[str],
     limit: int | None,
     fact_counts: Sequence[int],
+    max_seconds: float | None,
     portability: str | None,
     portability_limit: int | None,
     choices: str | None,
@@ -68,6 +69,7 @@ def compare_methods(
             portability=asked,
             own_words=in_own_words,
             fact_counts=fact_counts,
+            max_seconds=max_seconds,
             folder=None if folder is None else folder / RESULTS,
             progress=run.progress,
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from memory_adapters.evaluation.comparison.results import Comparison, MethodResult
+from memory_adapters.evaluation.comparison.results import NOTHING, Comparison, MethodResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,8 +22,9 @@ __all__ = ["Trace", "comparison_plots", "error_bars", "score_bars", "score_curve
 
 Path = str | os.PathLike[str]
 _DRIFT, _SECONDS = "perplexity drift, %", "seconds to write"
+_OWN_WORDS, _CHANGED = "questions in other words answered", "answers about other things that changed, %"
 _LINEAR_DRIFT = 0.1  # percent: below it the axis of the drift is linear
-_LABEL_WIDTH, _LABEL_HEIGHT = 60, 9  # of a method's name, in points
+_LETTER_WIDTH, _LABEL_HEIGHT = 4.6, 9  # of a method's name, in points
 _PANELS = {"hidden": "Block outputs", "mlp": "MLP outputs", "attention": "Attention outputs"}
 
 
@@ -147,6 +148,8 @@ def score_scatter(
     across: str,
     score: str,
     linear_below: float | None = None,
+    errors: Mapping[str, float] | None = None,
+    base: str | None = None,
 ) -> Figure:
     """Draw a labelled point a method: its score over what it costs or damages, on a logarithmic axis.
 
@@ -157,6 +160,8 @@ def score_scatter(
         score: Label of the score.
         linear_below: The axis is linear between this and its negative, so that it has room for 0 and below; None where
             all numbers are above 0.
+        errors: Name of a method to the standard error of its score, drawn as a bar.
+        base: The method that is the model alone: a cross, and a line across at its score.
 
     Raises:
         ValueError: If there is no point, or one without place on the axis.
@@ -166,37 +171,80 @@ def score_scatter(
         raise ValueError("`points` is empty: give at least one method.")
     if linear_below is None and (low := [name for name, (x, _) in points.items() if not x > 0]):
         raise ValueError(f"`points` has numbers not above 0, of {low}: set `linear_below`.")
-    figure = _figure(6.4, 4.4)
+    figure = _figure(7.2, 4.8)
     axes = figure.subplots()
-    for i, point in enumerate(points.values()):
-        axes.plot(*point, "o", color=f"C{i}")
+    for i, (name, (x, y)) in enumerate(points.items()):
+        if name == base:
+            axes.plot(x, y, "x", color="0.3", ms=8)
+            axes.axhline(y, color="0.6", lw=0.8, ls="--", zorder=0)
+        else:
+            axes.errorbar(x, y, (errors or {}).get(name), fmt="o", ms=5, color=f"C{i}", capsize=2, lw=0.8)
     if linear_below is None:
         axes.set_xscale("log")
     else:
         axes.set_xscale("symlog", linthresh=linear_below)
-    axes.margins(0.12)
+    axes.margins(0.15)
     axes.set_xlabel(across)
     axes.set_ylabel(score)
     axes.grid(alpha=0.3)
-    figure.draw_without_rendering()  # places are known from here on
-    taken: list[tuple[float, float]] = []
-    for i, (name, point) in sorted(enumerate(points.items()), key=lambda item: -item[1][1][1]):
-        x, y = (place * 72 / figure.dpi for place in axes.transData.transform(point))
-        lift = 0.0
-        while any(abs(x - other) < _LABEL_WIDTH and abs(y + lift - height) < _LABEL_HEIGHT for other, height in taken):
-            lift -= 1
-        taken.append((x, y + lift))
-        axes.annotate(
-            name, point, (6, lift - 3), textcoords="offset points", color=f"C{i}", fontsize=8, annotation_clip=False
-        )
+    _label_points(figure, axes, points, errors or {}, base)
     return _saved(figure, path)
 
 
-def comparison_plots(comparison: Comparison, folder: Path) -> list[str]:
-    """Draw a comparison: quality_damage.png, quality_cost.png and, if it has curves, curves.png.
+def _label_points(
+    figure: Figure,
+    axes: Any,
+    points: Mapping[str, tuple[float, float]],
+    errors: Mapping[str, float],
+    base: str | None,
+) -> None:
+    """Write each name near its point where it covers no other name, point or bar, with a line to it if it is far."""
+    figure.draw_without_rendering()  # places are known from here on
+    scale = 72 / figure.dpi
+    places = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+    frame = axes.get_window_extent()
+    left, bottom, right, top = (side * scale for side in frame.extents)
+    taken = []
+    for name, (x, y) in points.items():
+        low, high = (axes.transData.transform((x, y + sign * errors.get(name, 0.0))) * scale for sign in (-1, 1))
+        taken.append((low[0] - 4, low[1] - 4, high[0] + 4, high[1] + 4))
+    for name in sorted(points, key=lambda name: -places[name][1]):
+        x, y = places[name]
+        width, height = _LETTER_WIDTH * len(name), _LABEL_HEIGHT
 
-    Quality is S, or exact match where nothing is known to judge S by. Damage is the perplexity's drift, cost the
-    seconds to write. What has no value of them is left out, and a figure without a point is not drawn.
+        def free(
+            dx: float, dy: float, x: float = x, y: float = y, width: float = width, height: float = height
+        ) -> bool:
+            box = (x + dx, y + dy, x + dx + width, y + dy + height)
+            inside = left <= box[0] and box[2] <= right and bottom <= box[1] and box[3] <= top
+            return inside and not any(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+            )
+
+        offsets = [
+            (side, lift - height / 2)
+            for distance in range(40)
+            for lift in (distance * 4, -distance * 4)
+            for side in (7 + 2 * distance, -7 - 2 * distance - width)
+        ]
+        dx, dy = next((offset for offset in offsets if free(*offset)), offsets[0])
+        taken.append((x + dx, y + dy, x + dx + width, y + dy + height))
+        color = "0.3" if name == base else f"C{list(points).index(name)}"
+        far = abs(dy + height / 2) > height / 2
+        line = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkB": 3, "relpos": (0 if dx > 0 else 1, 0.5)}
+        axes.annotate(
+            name, points[name], (dx, dy), textcoords="offset points", color=color, fontsize=8,
+            annotation_clip=False, arrowprops=line if far else None,
+        )  # fmt: skip
+
+
+def comparison_plots(comparison: Comparison, folder: Path) -> list[str]:
+    """Draw a comparison: quality_damage.png, quality_cost.png, own_words.png and, if it has curves, curves.png.
+
+    Quality is S, or exact match where nothing is known to judge S by, with its standard error. Damage is the
+    perplexity's drift, cost the seconds to write. own_words.png has the share of questions in other words that are
+    answered, over the share of chat answers about other things that changed. What has no value of them is left out,
+    and a figure without a point is not drawn.
 
     Args:
         comparison: What `compare` found.
@@ -213,26 +261,42 @@ def comparison_plots(comparison: Comparison, folder: Path) -> list[str]:
     def values(result: MethodResult) -> dict[str, float | None]:
         report, drift = result.report, comparison.drift(result)
         stored = result.write.num_parameters if result.write else 0  # by nothing: none, in no time
+        same = None if report is None else report.same
         return {
             quality: None if report is None else getattr(report.scores, field),
             _DRIFT: None if drift is None or not math.isfinite(drift) else 100 * drift,
             _SECONDS: result.costs.seconds if result.costs and stored else None,
+            _OWN_WORDS: None if report is None else report.own_words,
+            _CHANGED: None if same is None else 100 * (1 - same),
         }
 
     found = {name: values(result) for name, result in comparison.methods.items()}
+    found[NOTHING][_CHANGED] = 0.0
     drawn = []
-    for file, across, linear in (("quality_damage.png", _DRIFT, _LINEAR_DRIFT), ("quality_cost.png", _SECONDS, None)):
-        pairs = {name: (one[across], one[quality]) for name, one in found.items()}
+    for file, across, score, linear in (
+        ("quality_damage.png", _DRIFT, quality, _LINEAR_DRIFT),
+        ("quality_cost.png", _SECONDS, quality, None),
+        ("own_words.png", _CHANGED, _OWN_WORDS, 1.0),
+    ):
+        pairs = {name: (one[across], one[score]) for name, one in found.items()}
         points = {name: (x, y) for name, (x, y) in pairs.items() if x is not None and y is not None}
-        if points:
-            score_scatter(points, os.path.join(folder, file), across=across, score=quality, linear_below=linear)
+        if points and set(points) != {NOTHING}:
+            score_scatter(
+                points,
+                os.path.join(folder, file),
+                across=across,
+                score=score,
+                linear_below=linear,
+                errors={name: _standard_error(comparison.methods[name], score) for name in points},
+                base=NOTHING,
+            )
             drawn.append(file)
     lines = {
         name: [(float(number), values(result)) for number, result in line.items()]
         for name, line in comparison.curves.items()
     }
     scored = [scores for line in lines.values() for _, scores in line]
-    shown = [label for label in found[next(iter(found))] if any(scores[label] is not None for scores in scored)]
+    shown = [label for label in (quality, _DRIFT, _SECONDS) if any(scores[label] is not None for scores in scored)]
     if shown:
         figure = score_curves(lines, shown, across="facts")
         for panel, label in zip(figure.axes, shown, strict=True):
@@ -243,6 +307,26 @@ def comparison_plots(comparison: Comparison, folder: Path) -> list[str]:
         drawn.append("curves.png")
         _saved(figure, os.path.join(folder, drawn[-1]))
     return drawn
+
+
+def _standard_error(result: MethodResult, score: str) -> float:
+    """Return the standard error of a share over the facts, or of S, whose three shares count as independent.
+
+    Questions in other words about one fact stand or fall together: they count as one.
+    """
+    report = result.report
+    assert report is not None
+    shares, scores = [report.own_words], report.scores
+    if score != _OWN_WORDS:
+        shares = [scores.exact_match]
+    if score == "S":
+        shares = [scores.efficacy, scores.paraphrase, scores.neighbourhood]
+    known = [share for share in shares if share is not None]
+    if not all(known):  # the harmonic mean is 0
+        return 0.0
+    mean = len(known) / sum(1 / share for share in known)
+    terms = ((mean**2 / (len(known) * share**2)) ** 2 * share * (1 - share) for share in known)
+    return math.sqrt(sum(terms) / report.num_records)
 
 
 def error_bars(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path | None = None) -> Figure:

@@ -23,6 +23,7 @@ from memory_adapters.evaluation.plots import comparison_plots, score_scatter
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.edits import EditScores, score_edits
+from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer
 from memory_adapters.evaluation.scores.perplexity import perplexity
 from tests.evaluation.test_baselines import PROMPT
 from tests.support.contract import fingerprint, logits
@@ -183,7 +184,15 @@ def test_plots(compared: tuple[Comparison, PreTrainedModel], tmp_path: Path) -> 
     (axes,) = figure.axes
     assert [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines] == list(points.values())
     assert sorted(text.get_text() for text in axes.texts) == list(points)
-    assert len({(text.xy, text.xyann) for text in axes.texts}) == 4, "labels of one place are apart"
+    crowd = {f"method {i}": (1.0 + i / 50, 0.5 + i / 200) for i in range(12)} | {"base": (0.0, 0.4)}
+    figure = score_scatter(
+        crowd, across="drift", score="S", linear_below=0.1, errors=dict.fromkeys(crowd, 0.02), base="base"
+    )
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 13
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), "names do not cover each other"
+    assert len(figure.axes[0].collections) == 12, "a bar each, and none for the base"
     assert axes.get_xscale() == "symlog"
     assert score_scatter({"a": (2.0, 0.5)}, across="seconds", score="S").axes[0].get_xscale() == "log"
     with pytest.raises(ValueError, match=r"not above 0, of \['a', 'b', 'd'\]"):
@@ -269,6 +278,46 @@ def test_advice(methods: dict[str, dict[str, Any]], advice: str) -> None:
     found |= {name: judged(**scores) for name, scores in methods.items()}
     comparison = Comparison(9, {**found, "failed": MethodResult(failed="ValueError: no")})
     assert re.match(advice, comparison.advice()), comparison.advice()
+
+
+def test_own_words_have_a_figure_and_examples(tmp_path: Path) -> None:
+    questions = [
+        OwnWordsAnswer(f"Question {i}?", f"answer {i}", "It is   hard to\nsay" + "." * 99, False) for i in range(9)
+    ]
+    named = [replace(question, says=question.wanted, named=True) for question in questions]
+    methods = {
+        name: replace(result, report=replace(result.report, answers=answers))
+        for name, result, answers in ((NOTHING, judged(own_words=0.1, same=None), questions), ("a", judged(), named))
+        if result.report is not None
+    }
+    comparison = Comparison(9, {**methods, "failed": MethodResult(failed="ValueError: no")})
+    examples = comparison.examples()
+    assert examples is not None
+    assert examples.title == "5 of 9 questions in other words, as each answers them"
+    assert [row[0] for row in examples.rows] == ["", "(wanted)", NOTHING, "a"]
+    assert examples.rows[0][1:] == [f"Question {i}?" for i in (0, 2, 4, 6, 8)]
+    assert examples.rows[3][1:] == [f"✓ answer {i}" for i in (0, 2, 4, 6, 8)]
+    assert all(len(cell) == 80 and cell.startswith("It is hard to say…"[:-1]) for cell in examples.rows[2][1:])
+    assert examples.title in comparison.markdown()
+    assert "✓ answer 8" in comparison.html()
+    assert "own_words.png" in comparison_plots(comparison, tmp_path)
+    assert Comparison(9, {NOTHING: judged()}).examples() is None
+
+
+def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [EditRecord(Fact("{} is in", f"City {i}", "Peru")) for i in range(8)]
+    options: dict[str, Any] = {**CHEAP, "num_facts": 2, "fact_counts": (1, 4, 8), "max_seconds": 0.0}
+    result = compare(tiny_model(), byte_tokenizer(), records, {"edit": edit()}, **options)
+    line = result.curves["edit"]
+    assert line[1].report is not None, "there is nothing to go by for the smallest number"
+    assert re.fullmatch(r"2 facts took \d+ s; so many would take about \d+ s", line[4].skipped or "")
+    assert line[8].skipped is not None
+    assert line[8].report is None
+    assert not result.failures()
+    cells = {row[0]: row[1:] for row in result.tables()[2].rows}
+    assert cells["edit"][1:] == ["skipped", "skipped"]
+    assert "skipped: edit, 4 facts: 2 facts took" in repr(result)
+    assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
 def test_a_page_escapes_names_and_advice(compared: tuple[Comparison, PreTrainedModel]) -> None:

@@ -72,6 +72,7 @@ def compare(
     own_words: OwnWordsQuestions | None = None,
     costs: bool = True,
     fact_counts: Sequence[int] = (),
+    max_seconds: float | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -99,6 +100,8 @@ def compare(
             chat template; see `evaluation.questions.record_questions`.
         costs: Measure bytes on disk, speed and forgetting too.
         fact_counts: Curves: the first so many records, for each count; scores and perplexity alone.
+        max_seconds: Leave out a count of facts that a baseline would take longer to write, by the seconds a fact of its
+            next smaller count; the reason is in the result. None to write every count.
         folder: Where to store each result as soon as it is there, a JSON file a write. A second call with the same
             settings reads them instead of measuring again; what failed is tried again.
         progress: Show bars. Those of a memory's `write` are turned off by `WrittenMemory`'s `write_options`.
@@ -142,10 +145,30 @@ def compare(
     with tqdm(missing, desc="comparing", unit="write", disable=not progress) as bar:
         for part in bar:
             bar.set_postfix_str(part.label)
+            if part.kind == "curve" and max_seconds is not None:
+                smaller = [other for other in parts if other.name == part.name and other.kind != "portability"]
+                if why := _too_long(part, [(len(p.records), found.get(p.label)) for p in smaller], max_seconds):
+                    found[part.label] = MethodResult(skipped=why)
+                    continue
             found[part.label] = result = measured.measure(part)
             if stored is not None and result.failed is None:
                 stored.save(part.label, measured.settings(part), asdict(result))
     return _assembled(parts, found, count, fact_counts)
+
+
+def _too_long(part: _Part, found: Sequence[tuple[int, MethodResult | None]], most: float) -> str | None:
+    """Return why a write would take more than `most` seconds, by what its baseline took for fewer facts."""
+    number = len(part.records)
+    timed = [(n, r.costs.seconds) for n, r in found if r is not None and r.costs is not None and n < number]
+    if not timed:
+        if any(r is not None and r.skipped for n, r in found if n < number):
+            return "fewer facts would take too long already"
+        return None
+    most_written, seconds = max(timed)
+    expected = seconds * number / most_written
+    if expected <= most:
+        return None
+    return f"{most_written:,} facts took {seconds:,.0f} s; so many would take about {expected:,.0f} s"
 
 
 def _assembled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from string import Template
@@ -34,6 +34,7 @@ SCORES = (
     "GE",
     "ability",
 )
+SHOWN_CHARACTERS = 80  # of an answer
 COSTS = ("write, s", "CPU, s", "forget, s", "on disk", "prefill", "decode", "peak memory", "stored numbers")
 
 
@@ -48,6 +49,7 @@ class MethodResult:
         ability: Share of multiple-choice questions answered, in [0, 1].
         costs: What it costs.
         failed: Why it could not be measured, or not all of it.
+        skipped: Why it was not tried.
         traceback: Where that failed.
     """
 
@@ -58,6 +60,7 @@ class MethodResult:
     costs: Costs | None = None
     failed: str | None = None
     traceback: str | None = None
+    skipped: str | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MethodResult:
@@ -135,9 +138,14 @@ class Comparison:
 
     def failures(self) -> dict[str, MethodResult]:
         """Return what failed, by baseline and number of facts."""
+        return {where: result for where, result in self._every() if result.failed is not None}
+
+    def _every(self) -> Iterator[tuple[str, MethodResult]]:
+        """Yield all results, with their baseline and number of facts in words."""
         every = [(name, self.num_facts, result) for name, result in self.methods.items()]
         every += [(name, n, r) for name, line in self.curves.items() for n, r in line.items() if n != self.num_facts]
-        return {f"{name}, {number:,} facts": result for name, number, result in every if result.failed is not None}
+        for name, number, result in every:
+            yield f"{name}, {number:,} facts", result
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -173,11 +181,28 @@ class Comparison:
         }
         for title, cell in shown.items() if self.curves else ():
             lines = {
-                name: {f"{number:,}": "failed" if result.failed else cell(result) for number, result in line.items()}
+                name: {f"{number:,}": _curve_cell(result, cell) for number, result in line.items()}
                 for name, line in self.curves.items()
             }
             found.append(Table(title, table_rows(lines, list(next(iter(lines.values()))))))
         return found
+
+    def examples(self, number: int = 5) -> Table | None:
+        """Return what each method answers to some of the questions in other words; None if none was asked."""
+        said = {name: [] if r.report is None else r.report.answers for name, r in self.methods.items()}
+        questions = said[NOTHING]
+        chosen = (
+            sorted({round(i * (len(questions) - 1) / max(number - 1, 1)) for i in range(number)}) if questions else []
+        )
+        if not chosen:
+            return None
+        rows = [["", *(questions[i].question for i in chosen)], ["(wanted)", *(questions[i].wanted for i in chosen)]]
+        rows += [
+            [name, *(("✓ " if answers[i].named else "") + _shortened(answers[i].says) for i in chosen)]
+            for name, answers in said.items()
+            if answers
+        ]
+        return Table(f"{len(chosen)} of {len(questions)} questions in other words, as each answers them", rows)
 
     def advice(self) -> str:
         """Return which method to take on these facts, and why, in a sentence or two.
@@ -207,28 +232,34 @@ class Comparison:
         page = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
         parts = [
             f'<h2>{html.escape(title)}</h2><div class="scrolled">{format_table(rows, "html")}</div>'
-            for title, rows in self.tables()
+            for title, rows in self._pages()
         ]
-        parts += [f"<p>failed: {html.escape(line)}</p>" for line in self._failures()]
+        parts += [f"<p>{html.escape(line)}</p>" for line in self._remarks()]
         return page.substitute(advice=html.escape(self.advice()), tables="\n".join(parts))
 
     def markdown(self) -> str:
         """Return the advice, the tables in Markdown under headings, and a list of what failed."""
-        parts = [self.advice()] + [f"## {title}\n\n{format_table(rows, 'pipe')}" for title, rows in self.tables()]
-        failures = "\n".join(f"- {line}" for line in self._failures())
-        return "\n\n".join([*parts, *([f"## Failed\n\n{failures}"] if failures else [])]) + "\n"
+        parts = [self.advice()] + [f"## {title}\n\n{format_table(rows, 'pipe')}" for title, rows in self._pages()]
+        remarks = "\n".join(f"- {line}" for line in self._remarks())
+        return "\n\n".join([*parts, *([f"## Not measured\n\n{remarks}"] if remarks else [])]) + "\n"
 
     def __repr__(self) -> str:
         parts = [f"{title}\n{format_table(rows)}" for title, rows in self.tables()]
-        failures = "\n".join(f"failed: {line}" for line in self._failures())
-        return "\n\n".join(["Comparison: " + parts[0], *parts[1:], *([failures] if failures else []), self.advice()])
+        remarks = "\n".join(self._remarks())
+        return "\n\n".join(["Comparison: " + parts[0], *parts[1:], *([remarks] if remarks else []), self.advice()])
 
     def _repr_html_(self) -> str:
         parts = [f"<p>{html.escape(title)}</p>{format_table(rows, 'html')}" for title, rows in self.tables()]
-        return "".join([*parts, *(f"<p>failed: {html.escape(line)}</p>" for line in self._failures())])
+        return "".join([*parts, *(f"<p>{html.escape(line)}</p>" for line in self._remarks())])
 
-    def _failures(self) -> list[str]:
-        return [f"{where}: {result.failed}" for where, result in self.failures().items()]
+    def _pages(self) -> list[Table]:
+        examples = self.examples()
+        return [*self.tables(), *([examples] if examples else [])]
+
+    def _remarks(self) -> list[str]:
+        """Return what failed, and what was not tried, with the reasons."""
+        failed = [f"failed: {where}: {result.failed}" for where, result in self.failures().items()]
+        return failed + [f"skipped: {where}: {result.skipped}" for where, result in self._every() if result.skipped]
 
 
 @dataclass(frozen=True)
@@ -288,6 +319,16 @@ class _Judged:
 def _write_report(values: Mapping[str, Any]) -> WriteReport:
     """Return a stored report; results of earlier versions also have `answers`, which no report has any more."""
     return WriteReport.from_dict({name: value for name, value in values.items() if name != "answers"})
+
+
+def _curve_cell(result: MethodResult, cell: Callable[[MethodResult], str]) -> str:
+    return "failed" if result.failed else "skipped" if result.skipped else cell(result)
+
+
+def _shortened(text: str) -> str:
+    """Return an answer on one line, cut to its beginning."""
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}…"
 
 
 def _size(count: int) -> str:
