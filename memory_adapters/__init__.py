@@ -8,6 +8,7 @@ if TYPE_CHECKING or not is_starting():
     from memory_adapters.composition.activation import use_adapters, use_adapters_by_row
     from memory_adapters.composition.collection import SaveAdaptersCallback, load_adapters, save_adapters
     from memory_adapters.composition.merging import merge_lora
+    from memory_adapters.explanation import Explanation
     from memory_adapters.gated_lora import GatedLoraConfig, GatedLoraMemory
     from memory_adapters.inject import inject_memory, load_memory, memories
     from memory_adapters.items import Document, Fact, QuestionAnswer
@@ -31,6 +32,7 @@ __all__ = [
     "Covariance",
     "CovarianceFitter",
     "Document",
+    "Explanation",
     "Fact",
     "GatedLoraConfig",
     "GatedLoraMemory",

@@ -15,14 +15,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memory_adapters.base_model.answering import answered_in_chat
+from memory_adapters.base_model.answering import answered_in_chat, asked_row, chat_answers
 from memory_adapters.base_model.decoder import (
     Decoder,
     check_not_sharded,
@@ -35,11 +35,13 @@ from memory_adapters.base_model.fingerprint import Fingerprint, base_fingerprint
 from memory_adapters.base_model.item_rows import ScoredRow, plain_rows
 from memory_adapters.base_model.modes import evaluating, own_settings
 from memory_adapters.base_model.scoring import Scores, scored
+from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.base_model.trial import trial
 from memory_adapters.base_model.unrelated_questions import LEAST_SAME, share_same, unrelated_answers
 from memory_adapters.card_examples import card_examples
 from memory_adapters.config import MemoryConfig
 from memory_adapters.embedded_model import EMBEDDED_ID, is_embedded
+from memory_adapters.explanation import Explanation
 from memory_adapters.files.atomic import atomic_directory, replacing
 from memory_adapters.files.exports import Exporter, export_files
 from memory_adapters.files.hub import OnHub
@@ -71,7 +73,7 @@ from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, sav
 from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 from memory_adapters.registry import saved_file_names
 from memory_adapters.report import ItemResult, WriteReport
-from memory_adapters.validation import check_path
+from memory_adapters.validation import check_number, check_path, shown
 
 __all__ = ["Memory", "Outcome"]
 
@@ -302,6 +304,61 @@ class Memory(OnHub, Generic[ConfigT]):
     def items(self) -> list[Item]:
         """What is written, in the order of the writes."""
         return self.config.written_items()
+
+    # Asking.
+
+    @overload
+    def ask(self, questions: str, *, max_new_tokens: int = ...) -> str: ...
+
+    @overload
+    def ask(self, questions: list[str] | tuple[str, ...], *, max_new_tokens: int = ...) -> list[str]: ...
+
+    def ask(self, questions: str | list[str] | tuple[str, ...], *, max_new_tokens: int = 128) -> str | list[str]:
+        """Ask the model as it stands, and return its greedy answer.
+
+        A question is a user's message in the chat template; without a template it is plain text, and the answer's first
+        line is returned. For sampling, streaming or longer chats use `model.generate`.
+
+        Args:
+            questions: One question or several.
+            max_new_tokens: Most tokens of an answer.
+
+        Raises:
+            TypeError: If a question is no string.
+            ValueError: If the memory has no tokenizer, or `max_new_tokens` is below 1.
+        """
+        listed = [questions] if isinstance(questions, str) else list(questions)
+        if wrong := [one for one in listed if not isinstance(one, str)]:
+            raise TypeError(f"`questions` must be a string or a list of strings, got {shown(wrong[0])}.")
+        check_number("max_new_tokens", max_new_tokens, low=1, integer=True)
+        self._register_again()
+        tokenizer = self._require_tokenizer()
+        answers = [answer.strip() for answer in chat_answers(self.model, tokenizer, listed, num_tokens=max_new_tokens)]
+        return answers[0] if isinstance(questions, str) else answers
+
+    def explain(self, prompt: str, *, chat: bool = True) -> Explanation:
+        """Show at which tokens of a prompt the memory acts when it is active, and what of it.
+
+        Args:
+            prompt: A question as `ask` takes it, or any text.
+            chat: Whether it is asked as `ask` asks it; if not it is read as it is.
+
+        Raises:
+            ValueError: If the memory has no tokenizer, or the prompt is empty.
+        """
+        if not prompt.strip():
+            raise ValueError(f"`prompt` is {prompt!r}: give some text.")
+        self._register_again()
+        tokenizer = self._require_tokenizer()
+        ids = asked_row(tokenizer, prompt)[0] if chat else tokenize(tokenizer, prompt)
+        with exclusive_use(self.model), self._enabled(), evaluating(self.model), torch.no_grad():
+            acts = self._acts(ids)
+        tokens = [str(tokenizer.decode([token])) for token in ids]
+        return Explanation(tokens, acts or {}, everywhere=acts is None)
+
+    def _acts(self, ids: Sequence[int]) -> dict[str, list[float]] | None:
+        """Return what acts in a row of tokens, and how far at each, in [0, 1]; None if the memory has no gate."""
+        return None
 
     # Taking part.
 

@@ -63,6 +63,14 @@ def reader_of(memory: Memory[Any]) -> KeyReader:
     return next(layer for layer in every if isinstance(layer, KeyReader))
 
 
+def opened_tokens(memory: Memory[Any], ids: Sequence[int], names: Sequence[str]) -> dict[str, list[float]]:
+    """Return where a row of tokens is open to things: name of a thing to 1 or 0 at each token."""
+    device = execution_device(find_decoder(memory.model, memory.config.layers_path).embeddings)
+    memory.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+    opened = reader_of(memory).pass_state.now().open[memory.adapter_name]
+    return {names[thing]: opened.mask[0, :, i].float().tolist() for i, thing in enumerate(opened.things.tolist())}
+
+
 class ThingMemory(Memory[ThingT]):
     """Keep values of each thing, which act in a row from where it is named on."""
 
@@ -128,6 +136,9 @@ class ThingMemory(Memory[ThingT]):
             first = int(lengths.argmax()) if lengths.any() else None
             found.append(None if first is None else self._config.things[int(opened.things[first])])
         return found
+
+    def _acts(self, ids: Sequence[int]) -> dict[str, list[float]] | None:
+        return opened_tokens(self, ids, self._config.things)
 
     def _write_things(self, items: Sequence[Item], *, progress: bool, unrelated: Sequence[str] | None) -> Outcome:
         """Learn the things of which something is new, with all that is known of them; others stay as they are."""

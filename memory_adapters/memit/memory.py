@@ -28,6 +28,7 @@ from memory_adapters.files.strict_json import file_in, read_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, tensors_digest, write_tensors
 from memory_adapters.items import Fact, Item, Items, asked_by, by_subject
 from memory_adapters.keys.gate import KeyReader, KeySet
+from memory_adapters.keys.thing_memory import opened_tokens
 from memory_adapters.keys.things import NAME_WINDOW
 from memory_adapters.memit.config import MemitConfig
 from memory_adapters.memit.corpus import Texts
@@ -316,6 +317,11 @@ class MemitMemory(Memory[MemitConfig]):
         set_lora_factors(
             lora_layers(self.model, self._names), self.adapter_name, cast(LoraConfig, self._adapter_config), solved
         )
+
+    def _acts(self, ids: Sequence[int]) -> dict[str, list[float]] | None:
+        if not self._config.gate:
+            return None
+        return opened_tokens(self, ids, [facts[0].subject for facts in self.ledger.subjects])
 
     def _saved_state(self) -> list[Restore]:
         layers = lora_layers(self.model, self._names)

@@ -31,6 +31,7 @@ from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import SAVE_AGAIN, file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer
+from memory_adapters.keys.spellings import Spellings
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.cached_reading import PromptStarts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
@@ -287,6 +288,18 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         if not isinstance(reading, Reading):
             return [[] for _ in listed]
         return reading.entries([tokenize(tokenizer, prompt) for prompt in listed])
+
+    def _acts(self, ids: Sequence[int]) -> dict[str, list[float]] | None:
+        reading = self._entry.choose
+        if not isinstance(reading, Reading):  # what every prompt reads
+            return None if self.slots else {}
+        (read,) = reading.entries([ids])
+        found = {}
+        for entry in read:
+            spans = list(Spellings((0, name) for name in entry.names).found(ids))
+            within = {place for _, first, last in spans for place in range(first, last + 1)}
+            found[entry.title] = [float(i in within) for i in range(len(ids))]
+        return found
 
     def _read_entries(self, entries: Sequence[SlotEntry]) -> None:
         """Let the memory hold these entries, and prompts read those that they ask for."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
-from memory_adapters.base_model.decoder import Decoder, find_decoder
+from memory_adapters.base_model.decoder import Decoder, execution_device, find_decoder
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
 from memory_adapters.base_model.modes import own_settings
@@ -156,6 +158,30 @@ class ResidualMemory(ThingMemory[MemoryAdapterConfig]):
                 )
             with self._taking_part(), rollback_on_error(*self._saved_state()):
                 return Writer(self, listed, unrelated).fit_keys()
+
+    def _acts(self, ids: Sequence[int]) -> dict[str, list[float]] | None:
+        if self._config.per_key:
+            return super()._acts(ids)
+        if self._config.token_gate == "none":
+            return None
+        states: list[Tensor] = []
+        layers, device = (
+            residual_layers(self),
+            execution_device(find_decoder(self.model, self._config.layers_path).embeddings),
+        )
+        handles = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in layers]
+        try:
+            self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        gates = [layer.mlp(self.adapter_name).token_gate(x.float()) for layer, x in zip(layers, states, strict=True)]
+        blocks = cast("Sequence[int]", self._config.layers)
+        return {
+            f"block {block}": gate[0, :, 0].tolist()
+            for block, gate in zip(sorted(blocks), gates, strict=True)
+            if gate is not None and bool((gate > 0).any())
+        }
 
     def _saved_state(self) -> list[Restore]:
         if self._config.per_key:

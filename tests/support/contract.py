@@ -19,6 +19,7 @@ from memory_adapters.config import MemoryConfig
 from tests.support.models import ARCHITECTURES, byte_tokenizer, tiny_model
 
 PROMPT = "The Eiffel Tower is in"
+UNRELATED = "1 + 1 = 2; 2 + 2 = 4"
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Different where decoders differ: norms, positions, parallel or serial blocks, tied or scaled heads.
@@ -207,6 +208,36 @@ class MemoryContract:
             memories(other)[memory.adapter_name].remove()
             assert not torch.equal(logits(other), with_memory)
             assert torch.equal(logits(model), with_memory)
+
+    def test_ask_and_explain(self) -> None:
+        model = tiny_model()
+        base = logits(model, UNRELATED)
+        memory = inject_memory(model, self.make_config(), tokenizer=byte_tokenizer())
+        self.write(memory)
+        before = fingerprint(model)
+        for active in (True, False):
+            memory.active = active
+            answer = memory.ask("Where is it?", max_new_tokens=4)
+            row = encode("Question: Where is it?\nAnswer:")
+            ids = model.generate(**row, max_new_tokens=4, do_sample=False, pad_token_id=0)
+            said = byte_tokenizer().decode(ids[0, row["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert answer == next(iter(said.strip().splitlines()), "").strip()
+            assert memory.ask(["Where is it?"], max_new_tokens=4) == [answer]
+            found = memory.explain(PROMPT, chat=False)
+            assert "".join(found.tokens) == PROMPT
+            assert len(found.gates) == len(found.tokens)
+            assert all(len(own) == len(found.tokens) for own in found.acts.values())
+        memory.active = True
+        assert fingerprint(model) == before
+        other = memory.explain(UNRELATED, chat=False)
+        if not other.everywhere and not other.acts:
+            assert torch.equal(logits(model, UNRELATED), base)
+        with pytest.raises(TypeError, match="`questions` must be a string or a list of strings, got 3"):
+            memory.ask([3])  # type: ignore[list-item]
+        with pytest.raises(ValueError, match="`max_new_tokens` must be"):
+            memory.ask("Where?", max_new_tokens=0)
+        with pytest.raises(ValueError, match="`prompt` is ' ': give some text"):
+            memory.explain(" ")
 
     def test_adapter_names(self) -> None:
         model = tiny_model()
