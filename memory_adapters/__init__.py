@@ -9,6 +9,7 @@ if TYPE_CHECKING or not is_starting():
     from memory_adapters.composition.collection import SaveAdaptersCallback, load_adapters, save_adapters
     from memory_adapters.composition.merging import merge_lora
     from memory_adapters.explanation import Explanation
+    from memory_adapters.files.item_files import read_items
     from memory_adapters.gated_lora import GatedLoraConfig, GatedLoraMemory
     from memory_adapters.inject import inject_memory, load_memory, memories
     from memory_adapters.items import Document, Fact, QuestionAnswer
@@ -53,6 +54,7 @@ __all__ = [
     "load_memory",
     "memories",
     "merge_lora",
+    "read_items",
     "route_memories",
     "save_adapters",
     "use_adapters",

@@ -160,7 +160,7 @@ def as_items(items: Items, accepted: tuple[type, ...] = (Fact, Document, Questio
     if isinstance(items, io.IOBase) or hasattr(items, "columns"):  # whose lines, and whose column names, it would be
         raise TypeError(
             f"`items` is a {type(items).__name__}; give a list of items, such as `table.to_dict('records')`, or what "
-            "`memory_adapters.files.item_files.read_items(path)` reads."
+            "`memory_adapters.read_items(path)` reads."
         )
     single = isinstance(items, (str, bytes, Mapping, *_KINDS)) or not isinstance(items, Iterable)
     listed: list[Any] = [items] if single else list(items)  # type: ignore[arg-type]  # mypy does not follow `single`
@@ -179,7 +179,7 @@ def _as_item(value: Any) -> Any:
         if re.fullmatch(r"\S+\.(?:jsonl?|csv|txt)", value):
             raise TypeError(
                 f"`items` holds {value!r}, which names a file: give what is in it "
-                "(`memory_adapters.files.item_files.read_items(path)`), or Document(text)."
+                "(`memory_adapters.read_items(path)`), or Document(text)."
             )
         return Document(value)
     if not isinstance(value, Mapping):

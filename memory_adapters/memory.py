@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import inspect
 import json
 import os
@@ -78,6 +79,7 @@ from memory_adapters.validation import check_number, check_path, shown
 __all__ = ["Memory", "Outcome"]
 
 MOST_EARLIER = 256  # items of earlier writes that are scored again
+SHOWN_ITEMS = 20  # in a notebook
 MOST_CHATS = 20  # items that are asked in the chat template: an answer takes many passes
 MOST_CHAT_TOKENS = 1024
 
@@ -629,6 +631,20 @@ class Memory(OnHub, Generic[ConfigT]):
             return f"{type(self).__name__}({self.adapter_name!r}, removed)"
         state = "active" if self.active else "inactive"
         return f"{type(self).__name__}({self.adapter_name!r}, {state}, {self.num_parameters():,} parameters)"
+
+    def _repr_html_(self) -> str:
+        if not self.attached:
+            return html.escape(repr(self))
+        written = self._config.written_items()
+        rows = [
+            ("adapter", f"{self.adapter_name}, {'active' if self.active else 'inactive'}"),
+            ("parameters", f"{self.num_parameters():,}"),
+            ("written", f"{len(written):,} items" if written else "nothing yet"),
+            *(("", repr(item)) for item in written[:SHOWN_ITEMS]),
+            *([("", f"… {len(written) - SHOWN_ITEMS:,} more; see `items`")] if len(written) > SHOWN_ITEMS else []),
+        ]
+        cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+        return f"<table><caption>{html.escape(self._config.method_name)}</caption>{cells}</table>"
 
 
 def evenly(values: Sequence[Any], most: int) -> list[Any]:

@@ -15,7 +15,11 @@ __all__ = ["is_starting", "load_library", "main"]
 # A process that runs the command line imports torch and PEFT, which takes seconds, only when a command works: not for
 # help, nor for wrong usage. In every other process `import memory_adapters` imports all, and registers with PEFT.
 _starting = Path(*sys.argv[:1]).stem == "memory-adapters" or (
-    sys.argv[:1] == ["-m"] and ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    sys.argv[:1] == ["-m"]
+    and any(
+        ("-m", module) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+        for module in (__name__, "memory_adapters")
+    )
 )
 
 

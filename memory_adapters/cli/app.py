@@ -14,7 +14,6 @@ __all__ = ["app"]
 app = typer.Typer(
     name="memory-adapters",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -447,9 +447,13 @@ def test_help_and_wrong_usage_import_no_torch(arguments: list[str], code: int, s
 
 
 @pytest.mark.integration
-def test_installed_program_says_one_line() -> None:
-    program = Path(sys.executable).with_name("memory-adapters")
-    done = subprocess.run([program, "info", "/nowhere"], capture_output=True, text=True, timeout=120, check=False)
+@pytest.mark.parametrize(
+    "program",
+    [[Path(sys.executable).with_name("memory-adapters")], [sys.executable, "-m", "memory_adapters"]],
+    ids=["program", "module"],
+)
+def test_installed_program_says_one_line(program: list[Any]) -> None:
+    done = subprocess.run([*program, "info", "/nowhere"], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: `/nowhere` is not a folder with a saved memory.\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import html
 import inspect
 import pickle
 from pathlib import Path
@@ -232,6 +233,8 @@ class MemoryContract:
         other = memory.explain(UNRELATED, chat=False)
         if not other.everywhere and not other.acts:
             assert torch.equal(logits(model, UNRELATED), base)
+        assert memory._repr_html_().startswith("<table>")
+        assert html.escape(repr(memory.items[0])) in memory._repr_html_()
         with pytest.raises(TypeError, match="`questions` must be a string or a list of strings, got 3"):
             memory.ask([3])  # type: ignore[list-item]
         with pytest.raises(ValueError, match="`max_new_tokens` must be"):
