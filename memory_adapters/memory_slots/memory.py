@@ -179,15 +179,17 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._check_encoder()
 
     def _rebase(self, fingerprint: Fingerprint) -> None:
+        before = dict(self._config.base_fingerprint or {})
         super()._rebase(fingerprint)
         mark = dict(self._config.base_fingerprint or {})
         if self._entries:
-            self._read_entries(
-                [
-                    dataclasses.replace(one, slots=one.slots and dataclasses.replace(one.slots, base_fingerprint=mark))
-                    for one in self._entries
-                ]
-            )
+            entries = [
+                dataclasses.replace(one, slots=one.slots and dataclasses.replace(one.slots, base_fingerprint=mark))
+                for one in self._entries
+            ]
+            if mark != before:
+                self._keep_again(entries)
+            self._read_entries(entries)
         else:
             self._read([dataclasses.replace(row, base_fingerprint=mark) for row in self.slots])
 
@@ -275,6 +277,25 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         for i, (kept, _) in zip(places, found, strict=True):
             entries[i] = dataclasses.replace(entries[i], kept=kept)
         return next((losses for _, losses in found if losses), [])
+
+    def _keep_again(self, entries: list[SlotEntry]) -> None:
+        """Choose the keys and values of those entries that have some anew: they are of weights that have changed."""
+        old = [i for i, entry in enumerate(entries) if entry.kept is not None]
+        refined = any(entry.kept is not None and entry.kept.refine_steps for entry in entries)
+        if not old:
+            return
+        if self.tokenizer is None:
+            for i in old:
+                entries[i] = dataclasses.replace(entries[i], kept=None)
+        else:
+            self._keep(entries, old, 0, progress=False)
+        if refined or self.tokenizer is None:
+            how = "chosen anew, without refinement" if self.tokenizer else "dropped: their texts are read whole"
+            warnings.warn(
+                f"The weights of the model have changed: keys and values of {len(old)} entries of "
+                f"{self.adapter_name!r} were {how}. Write the items again to compress them as before.",
+                stacklevel=4,
+            )
 
     @property
     def entries(self) -> list[SlotEntry]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from memory_adapters import Document, Fact, MemoryAdapterConfig, MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.base_model.chat import chat_start
+from memory_adapters.composition.merging import merge_lora
 from memory_adapters.memory_slots.encoder_training import Example, train_encoder
 from memory_adapters.memory_slots.entries_file import ENTRIES_FILE
 from memory_adapters.memory_slots.keys_values import select_keys_values
@@ -231,3 +235,31 @@ def test_a_trained_encoder_makes_them(tmp_path: Path) -> None:
         train_encoder(loaded, examples, training_args=settings | {"gradient_checkpointing": True})
     with pytest.raises(ValueError, match="keeps keys and values of entries"):
         loaded.compress("a text")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a tokenizer", "without"])
+def test_keys_and_values_are_those_of_the_weights_after_a_merge(known: bool) -> None:
+    model = tiny_model()
+    memory = memory_on(model)
+    memory.write(GUIDE, compress=True, measure=False)
+    (entry,) = memory.entries
+    assert entry.kept is not None
+    if not known:
+        memory.tokenizer = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        model.add_adapter(LoraConfig(init_lora_weights=False), "style")
+    with nullcontext() if known else pytest.warns(UserWarning, match="1 entries .* were dropped: their texts are read"):
+        merge_lora(model, "style")
+    (after,) = memory.entries
+    memory.remove()
+    fresh = memory_on(model)
+    fresh.write(GUIDE, compress=known, measure=False)
+    (expected,) = fresh.entries
+    if not known:
+        assert after.kept is None
+    else:
+        assert not torch.equal(after.kept.keys[1], entry.kept.keys[1])
+        for own, other in zip(after.kept.layers, expected.kept.layers, strict=True):
+            assert all(map(torch.equal, own, other))
+    assert after.input_ids == expected.input_ids
