@@ -98,7 +98,7 @@ def _teaching_column(teaching: Teaching, method: str) -> gr.CheckboxGroup:
     offered = [("Choose for me", AUTO), *((choice.label, name) for name, choice in choices().items())]
     chosen = gr.Dropdown(offered, value=method, label="Method")
     with gr.Row():
-        exact = gr.Checkbox(label="Choose for exact recall of facts", min_width=120)
+        exact = gr.Checkbox(label="Recall facts word for word", min_width=120)
         measure = gr.Checkbox(True, label="Measure what changes (seconds)", min_width=120)
     teach = gr.Button("Teach", variant="primary")
     said = gr.Markdown(min_height=50)
@@ -121,7 +121,7 @@ def _teaching_column(teaching: Teaching, method: str) -> gr.CheckboxGroup:
     ) -> tuple[str, str, Any]:
         with _errors_shown():
             items = _given(source, lines, text, file)
-            progress(None, desc="writing, and measuring" if measure else "writing")
+            progress(0, desc="writing, and measuring" if measure else "writing")
             taught = teaching.teach(items, method, exact=exact, measure=measure)
             return _said(taught), taught.report._repr_html_(), _stored(teaching)
 
@@ -137,6 +137,9 @@ def _teaching_column(teaching: Teaching, method: str) -> gr.CheckboxGroup:
             teaching.start_over()
             return "The memory is removed.", "", _stored(teaching)
 
+    chosen.change(
+        lambda method: gr.Checkbox(interactive=method == AUTO), chosen, exact, queue=False, api_visibility="private"
+    )
     given = [lines, text, file, chosen, exact, measure, source]
     teach.click(on_teach, given, [said, report, stored], api_name="teach", show_progress_on=[said], **ONE_AT_A_TIME)
     forget.click(on_forget, stored, [said, stored], api_name="forget", show_progress="minimal", **ONE_AT_A_TIME)
@@ -176,14 +179,12 @@ def _files(teaching: Teaching, stored: gr.CheckboxGroup) -> None:
 
 def _asking_column(teaching: Teaching) -> None:
     settings: dict[str, Any] = dict(
-        height=330, layout="bubble", render_markdown=False, feedback_options=None, buttons=[]
+        height=400, layout="bubble", render_markdown=False, feedback_options=None, buttons=[]
     )
     with gr.Row():
         off = gr.Chatbot(label="Memory off", **settings)
         on = gr.Chatbot(label="Memory on", **settings)
-    question = gr.Textbox(
-        placeholder="Ask in your own words", label="Question", show_label=False, container=False, submit_btn="Ask"
-    )
+    question = gr.Textbox(placeholder="Ask in your own words", label="Question", show_label=False, submit_btn="Ask")
     gr.Markdown("Each question is asked by itself. Below: where the memory acts in the last one.")
     acts = gr.HTML(elem_classes="acts")
 
