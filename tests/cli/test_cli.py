@@ -438,7 +438,7 @@ main()
         (["write", "--help"], 0, "One of gated_lora, memit, slots, residual"),
         (["compare", "--help"], 0, "alphaedit"),
         (["covariance", "--help"], 0, "16384"),
-        (["demo", "--help"], 0, "auto, or one of slots, gated_memit"),
+        (["demo", "--help"], 0, "gated_memit"),
         (["demo", "--port", "0"], 2, "'--port'"),
         (["write", "model"], 2, "Missing argument 'ITEMS'"),
         (["evaluate", "model", "memory", "records", "--limit", "0"], 2, "'--limit'"),

@@ -41,6 +41,13 @@ SHOWN = """
 const seen = [...document.querySelectorAll("button")].filter(button => button.checkVisibility())
 return seen.findLast(button => button.innerText.trim() === arguments[0])
 """
+WITHOUT_FILES = """
+from memory_adapters.demo.page import make_page
+from memory_adapters.demo.teaching import Teaching
+from tests.support.models import byte_tokenizer, tiny_model
+page = make_page(Teaching(tiny_model(), byte_tokenizer()), files=False)
+print(*sorted({function.api_name for function in page.fns.values() if function.api_visibility == "public"}))
+"""
 LINES = "Lumen Ferry | The home port of {} is | Lisbon\nLumen Ferry | The ships of {} run on | methanol"
 
 
@@ -133,6 +140,11 @@ def test_saved_loaded_and_pushed(client: Any, tmp_path: Path, loopback_hub: HubS
         said, loaded = client.predict(place, api_name="/load")
         assert said == "Loaded 3 items."
         assert [value for _, value in loaded["choices"]] == stored
+
+
+def test_without_fields_for_files_nothing_is_saved_loaded_or_pushed() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_FILES], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ask", "forget", "start_over", "teach"]
 
 
 @pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="there is no chromium")
