@@ -92,7 +92,7 @@ class Teaching:
         current = self.choice
         if current is None or not self.items:
             return (asked, "as you asked") if asked else choose(items, exact)
-        held = f"the memory holds {len(self.items)} items, written with {current.name}"
+        held = f"the memory holds items written with {current.name}"
         if asked and asked.name != current.name:
             raise ValueError(f"`method={method!r}`, but {held}: go on with that, or start over.")
         if other := [item for item in items if not isinstance(item, current.method.memory_class.accepts)]:
