@@ -186,4 +186,17 @@ def test_in_a_browser(address: str, client: Any, tmp_path: Path) -> None:
         press("A manual")
         press("Teach")
         wait_for("3 items, written with slots")
+        (tmp_path / "wrong.csv").write_text("question;answer\nWho?;")
+        (tmp_path / "facts.csv").write_text("question;answer\nWho built the pier?;Ann")
+        press("A file")
+        for name, said in (
+            ("wrong.csv", "`wrong.csv`, row 1: `answer` of"),
+            ("facts.csv", "4 items, written with slots"),
+        ):
+            browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / name))
+            wait_for(name.partition(".")[0])
+            press("Teach")
+            wait_for(said)
+            if name == "wrong.csv":
+                browser.find_element("css selector", "button[aria-label='Clear']").click()
         assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
