@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import memory_adapters
-from memory_adapters.cli.commands import compare, covariance, evaluate, export, info, trace, write
+from memory_adapters.cli.commands import compare, covariance, demo, evaluate, export, info, trace, write
 
 __all__ = ["app"]
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but not as well as asked, 130 interrupted.",
 )
-for command in (write, evaluate, compare, trace, covariance, export, info):
+for command in (write, evaluate, compare, trace, covariance, export, info, demo):
     app.command()(command)
 
 

@@ -16,6 +16,7 @@ from memory_adapters.cli.options import (
     BASELINES,
     COVARIANCE_TOKENS,
     METHODS,
+    TAUGHT_WITH,
     TEXT_TOKENS,
     AdapterArgument,
     BaseModelOption,
@@ -26,6 +27,7 @@ from memory_adapters.cli.options import (
     JsonOption,
     LimitOption,
     ModelArgument,
+    OptionalModelArgument,
     PrivateOption,
     PushOption,
     QuietOption,
@@ -37,7 +39,7 @@ from memory_adapters.cli.options import (
 )
 from memory_adapters.cli.running import running
 
-__all__ = ["compare", "covariance", "evaluate", "export", "info", "trace", "write"]
+__all__ = ["compare", "covariance", "demo", "evaluate", "export", "info", "trace", "write"]
 
 
 def write(
@@ -445,3 +447,34 @@ def info(
         from memory_adapters.cli.info import describe
 
         describe(run, adapter, model, dtype=dtype)
+
+
+def demo(
+    model: OptionalModelArgument = "embedded",
+    method: Annotated[
+        str,
+        typer.Option(metavar="METHOD", help=f"What to teach with at first: auto, or one of {', '.join(TAUGHT_WITH)}."),
+    ] = "auto",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="[default: the first free one from 7860]")
+    ] = None,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Also give the page a public address, by Gradio's servers; without fields to save, load and push.",
+        ),
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Open a page to teach MODEL facts, and to ask it with and without them.
+
+    The page is served on this machine alone, until Ctrl-C. Needs `pip install "memory-adapters[demo]"`.
+    """
+    with running(as_json=False, quiet=quiet, debug=debug, device=device) as run:
+        from memory_adapters.cli.demo import serve_page
+
+        serve_page(run, model, method=method, port=port, share=share, dtype=dtype)

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share, and what their help and defaults name.
 
-METHODS, BASELINES and COVARIANCE_TOKENS repeat what the library says, which help does not import; a test compares them.
+METHODS, TAUGHT_WITH, BASELINES and COVARIANCE_TOKENS repeat what the library says, which help does not import; tests
+compare them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 METHODS = ("gated_lora", "memit", "slots", "residual")
+TAUGHT_WITH = ("slots", "gated_memit", "gated_lora", "per_key", "residual", "memit")
 BASELINES = (
     "gated_lora",
     "memit",
@@ -42,6 +44,10 @@ ModelArgument = Annotated[
         metavar="MODEL",
         help="Causal LM: a Hub id, a folder, or `embedded` for SmolLM2-135M-Instruct (./embedded is a folder).",
     ),
+]
+OptionalModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Causal LM: a Hub id, a folder, or `embedded`."),
 ]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Saved memory: a folder or a Hub id.")]
 RecordsArgument = Annotated[

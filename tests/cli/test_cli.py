@@ -397,6 +397,13 @@ def test_without_typer(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
 
 
+def test_the_page_without_gradio_and_with_an_unknown_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "memory_adapters.demo.page", raising=False)
+    assert 'needs gradio: run `pip install "memory-adapters[demo]"`' in words(run("demo", code=1))
+    assert "'edit' is no method; give one of auto, slots" in words(run("demo", "--method", "edit", code=2))
+
+
 def test_help_and_version() -> None:
     assert run("--version").stdout == f"memory-adapters {memory_adapters.__version__}\n"
     for command in ([], ["write"], ["info"]):
@@ -414,7 +421,7 @@ WITHOUT_TORCH = """
 import sys
 class Refuse:
     def find_spec(self, name, *_):
-        if name.partition(".")[0] in ("torch", "transformers", "peft", "numpy"):
+        if name.partition(".")[0] in ("torch", "transformers", "peft", "numpy", "gradio"):
             raise AssertionError(f"{name} is imported")
 sys.meta_path.insert(0, Refuse())
 sys.argv = ["/usr/bin/memory-adapters", *sys.argv[1:]]
@@ -431,6 +438,8 @@ main()
         (["write", "--help"], 0, "One of gated_lora, memit, slots, residual"),
         (["compare", "--help"], 0, "alphaedit"),
         (["covariance", "--help"], 0, "16384"),
+        (["demo", "--help"], 0, "gated_memit"),
+        (["demo", "--port", "0"], 2, "'--port'"),
         (["write", "model"], 2, "Missing argument 'ITEMS'"),
         (["evaluate", "model", "memory", "records", "--limit", "0"], 2, "'--limit'"),
         (["write", "model", __file__, "--output", "x"], 2, "give one of gated_lora, memit, slots, residual"),
