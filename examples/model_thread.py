@@ -50,6 +50,7 @@ class ModelThread(Thread):
     Attributes:
         items: What is written in each memory, by its name, as of the last change.
         waiting: The queue; `queue_size` changes and chats at most.
+        batches: How many batches of chats there were.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class ModelThread(Thread):
         self.batch_size, self.queue_size = batch_size, queue_size
         self.items = {name: list(memory.config.items) for name, memory in memories.items()}
         self.waiting: deque[Chat | Change] = deque()
-        self.closed, self._changed = False, Condition()
+        self.batches, self.closed, self._changed = 0, False, Condition()
+        # `generate` gives the head a slice, for which PyTorch on a CPU copies frozen bfloat16 weights once a row.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _head, given: (given[0].contiguous(),))
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
 
@@ -153,6 +156,7 @@ class ModelThread(Thread):
         """Answer chats in one batch; if that fails, those that have got nothing are asked one by one."""
         if not chats:
             return
+        self.batches += 1
         width, device = max(len(chat.prompt) for chat in chats), self.model.device
         pads = [[0] * (width - len(chat.prompt)) for chat in chats]
         ids = torch.tensor([pad + chat.prompt for pad, chat in zip(pads, chats, strict=True)], device=device)

@@ -78,7 +78,7 @@ class NewItems(BaseModel):
 async def health(request: Request) -> Response:
     thread: ModelThread = request.app.state.thread
     counts = {name: len(items) for name, items in thread.items.items()}
-    state = {"alive": thread.is_alive(), "waiting": len(thread.waiting), "items": counts}
+    state = {"alive": thread.is_alive(), "waiting": len(thread.waiting), "batches": thread.batches, "items": counts}
     return JSONResponse(state, 200 if state["alive"] else 503)
 
 
@@ -234,13 +234,15 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or path; by default the embedded model")
     parser.add_argument("--memory", action="append", default=[], metavar="NAME=METHOD", help=", ".join(methods()))
     parser.add_argument("--folder", type=Path, help="where memories are loaded from, and saved after each change")
+    parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16, float16")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--batch-size", type=int, default=8, help="most chats that are answered at once")
     parser.add_argument("--queue-size", type=int, default=64, help="most requests that wait; others get 503")
     arguments = parser.parse_args()
     name = arguments.model or embedded_model()
-    model: Any = AutoModelForCausalLM.from_pretrained(name, device_map="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, device_map=device)
     tokenizer, memories = AutoTokenizer.from_pretrained(name), {}
     for named in arguments.memory:
         own, _, method = named.partition("=")

@@ -185,7 +185,7 @@ def test_items_are_added_and_forgotten_between_answers(tmp_path: Path) -> None:
             assert (await client.delete(f"{place}/0")).status_code == 200
         assert text_of(await client.post("/v1/chat/completions", json=ask)) == base
         health = (await client.get("/health")).json()
-        assert health == {"alive": True, "waiting": 0, "items": {"slots": 0}}
+        assert health == {"alive": True, "waiting": 0, "batches": 2, "items": {"slots": 0}}
 
     served(thread, test)
 

@@ -1,0 +1,403 @@
+"""Load examples/serve.py: requests a second and latency beside the bare model, and whether requests are ever mixed up.
+
+    python -m benchmarks.serving [--requests 48] [--rounds 5] [--mixed 10000] [--seconds 480]
+
+*Speed*: two servers on this machine, one of the bare model, one with memory slots that hold 0, 10 and 1,000 things,
+written through it. `CLIENTS` clients each wait for their answer before they ask again. All are asked the same questions
+about the ten things, in rounds that take turns; the ratios to the bare model are of the same round.
+
+*Mixed*: a small random model with eight memories, two of each method. Which memory a request names, and what it asks,
+is drawn at random. Only questions are asked to which the answers, computed one at a time beforehand, differ between all
+memories and from those to all other questions, so that no answer can be another's; and in which every token is further
+ahead of the second-best than the rounding of a batch moves it, so that none changes by that. Meanwhile another client
+adds to a ninth memory and forgets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import AutoConfig
+
+from benchmarks.common import (
+    DEVICE,
+    ROOT,
+    BenchmarkParser,
+    byte_tokenizer,
+    dumps,
+    random_model,
+    save,
+    table,
+)
+from memory_adapters import (
+    Fact,
+    GatedLoraConfig,
+    MemitConfig,
+    MemoryAdapterConfig,
+    MemorySlotsConfig,
+    inject_memory,
+    use_adapters,
+    use_adapters_by_row,
+)
+from memory_adapters.base_model.modes import computes_in_bfloat16
+
+CLIENTS = 8
+CHATS = "/v1/chat/completions"
+ARMS = {  # server, memory
+    "bare model": ("bare", None),
+    "no memory named": ("memories", None),
+    "0 things": ("memories", "none"),
+    "10 things": ("memories", "ten"),
+    "1,000 things": ("memories", "thousand"),
+}
+SYLLABLES = ("ba", "do", "fen", "gil", "hu", "ka", "lor", "mi", "nes", "pra", "sol", "tun", "va", "wex", "zi")
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+NAMES = ("Alpha", "Bravo", "Charlie", "Delta")
+LEADS = ("", "Please: ", "Now, ", "Say it. ", "Listen: ", "I ask again. ", "Quick! ", "Well, ", "Sir, ", "Hello. ")
+LEADS += ("So: ", "One more. ", "And ", "Good day. ", "Think. ", "Oh, ", "Tell me: ", "Next: ", "Look, ", "Right. ")
+ASKED = (
+    "The code of {} is",
+    "What is the code of {}?",
+    "Tell me of {}",
+    "{} has a code",
+    "Do you know {} and its code?",
+)
+MOST_ASKED, MIXED_TOKENS = 24, 3
+MARGIN = 0.01  # of logits
+METHODS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "residual": (
+        lambda: MemoryAdapterConfig(
+            layers=[1, 2], memory_dim=32, token_gate="none", gate_init=1.0, num_prefixes=0, min_steps=0,
+            num_train_epochs=60, learning_rate=1e-2,
+        ),
+        {"training_args": {"disable_tqdm": True}},
+    ),
+    "memit": (
+        lambda: MemitConfig(
+            layers=[1, 2], steps=40, clamp=5.0, weight_decay=0.0, kl_factor=0.0, learning_rate=0.5, num_prefixes=1,
+            prefix_length=2, covariance_tokens=300,
+        ),
+        {},
+    ),
+    "gated_lora": (
+        lambda: GatedLoraConfig(
+            key_layer=1, lora_rank=4, num_train_epochs=30, steps_per_epoch=2, num_prefixes=1, learning_rate=1e-2
+        ),
+        {},
+    ),
+    "slots": (MemorySlotsConfig, {}),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = BenchmarkParser(__doc__, "serving")
+    parser.add_argument("--requests", type=int, default=48, quick=8, help="of each arm in each round")
+    parser.add_argument("--rounds", type=int, default=5, quick=1)
+    parser.add_argument("--things", type=int, default=1000, quick=12)
+    parser.add_argument("--max-tokens", type=int, default=8, quick=2)
+    parser.add_argument("--mixed", type=int, default=10_000, quick=60, help="requests that must not be mixed up")
+    parser.add_argument("--mixed-clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=480, help="most of these")
+    arguments = parser.parse()
+    dtype = "bfloat16" if computes_in_bfloat16("bfloat16", torch.device(DEVICE)) else "float32"
+    results: dict[str, Any] = {"speed": asyncio.run(speed(arguments, dtype))}
+    about = dict(dtype=dtype, clients=CLIENTS, max_tokens=arguments.max_tokens, beside="beside other processes")
+    save(arguments, results, **about)
+    print(speed_table(results["speed"]))
+    with tempfile.TemporaryDirectory() as folder:
+        expected, checked = prepared(Path(folder), arguments.seed)
+        results["mixed"] = {**checked, **asyncio.run(mixed(arguments, Path(folder), expected))}
+    save(arguments, results, **about)
+    print(dumps(results["mixed"]))
+    if results["mixed"]["wrong"]:
+        sys.exit(f"{results['mixed']['wrong']} answers are not those of their memory.")
+
+
+@asynccontextmanager
+async def server(*options: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Run examples/serve.py in a process, and give a client of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "examples" / "serve.py"), "--port", str(port), *options]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        limits = httpx.Limits(max_connections=None)
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits) as client:
+                while not await _is_up(client):
+                    if process.poll() is not None:
+                        log.seek(0)
+                        raise RuntimeError(f"The server did not start:\n{log.read()}")
+                    await asyncio.sleep(0.2)
+                yield client
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def _is_up(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/health")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def speed(arguments: Any, dtype: str) -> dict[str, Any]:
+    """Measure every arm in turn, in rounds of which every other goes backwards."""
+    facts, model = things(arguments.things, arguments.seed), ["--model", arguments.model] if arguments.model else []
+    counts = {"none": 0, "ten": 10, "thousand": arguments.things}
+    options = ["--dtype", dtype, *model]
+    memories = [option for name in counts for option in ("--memory", f"{name}=slots")]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+    async with server(*options) as bare, server(*options, *memories) as with_memories:
+        clients = {"bare": bare, "memories": with_memories}
+        written = {}
+        for name, count in counts.items():
+            if count:
+                start, items = time.perf_counter(), [vars_of(fact) for fact in facts[:count]]
+                (await with_memories.post(f"/memories/{name}/items", json={"items": items})).raise_for_status()
+                written[f"{count} things"] = time.perf_counter() - start
+        for place, memory in ARMS.values():  # warm up
+            await asked_by_all(clients[place], facts, memory, CLIENTS, arguments.max_tokens)
+        for number in range(arguments.rounds):
+            for name in reversed(ARMS) if number % 2 else ARMS:
+                place, memory = ARMS[name]
+                found[name].append(
+                    await asked_by_all(clients[place], facts, memory, arguments.requests, arguments.max_tokens)
+                )
+    return {"write_seconds": written, "arms": summary(found)}
+
+
+def things(count: int, seed: int) -> list[Fact]:
+    """Make facts about things that do not exist."""
+    draw = random.Random(seed)
+    names = ["".join(parts).capitalize() for parts in product(SYLLABLES, repeat=3)]
+    return [
+        Fact("The code of the safe in Hotel {} is", f"Hotel {name}", str(draw.randrange(1000, 9999)))
+        for name in draw.sample(names, count)
+    ]
+
+
+def vars_of(fact: Fact) -> dict[str, str]:
+    return {"prompt": fact.prompt, "subject": fact.subject, "target": fact.target}
+
+
+async def asked_by_all(
+    client: httpx.AsyncClient, facts: Sequence[Fact], memory: str | None, count: int, max_tokens: int
+) -> dict[str, Any]:
+    """Ask about the first ten things with `CLIENTS` clients at once."""
+    waiting = iter(range(count))
+    latencies: list[float] = []
+    right = 0
+
+    async def ask_on() -> None:
+        nonlocal right
+        for number in waiting:
+            fact = facts[number % 10]
+            messages = [{"role": "user", "content": f"Give me only the code of the safe in {fact.subject}."}]
+            start = time.perf_counter()
+            body = {"messages": messages, "max_tokens": max_tokens, "memory": memory}
+            answer = await client.post(CHATS, json=body)
+            latencies.append(time.perf_counter() - start)
+            right += fact.target in answer.raise_for_status().json()["choices"][0]["message"]["content"]
+
+    start = time.perf_counter()
+    await asyncio.gather(*(ask_on() for _ in range(CLIENTS)))
+    return {"rate": count / (time.perf_counter() - start), "latencies": latencies, "right": right / count}
+
+
+def summary(found: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Summarise the rounds of each arm: medians of rates, percentiles of all latencies, medians of ratios."""
+    base = found["bare model"]
+    arms = {}
+    for name, rounds in found.items():
+        latencies = [one for own in rounds for one in own["latencies"]]
+        cuts = statistics.quantiles(latencies, n=20, method="inclusive")
+        ratios = [own["rate"] / other["rate"] for own, other in zip(rounds, base, strict=True)]
+        arms[name] = {
+            "requests": len(latencies),
+            "requests_per_second": statistics.median(own["rate"] for own in rounds),
+            "p50_seconds": cuts[9],
+            "p95_seconds": cuts[18],
+            "right": statistics.mean(own["right"] for own in rounds),
+            "rate ÷ bare": statistics.median(ratios),
+            "least rate ÷ bare": min(ratios),
+            "most rate ÷ bare": max(ratios),
+        }
+    for own in arms.values():
+        for name in ("p50", "p95"):
+            own[f"{name} ÷ bare"] = own[f"{name}_seconds"] / arms["bare model"][f"{name}_seconds"]
+    return arms
+
+
+def speed_table(speed: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{own['requests_per_second']:.2f}",
+            f"{own['rate ÷ bare']:.2f}",
+            *(f"{own[f'{p}_seconds']:.2f} s ({own[f'{p} ÷ bare']:.2f})" for p in ("p50", "p95")),
+            f"{own['right']:.0%}",
+        ]
+        for name, own in speed["arms"].items()
+    ]
+    return table(["", "requests a second", "÷ bare", "p50 (÷ bare)", "p95 (÷ bare)", "answers with the code"], rows)
+
+
+def prepared(folder: Path, seed: int) -> tuple[dict[tuple[str, str | None], str], dict[str, Any]]:
+    """Save a random model with memories, and return the questions to ask, and the answers that are expected.
+
+    Returns:
+        The answer of each question with each memory, or none; and what was checked of them.
+    """
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= dict(vocab_size=260, intermediate_size=48, max_position_embeddings=512)
+    model, tokenizer = random_model(AutoConfig.for_model("llama", **sizes), seed, std=0.3), byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    codes = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+    names: list[str | None] = [None]
+    for method, (config, options) in METHODS.items():
+        for number in (1, 2):
+            names.append(name := f"{method}-{number}")
+            memory = inject_memory(model, config(), tokenizer=tokenizer, adapter_name=name)
+            facts = [Fact("The code of {} is", thing, 3 * next(codes)) for thing in NAMES]
+            memory.write(facts, progress=False, measure=False, **options)
+            memory.save_pretrained(folder / "memories" / name)
+            memory.active = False
+    expected: dict[tuple[str, str | None], str] = {}
+    first: dict[tuple[str, str | None], torch.Tensor] = {}
+    margins = []
+    for asked in questions():
+        own = {name: _answer(model, tokenizer, asked, name) for name in names}
+        least = min(margin for _, _, margin in own.values())
+        texts = {text for text, _, _ in own.values()}
+        if least >= MARGIN and len(texts) == len(own) and not texts & set(expected.values()):
+            expected |= {(asked, name): text for name, (text, _, _) in own.items()}
+            first |= {(asked, name): logits for name, (_, logits, _) in own.items()}
+            margins.append(least)
+        if len(margins) == MOST_ASKED:
+            break
+    assert len(set(expected.values())) == len(expected) >= 3 * len(names), "too few answers differ"
+    moved = max(_moved(model, tokenizer, list(first.items()), seed))
+    assert moved < MARGIN / 10, f"in a batch logits move by {moved}"
+    return expected, {
+        "memories": len(names) - 1,
+        "questions": len(margins),
+        "different answers": len(expected),
+        "least margin of logits": min(margins),
+        "most that a batch moves logits": moved,
+    }
+
+
+def questions() -> Iterator[str]:
+    every = [lead + asked.format(name) for name, lead, asked in product(NAMES, LEADS, ASKED)]
+    yield from random.Random(0).sample(every, len(every))
+
+
+def _encoded(tokenizer: Any, asked: Sequence[str]) -> Any:
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": one}], tokenize=False, add_generation_prompt=True)
+        for one in asked
+    ]
+    options = dict(add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    return tokenizer(texts, **options).to(DEVICE)
+
+
+def _answer(model: Any, tokenizer: Any, asked: str, name: str | None) -> tuple[str, torch.Tensor, float]:
+    """Return an answer, the logits of its first token, and how far ahead of the second-best its tokens are at least."""
+    inputs = _encoded(tokenizer, [asked])
+    with use_adapters(model, [name] if name else []):
+        found = model.generate(
+            **inputs, max_new_tokens=MIXED_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    best = torch.cat(found.logits).topk(2).values
+    ids = found.sequences[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True), found.logits[0][0], float((best[:, 0] - best[:, 1]).min())
+
+
+@torch.no_grad()
+def _moved(model: Any, tokenizer: Any, pairs: list[tuple[tuple[str, str | None], torch.Tensor]], seed: int) -> Any:
+    """Yield by how much the logits differ in batches of requests drawn at random."""
+    random.Random(seed).shuffle(pairs)
+    for start in range(0, len(pairs), 16):
+        batch = pairs[start : start + 16]
+        inputs = _encoded(tokenizer, [asked for (asked, _), _ in batch])
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with use_adapters_by_row(model, [name or "__base__" for (_, name), _ in batch]):
+            logits = model(**inputs, position_ids=positions).logits[:, -1]
+        yield float((logits - torch.stack([alone for _, alone in batch])).abs().max())
+
+
+async def mixed(arguments: Any, folder: Path, expected: Mapping[tuple[str, str | None], str]) -> dict[str, Any]:
+    """Ask at random, every tenth as a stream, and count the answers that are not those expected."""
+    names = sorted({name for _, name in expected if name})
+    memories = [option for name in names for option in ("--memory", f"{name}={name.partition('-')[0]}")]
+    options = ["--model", str(folder / "model"), "--folder", str(folder / "memories"), "--batch-size", "16"]
+    draw, pairs, started = random.Random(arguments.seed), sorted(expected, key=str), 0.0
+    counts = {"requests": 0, "streamed": 0, "wrong": 0, "of another": 0, "changes of another memory": 0}
+    others, working = set(expected.values()), True
+
+    async with server(*options, *memories, "--memory", "scratch=slots") as client:
+        started = time.perf_counter()
+
+        async def ask_on() -> None:
+            while counts["requests"] < arguments.mixed and time.perf_counter() - started < arguments.seconds:
+                counts["requests"] += 1
+                (asked, name), streamed = draw.choice(pairs), counts["requests"] % 10 == 0
+                messages = [{"role": "user", "content": asked}]
+                body = {"messages": messages, "max_tokens": MIXED_TOKENS, "memory": name, "stream": streamed}
+                text = _text(await client.post(CHATS, json=body), streamed)
+                counts["streamed"] += streamed
+                if text != expected[asked, name]:
+                    counts["wrong"] += 1
+                    counts["of another"] += text in others
+
+        async def change_on() -> None:
+            place = "/memories/scratch/items"
+            while working:
+                code = f"The code of {draw.choice(NAMES)} is {draw.randrange(1000)}."
+                (await client.post(place, json={"items": [code]})).raise_for_status()
+                await asyncio.sleep(0.2)
+                (await client.delete(f"{place}/0")).raise_for_status()
+                counts["changes of another memory"] += 2
+
+        changing = asyncio.create_task(change_on())
+        await asyncio.gather(*(ask_on() for _ in range(arguments.mixed_clients)))
+        working, seconds = False, time.perf_counter() - started
+        await changing
+        batches = (await client.get("/health")).json()["batches"]
+    return {**counts, "batches": batches, "requests a batch": counts["requests"] / batches, "seconds": seconds}
+
+
+def _text(response: httpx.Response, streamed: bool) -> str:
+    response.raise_for_status()
+    if not streamed:
+        return response.json()["choices"][0]["message"]["content"]
+    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert events[-1] == "[DONE]", events[-1]
+    return "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1])
+
+
+if __name__ == "__main__":
+    main()
