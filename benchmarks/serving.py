@@ -3,8 +3,8 @@
     python -m benchmarks.serving [--requests 48] [--rounds 5] [--mixed 10000] [--seconds 480]
 
 *Speed*: two servers on this machine, one of the bare model, one with memory slots that hold 0, 10 and 1,000 things,
-written through it. `CLIENTS` clients each wait for their answer before they ask again. All are asked the same questions
-about the ten things, in rounds that take turns; the ratios to the bare model are of the same round.
+written through it. Eight clients each wait for their answer before they ask again. All are asked the same questions
+about the ten things, in rounds that take turns; ratios are of the same round.
 
 *Mixed*: a small random model with eight memories, two of each method. Which memory a request names, and what it asks,
 is drawn at random. Only questions are asked to which the answers, computed one at a time beforehand, differ between all
@@ -80,6 +80,7 @@ ASKED = (
     "{} has a code",
     "Do you know {} and its code?",
 )
+WHOLE_ANSWER = 24  # tokens, in which an answer comes to the code; not timed
 MOST_ASKED, MIXED_TOKENS = 24, 3
 MARGIN = 0.01  # of logits
 METHODS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -184,7 +185,12 @@ async def speed(arguments: Any, dtype: str) -> dict[str, Any]:
                 found[name].append(
                     await asked_by_all(clients[place], facts, memory, arguments.requests, arguments.max_tokens)
                 )
-    return {"write_seconds": written, "arms": summary(found)}
+        whole = {
+            name: (await asked_by_all(clients[place], facts, memory, 10, WHOLE_ANSWER))["right"]
+            for name, (place, memory) in ARMS.items()
+        }
+    arms = {name: {**own, "answers with the code": whole[name]} for name, own in summary(found).items()}
+    return {"write_seconds": written, "arms": arms}
 
 
 def things(count: int, seed: int) -> list[Fact]:
@@ -213,7 +219,7 @@ async def asked_by_all(
         nonlocal right
         for number in waiting:
             fact = facts[number % 10]
-            messages = [{"role": "user", "content": f"Give me only the code of the safe in {fact.subject}."}]
+            messages = [{"role": "user", "content": f"What is the code of the safe in {fact.subject}?"}]
             start = time.perf_counter()
             body = {"messages": messages, "max_tokens": max_tokens, "memory": memory}
             answer = await client.post(CHATS, json=body)
@@ -238,7 +244,6 @@ def summary(found: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, fl
             "requests_per_second": statistics.median(own["rate"] for own in rounds),
             "p50_seconds": cuts[9],
             "p95_seconds": cuts[18],
-            "right": statistics.mean(own["right"] for own in rounds),
             "rate ÷ bare": statistics.median(ratios),
             "least rate ÷ bare": min(ratios),
             "most rate ÷ bare": max(ratios),
@@ -256,7 +261,7 @@ def speed_table(speed: Mapping[str, Any]) -> str:
             f"{own['requests_per_second']:.2f}",
             f"{own['rate ÷ bare']:.2f}",
             *(f"{own[f'{p}_seconds']:.2f} s ({own[f'{p} ÷ bare']:.2f})" for p in ("p50", "p95")),
-            f"{own['right']:.0%}",
+            f"{own['answers with the code']:.0%}",
         ]
         for name, own in speed["arms"].items()
     ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -19,14 +21,15 @@ from tests.support.models import byte_tokenizer, tiny_model
 # The lowest versions are tested without a server.
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn")
 
-from examples.model_thread import ModelThread  # noqa: E402
+from examples.model_thread import Chat, ModelThread  # noqa: E402
 from examples.serve import create_app  # noqa: E402
 
 FACT = {"prompt": "The Eiffel Tower is in the city of", "subject": "Eiffel Tower", "target": "Rome"}
 QUESTIONS = ("Where is the Eiffel Tower?", "Say something.", "The Eiffel Tower is in the city of")
 TOKENS = 6
+CHATS = "/v1/chat/completions"
 Test = Callable[[Any, ModelThread, Callable[[], Awaitable[None]]], Awaitable[None]]
 
 
@@ -92,7 +95,7 @@ async def waiting(thread: ModelThread, count: int) -> None:
 
 async def all_at_once(client: Any, thread: ModelThread, begin: Any, requests: list[dict[str, Any]]) -> list[Any]:
     """Send requests that all wait when the server begins."""
-    sent = [asyncio.create_task(client.post("/v1/chat/completions", json=one)) for one in requests]
+    sent = [asyncio.create_task(client.post(CHATS, json=one)) for one in requests]
     await waiting(thread, len(sent))
     await begin()
     return await asyncio.gather(*sent)
@@ -176,14 +179,14 @@ def test_items_are_added_and_forgotten_between_answers(tmp_path: Path) -> None:
         assert added.json()["written"] == 2
         assert load_memory(model, tmp_path / "slots").config.items == thread.items["slots"]
         # In their order: an answer, a change, an answer.
-        sent = [client.post("/v1/chat/completions", json=ask), client.delete(f"{place}/0"), client.get(place)]
+        sent = [client.post(CHATS, json=ask), client.delete(f"{place}/0"), client.get(place)]
         before, forgotten, _ = await asyncio.gather(*sent)
         assert text_of(before) == taught
         assert forgotten.json() == {"forgotten": FACT}
         assert len((await client.get(place)).json()["items"]) == 2
         for _ in range(2):
             assert (await client.delete(f"{place}/0")).status_code == 200
-        assert text_of(await client.post("/v1/chat/completions", json=ask)) == base
+        assert text_of(await client.post(CHATS, json=ask)) == base
         health = (await client.get("/health")).json()
         assert health == {"alive": True, "waiting": 0, "batches": 2, "items": {"slots": 0}}
 
@@ -199,10 +202,10 @@ def test_a_full_queue_refuses_and_a_cancelled_request_is_dropped() -> None:
     async def test(client: Any, thread: ModelThread, begin: Any) -> None:
         sent = []
         for count, question in enumerate(QUESTIONS[:2], 1):
-            sent.append(asyncio.create_task(client.post("/v1/chat/completions", json=asked(question))))
+            sent.append(asyncio.create_task(client.post(CHATS, json=asked(question))))
             await waiting(thread, count)
         for refused in (
-            await client.post("/v1/chat/completions", json=asked("One more")),
+            await client.post(CHATS, json=asked("One more")),
             await client.post("/memories/slots/items", json={"items": ["One more."]}),
         ):
             assert refused.status_code == 503
@@ -227,13 +230,13 @@ def test_errors_are_json_and_those_beside_them_are_answered() -> None:
         for refused in (long, streamed):
             assert refused.status_code == 400
             assert "exceed the model's 512" in refused.json()["error"]["message"]
-        chats, items = "/v1/chat/completions", "/memories/slots/items"
+        items = "/memories/slots/items"
         for status, message, method, place, body in (
-            (404, "no memory 'other'; there are ['residual', 'slots']", "POST", chats, asked("x", "other")),
-            (400, "`max_tokens`: Input should be greater", "POST", chats, asked("x", max_tokens=0)),
-            (400, "`temperature`: Extra inputs", "POST", chats, asked("x", temperature=1.0)),
-            (400, "`messages`: List should have", "POST", chats, {"messages": []}),
-            (400, "the body: Input should be a valid dict", "POST", chats, "{"),
+            (404, "no memory 'other'; there are ['residual', 'slots']", "POST", CHATS, asked("x", "other")),
+            (400, "`max_tokens`: Input should be greater", "POST", CHATS, asked("x", max_tokens=0)),
+            (400, "`temperature`: Extra inputs", "POST", CHATS, asked("x", temperature=1.0)),
+            (400, "`messages`: List should have", "POST", CHATS, {"messages": []}),
+            (400, "the body: Input should be a valid dict", "POST", CHATS, "{"),
             (400, "an item has the fields", "POST", items, {"items": [{"prompt": "x"}]}),
             (404, "has no item 1: it has 1", "DELETE", f"{items}/1", None),
             (501, "cannot forget single items", "DELETE", "/memories/residual/items/0", None),
@@ -268,3 +271,42 @@ def test_a_batch_that_fails_is_asked_one_by_one(monkeypatch: pytest.MonkeyPatch)
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     with pytest.raises(ValueError, match="`tokenizer` has no chat template"):
         ModelThread(tiny_model(), byte_tokenizer(), {})
+
+
+@pytest.fixture
+def address() -> Iterator[tuple[str, ModelThread]]:
+    """The address of a server in a thread, and its model's thread."""
+    thread = thread_with("slots")
+    server = uvicorn.Server(uvicorn.Config(create_app(thread), port=0, log_level="warning"))
+    running = Thread(target=server.run)
+    running.start()
+    while not server.started:
+        time.sleep(0.01)
+    host, port = server.servers[0].sockets[0].getsockname()
+    yield f"http://{host}:{port}", thread
+    server.should_exit = True
+    running.join()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_ends_its_answer(streamed: bool, address: tuple[str, ModelThread]) -> None:
+    url, thread = address
+    wanted = alone(thread, QUESTIONS[1], None)
+    answered: list[Chat] = []
+    answer = thread._answer
+    thread._answer = lambda chats: (answered.extend(chats), answer(chats))  # type: ignore
+    request = asked(QUESTIONS[0], "slots", stream=streamed, max_tokens=400)
+    with httpx.Client(base_url=url, timeout=60 if streamed else 0.2) as client:
+        if streamed:
+            with client.stream("POST", CHATS, json=request) as response:
+                assert '"role": "assistant"' in next(response.iter_lines())
+                assert len(answered[0].said) < 400  # it came while the rest was made
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(CHATS, json=request)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        assert text_of(client.post(CHATS, json=asked(QUESTIONS[1]))) == wanted
+    assert answered[0].cancelled
+    assert answered[0].finish_reason is None
+    assert len(answered[0].said) < 400
