@@ -1,10 +1,11 @@
 """Load examples/serve.py: requests a second and latency beside the bare model, and whether requests are ever mixed up.
 
-    python -m benchmarks.serving [--requests 48] [--rounds 5] [--mixed 10000] [--seconds 480]
+    python -m benchmarks.serving [--requests 16] [--rounds 10] [--mixed 10000] [--seconds 480]
 
 *Speed*: two servers on this machine, one of the bare model, one with memory slots that hold 0, 10 and 1,000 things,
 written through it. Eight clients each wait for their answer before they ask again. All are asked the same questions
-about the ten things, in rounds that take turns; ratios are of the same round.
+about the ten things, in rounds that take turns; ratios are medians of those within a round. CPU time, the server's own,
+hardly depends on what else the machine does.
 
 *Mixed*: a small random model with eight memories, two of each method. Which memory a request names, and what it asks,
 is drawn at random. Only questions are asked to which the answers, computed one at a time beforehand, differ between all
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import torch
 from transformers import AutoConfig
 
@@ -65,6 +67,7 @@ ARMS = {  # server, memory
     "10 things": ("memories", "ten"),
     "1,000 things": ("memories", "thousand"),
 }
+FIGURES = ("requests a second", "p50 seconds", "p95 seconds", "CPU seconds a request")
 SYLLABLES = ("ba", "do", "fen", "gil", "hu", "ka", "lor", "mi", "nes", "pra", "sol", "tun", "va", "wex", "zi")
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -110,8 +113,8 @@ METHODS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 def main() -> None:
     parser = BenchmarkParser(__doc__, "serving")
-    parser.add_argument("--requests", type=int, default=48, quick=8, help="of each arm in each round")
-    parser.add_argument("--rounds", type=int, default=5, quick=1)
+    parser.add_argument("--requests", type=int, default=16, quick=8, help="of each arm in each round")
+    parser.add_argument("--rounds", type=int, default=10, quick=1)
     parser.add_argument("--things", type=int, default=1000, quick=12)
     parser.add_argument("--max-tokens", type=int, default=8, quick=2)
     parser.add_argument("--mixed", type=int, default=10_000, quick=60, help="requests that must not be mixed up")
@@ -120,7 +123,7 @@ def main() -> None:
     arguments = parser.parse()
     dtype = "bfloat16" if computes_in_bfloat16("bfloat16", torch.device(DEVICE)) else "float32"
     results: dict[str, Any] = {"speed": asyncio.run(speed(arguments, dtype))}
-    about = dict(dtype=dtype, clients=CLIENTS, max_tokens=arguments.max_tokens, beside="beside other processes")
+    about = dict(dtype=dtype, clients=CLIENTS, max_tokens=arguments.max_tokens, times="beside other processes")
     save(arguments, results, **about)
     print(speed_table(results["speed"]))
     with tempfile.TemporaryDirectory() as folder:
@@ -133,8 +136,8 @@ def main() -> None:
 
 
 @asynccontextmanager
-async def server(*options: str) -> AsyncIterator[httpx.AsyncClient]:
-    """Run examples/serve.py in a process, and give a client of it."""
+async def server(*options: str) -> AsyncIterator[tuple[httpx.AsyncClient, psutil.Process]]:
+    """Run examples/serve.py in a process, and give a client of it, and the process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,7 +152,7 @@ async def server(*options: str) -> AsyncIterator[httpx.AsyncClient]:
                         log.seek(0)
                         raise RuntimeError(f"The server did not start:\n{log.read()}")
                     await asyncio.sleep(0.2)
-                yield client
+                yield client, psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -168,25 +171,25 @@ async def speed(arguments: Any, dtype: str) -> dict[str, Any]:
     counts = {"none": 0, "ten": 10, "thousand": arguments.things}
     options = ["--dtype", dtype, *model]
     memories = [option for name in counts for option in ("--memory", f"{name}=slots")]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     async with server(*options) as bare, server(*options, *memories) as with_memories:
-        clients = {"bare": bare, "memories": with_memories}
+        servers = {"bare": bare, "memories": with_memories}
         written = {}
         for name, count in counts.items():
             if count:
                 start, items = time.perf_counter(), [vars_of(fact) for fact in facts[:count]]
-                (await with_memories.post(f"/memories/{name}/items", json={"items": items})).raise_for_status()
+                (await with_memories[0].post(f"/memories/{name}/items", json={"items": items})).raise_for_status()
                 written[f"{count} things"] = time.perf_counter() - start
         for place, memory in ARMS.values():  # warm up
-            await asked_by_all(clients[place], facts, memory, CLIENTS, arguments.max_tokens)
+            await asked_by_all(servers[place], facts, memory, CLIENTS, arguments.max_tokens)
         for number in range(arguments.rounds):
             for name in reversed(ARMS) if number % 2 else ARMS:
                 place, memory = ARMS[name]
                 found[name].append(
-                    await asked_by_all(clients[place], facts, memory, arguments.requests, arguments.max_tokens)
+                    await asked_by_all(servers[place], facts, memory, arguments.requests, arguments.max_tokens)
                 )
         whole = {
-            name: (await asked_by_all(clients[place], facts, memory, 10, WHOLE_ANSWER))["right"]
+            name: (await asked_by_all(servers[place], facts, memory, 10, WHOLE_ANSWER))["right"]
             for name, (place, memory) in ARMS.items()
         }
     arms = {name: {**own, "answers with the code": whole[name]} for name, own in summary(found).items()}
@@ -208,10 +211,14 @@ def vars_of(fact: Fact) -> dict[str, str]:
 
 
 async def asked_by_all(
-    client: httpx.AsyncClient, facts: Sequence[Fact], memory: str | None, count: int, max_tokens: int
-) -> dict[str, Any]:
+    server: tuple[httpx.AsyncClient, psutil.Process],
+    facts: Sequence[Fact],
+    memory: str | None,
+    count: int,
+    max_tokens: int,
+) -> dict[str, float]:
     """Ask about the first ten things with `CLIENTS` clients at once."""
-    waiting = iter(range(count))
+    (client, process), waiting = server, iter(range(count))
     latencies: list[float] = []
     right = 0
 
@@ -226,31 +233,28 @@ async def asked_by_all(
             latencies.append(time.perf_counter() - start)
             right += fact.target in answer.raise_for_status().json()["choices"][0]["message"]["content"]
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), process.cpu_times()
     await asyncio.gather(*(ask_on() for _ in range(CLIENTS)))
-    return {"rate": count / (time.perf_counter() - start), "latencies": latencies, "right": right / count}
+    seconds, now = time.perf_counter() - start, process.cpu_times()
+    cuts = statistics.quantiles(latencies, n=20, method="inclusive")
+    return {
+        "requests a second": count / seconds,
+        "p50 seconds": cuts[9],
+        "p95 seconds": cuts[18],
+        "CPU seconds a request": (now.user + now.system - before.user - before.system) / count,
+        "right": right / count,
+    }
 
 
-def summary(found: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Summarise the rounds of each arm: medians of rates, percentiles of all latencies, medians of ratios."""
-    base = found["bare model"]
-    arms = {}
+def summary(found: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Take, for each arm, the medians over rounds of its figures, and of these ÷ the bare model's of the same round."""
+    arms: dict[str, dict[str, float]] = {}
     for name, rounds in found.items():
-        latencies = [one for own in rounds for one in own["latencies"]]
-        cuts = statistics.quantiles(latencies, n=20, method="inclusive")
-        ratios = [own["rate"] / other["rate"] for own, other in zip(rounds, base, strict=True)]
-        arms[name] = {
-            "requests": len(latencies),
-            "requests_per_second": statistics.median(own["rate"] for own in rounds),
-            "p50_seconds": cuts[9],
-            "p95_seconds": cuts[18],
-            "rate ÷ bare": statistics.median(ratios),
-            "least rate ÷ bare": min(ratios),
-            "most rate ÷ bare": max(ratios),
-        }
-    for own in arms.values():
-        for name in ("p50", "p95"):
-            own[f"{name} ÷ bare"] = own[f"{name}_seconds"] / arms["bare model"][f"{name}_seconds"]
+        own = arms[name] = {}
+        for figure in FIGURES:
+            values = [one[figure] for one in rounds]
+            ratios = [one / bare[figure] for one, bare in zip(values, found["bare model"], strict=True)]
+            own |= {figure: statistics.median(values), f"{figure} ÷ bare": statistics.median(ratios)}
     return arms
 
 
@@ -258,14 +262,12 @@ def speed_table(speed: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            f"{own['requests_per_second']:.2f}",
-            f"{own['rate ÷ bare']:.2f}",
-            *(f"{own[f'{p}_seconds']:.2f} s ({own[f'{p} ÷ bare']:.2f})" for p in ("p50", "p95")),
+            *(f"{own[figure]:.2f} ({own[f'{figure} ÷ bare']:.2f})" for figure in FIGURES),
             f"{own['answers with the code']:.0%}",
         ]
         for name, own in speed["arms"].items()
     ]
-    return table(["", "requests a second", "÷ bare", "p50 (÷ bare)", "p95 (÷ bare)", "answers with the code"], rows)
+    return table(["", *(f"{figure} (÷ bare)" for figure in FIGURES), "answers with the code"], rows)
 
 
 def prepared(folder: Path, seed: int) -> tuple[dict[tuple[str, str | None], str], dict[str, Any]]:
@@ -363,7 +365,7 @@ async def mixed(arguments: Any, folder: Path, expected: Mapping[tuple[str, str |
     counts = {"requests": 0, "streamed": 0, "wrong": 0, "of another": 0, "changes of another memory": 0}
     others, working = set(expected.values()), True
 
-    async with server(*options, *memories, "--memory", "scratch=slots") as client:
+    async with server(*options, *memories, "--memory", "scratch=slots") as (client, _):
         started = time.perf_counter()
 
         async def ask_on() -> None:
