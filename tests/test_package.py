@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("matplotlib", "datasets", "sklearn", "gguf", "gradio", "nbclient", "trl", "pytest")
+EXTRAS = ("matplotlib", "datasets", "sklearn", "gguf", "gradio", "fastapi", "nbclient", "trl", "pytest")
 IMPORT = f"""
 import socket, sys
 def refuse(*args): raise AssertionError("import reached for the network")
