@@ -27,7 +27,7 @@ else:  # the command line, which answers `--help` before it imports all this
         return globals()[name]
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Covariance",
