@@ -68,16 +68,18 @@ def without_times(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.strip() and not line.startswith("  seconds")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ["quickstart.md", "coming-from.md"])
-class TestSnippets:
-    pytestmark = needs_the_real_model
-
-    def test_they_print_what_the_page_shows(self, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        names: dict[str, Any] = {}
-        for code, shown in snippets(page):
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(code, names)
-            assert without_times(printed.getvalue()) == without_times(shown)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[*needs_the_real_model, pytest.mark.slow])
+        for page in ("quickstart.md", "coming-from.md")
+    ],
+)
+def test_the_snippets_print_what_the_page_shows(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code, shown in snippets(page):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        assert without_times(printed.getvalue()) == without_times(shown)

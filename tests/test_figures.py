@@ -23,6 +23,7 @@ NOT_MEASURED = {
     "docs/closed-form-editing.md": ("0.2", "2023", "2024", "538 MB", "2602.02543", "2605.00358"),
     "docs/compose.md": ("1,000,000",),
     "docs/memory-slots.md": ("3.3 times", "0.999"),  # of the paper; a setting
+    "docs/quickstart.md": ("3.10",),  # of Python
     "docs/reliability.md": ("5.6", "5.24"),  # versions
     "docs/residual-memory.md": ("0.05", "30", "538 MB"),
     "docs/troubleshooting.md": ("0.25", "0.7", "0.8", "1", "2", "7", "8", "10", "16"),  # within messages
