@@ -7,7 +7,7 @@ JOBS ?= 2
 DATA ?= $(MEMORY_ADAPTERS_DATA)
 RESULTS ?= experiments
 
-.PHONY: demo test test-fast test-all test-lowest check audit benchmarks fever compare release-check clean
+.PHONY: demo test test-fast test-all test-lowest check docs docs-serve audit benchmarks fever compare release-check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,12 @@ check: $(VENV)/.installed ## lint, format, types, layout
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed ## the documentation, in build/site; a link that leads nowhere is an error (`make test` builds it too)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.installed ## the same on http://127.0.0.1:8000, made again as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 # Both experiments keep what is finished in $(RESULTS) and go on from there; each takes two to three hours of a core.
 fever: $(VENV)/.installed ## the FEVER experiment on 4 pages; FULL=1 takes 99

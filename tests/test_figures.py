@@ -20,10 +20,12 @@ NOT_MEASURED = {
         *("0", "1", "2", "3", "8", "16", "50", "100", "128", "130", "2,048", "3%", "90%"),
     ),
     "docs/closed-form-editing.md": ("0.2", "2023", "2024", "538 MB", "2602.02543", "2605.00358"),
+    "docs/coming-from.md": ("128", "256", "100,000"),  # settings
     "docs/compose.md": ("1,000,000",),
     "docs/demo.md": ("7860",),  # a port
     "docs/memory-slots.md": ("3.3 times", "0.999"),  # of the paper; a setting
-    "docs/reliability.md": ("5.0", "5.3", "5.6", "5.24"),  # versions
+    "docs/quickstart.md": ("3.10",),  # of Python
+    "docs/reliability.md": ("5.24",),  # a version
     "docs/residual-memory.md": ("0.05", "30", "538 MB"),
     "docs/troubleshooting.md": ("0.25", "0.7", "0.8", "1", "2", "7", "8", "10", "16"),  # within messages
 }

@@ -96,7 +96,8 @@ class ToyMemory(Memory[ToyConfig]):
     """The mean embedding of what is written, added to every token's.
 
     Options of `write`:
-        factor (`float`): Factor on it.
+
+    * `factor` (`float`): Factor on it.
     """
 
     def _attach(self, decoder: Decoder) -> None:

@@ -51,8 +51,9 @@ class GatedLoraMemory(ThingMemory[GatedLoraConfig]):
     with all that is known of it.
 
     Options of `write`:
-        unrelated (`Sequence[str]`): Texts that have nothing to do with the items: keys stay closed on them. Sampled
-            from the model by default.
+
+    * `unrelated` (`Sequence[str]`): Texts that have nothing to do with the items: keys stay closed on them. Sampled
+      from the model by default.
     """
 
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, KEYS_FILE, CARD_FILE)

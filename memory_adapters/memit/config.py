@@ -33,7 +33,7 @@ class MemitConfig(MemoryConfig):
     Attributes:
         layers: Blocks to edit: indices (negatives count from the top), or a range of depth. Resolved to indices when
             the memory is injected. The more blocks share an edit, the less it harms other text; C₀ takes 4 · d_in²
-            bytes a block. `memory_adapters.memit.trace_facts` measures where a model keeps its facts.
+            bytes a block. `memit.tracing.trace_facts` measures where a model keeps its facts.
         solver: `"memit"`, `"alphaedit"` (ΔW leaves the directions in use alone) or `"emmet"` (ΔW K = R exactly).
         regularization: λ as a share of d_in, which is the mean of kᵀ C₀⁻¹ k over ordinary text: 1 weighs a fact like
             an ordinary token. GPT-J's λ = 15,000 is 0.92 in these units. None for 0.2 + n ÷ d_in with n subjects: few

@@ -68,10 +68,11 @@ class MemitMemory(Memory[MemitConfig]):
     among writes, nor on their order.
 
     Options of `write`:
-        covariance (`Covariance`, or a path or repository on the Hub): C₀. By default that of the last write, or else of
-            text that the model samples.
-        targets (`MemitMemory`): Another memory on the same blocks, whose keys and shares are taken for the subjects of
-            which it holds the same facts: other solvers, settings of the solve and C₀ can be tried without a pass.
+
+    * `covariance` (`Covariance`, or a path or repository on the Hub): C₀. By default that of the last write, or else
+      of text that the model samples.
+    * `targets` (`MemitMemory`): Another memory on the same blocks, whose keys and shares are taken for the subjects of
+      which it holds the same facts: other solvers, settings of the solve and C₀ can be tried without a pass.
 
     Attributes:
         ledger: What was written, subject by subject.

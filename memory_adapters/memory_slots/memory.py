@@ -65,10 +65,11 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     prompt. Facts and questions are written out as text; the answer to their prompt is what refinement also asks for.
 
     Options of `write`:
-        compress (`bool`): Whether the text is compressed; if not it is kept whole, and read as if it stood in the
-            prompt. By default only where everything is one text, which an encoder compresses: see
-            `MemorySlotsConfig.space`.
-        refine_steps (`int`): Gradient steps on what it is compressed into; by default the config's.
+
+    * `compress` (`bool`): Whether the text is compressed; if not it is kept whole, and read as if it stood in the
+      prompt. By default only where everything is one text, which an encoder compresses: see
+      `MemorySlotsConfig.space`.
+    * `refine_steps` (`int`): Gradient steps on what it is compressed into; by default the config's.
 
     Attributes:
         slots: What every prompt reads; several where each row of a batch reads its own; empty where entries are chosen.

@@ -37,15 +37,17 @@ class ResidualMemory(ThingMemory[MemoryAdapterConfig]):
     are, and what is forgotten leaves no trace.
 
     Options of `write`:
-        unrelated (`Sequence[str]`): Texts that have nothing to do with the items: the memory learns to stay closed on
-            them. Sampled from the model by default.
+
+    * `unrelated` (`Sequence[str]`): Texts that have nothing to do with the items: the memory learns to stay closed on
+      them. Sampled from the model by default.
 
     Further options, with `values="mlp"`:
-        training_args (`Mapping[str, Any]`): Fields of `transformers.TrainingArguments` that the config does not have,
-            such as `{"bf16": True}` or `{"output_dir": "run", "save_strategy": "epoch"}`.
-        callbacks (`Sequence[TrainerCallback]`): Trainer callbacks.
-        resume_from_checkpoint (`bool` or `str`): Continue from the newest complete checkpoint in `output_dir`, or from
-            the one named.
+
+    * `training_args` (`Mapping[str, Any]`): Fields of `transformers.TrainingArguments` that the config does not have,
+      such as `{"bf16": True}` or `{"output_dir": "run", "save_strategy": "epoch"}`.
+    * `callbacks` (`Sequence[TrainerCallback]`): Trainer callbacks.
+    * `resume_from_checkpoint` (`bool` or `str`): Continue from the newest complete checkpoint in `output_dir`, or from
+      the one named.
     """
 
     export_note: ClassVar[str] = (
