@@ -152,3 +152,13 @@ def test_training_all_weights_casts_no_buffer() -> None:
         assert torch.equal(rotary.inv_freq, before)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(model), said)
+
+
+def test_files_count_by_what_they_hold(tmp_path: Path) -> None:
+    named = []
+    for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / name).write_text(text)
+        options = {"covariance": str(tmp_path / name), "refine_steps": 3}
+        named.append(WrittenMemory(MemitConfig(), options).settings()["write_options"])
+    assert named[0] == named[1] != named[2]
+    assert named[0]["refine_steps"] == 3

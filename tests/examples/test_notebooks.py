@@ -13,7 +13,7 @@ from tests.support.real_model import needs_the_real_model
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
-NOTEBOOKS = Path(__file__).parents[2] / "examples" / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "docs" / "notebooks"
 QUICK = {"manual"}  # the others train or solve for minutes
 pytestmark = needs_the_real_model
 

@@ -106,15 +106,15 @@ class WrittenMemory(Baseline):
         self._attach(model, tokenizer).remove()
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings, as of any baseline; a saved memory counts by what its files hold, not by its folder."""
+        """Return the settings, as of any baseline; files count by what they hold, not by where they are."""
+        options = {name: _digest(value) for name, value in self.write_options.items()}
         if not isinstance(self.source, str):
-            return super().settings()
+            return {**super().settings(), "write_options": options}
         folder = find_files(self.source, revision=None, token=None)
         names = [
             name for name in (*CONFIG_FILES, *saved_file_names()) if name != CARD_FILE and (folder / name).is_file()
         ]
-        digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-        return {**super().settings(), "source": digests}
+        return {**super().settings(), "write_options": options, "source": {n: _digest(folder / n) for n in names}}
 
     def _attach(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter_name: str = ADAPTER
@@ -137,6 +137,13 @@ class WrittenMemory(Baseline):
             yield AppliedBaseline(report, memory.save_pretrained, memory.disabled, memory.forget)
         finally:
             memory.remove()
+
+
+def _digest(value: Any) -> Any:
+    """Return the SHA-256 of a file that is named; any other value as it is."""
+    if isinstance(value, str | Path) and Path(value).is_file():
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    return value
 
 
 @dataclass(frozen=True)
