@@ -221,6 +221,17 @@ def compare(
             "its next smaller number took.",
         ),
     ] = None,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts with questions and answers, written by themselves and asked about in a chat: .json or .jsonl "
+            "with text, questions and answers.",
+        ),
+    ] = None,
+    documents_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first N of them.  [default: all]")
+    ] = None,
     portability: Annotated[
         str | None,
         typer.Option(
@@ -281,6 +292,8 @@ def compare(
             limit=limit,
             fact_counts=counts,
             max_seconds=max_seconds,
+            documents=documents,
+            documents_limit=documents_limit,
             portability=portability,
             portability_limit=portability_limit,
             choices=choices,

@@ -13,6 +13,7 @@ from memory_adapters.cli.run import Run
 from memory_adapters.evaluation.comparison.compare import compare as compare_baselines
 from memory_adapters.evaluation.comparison.results import Comparison
 from memory_adapters.evaluation.plots import comparison_plots
+from memory_adapters.evaluation.questions import load_documents
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, known_choices, load_choices
 from memory_adapters.files.text_files import read_text
@@ -35,6 +36,8 @@ def compare_methods(
     limit: int | None,
     fact_counts: Sequence[int],
     max_seconds: float | None,
+    documents: str | None,
+    documents_limit: int | None,
     portability: str | None,
     portability_limit: int | None,
     choices: str | None,
@@ -54,6 +57,7 @@ def compare_methods(
             records, things, limit, None if limit is None else max([limit, *fact_counts])
         )
         asked = None if portability is None else _portability(portability, portability_limit or limit)
+        texts = None if documents is None else load_documents(documents, documents_limit)
         questions = None if choices is None else _choices(choices, choices_limit)
         base, tokenizer = run.load_model(model, dtype)
         result = compare_baselines(
@@ -68,6 +72,7 @@ def compare_methods(
             choices=questions,
             portability=asked,
             own_words=in_own_words,
+            documents=texts,
             fact_counts=fact_counts,
             max_seconds=max_seconds,
             folder=None if folder is None else folder / RESULTS,

@@ -482,3 +482,48 @@ def _first_and_rest(thing: Thing) -> tuple[str, tuple[str, ...]]:
     named = (one for fact in thing.facts for q in fact.questions for one in (q.answer, *q.alternatives))
     first, *rest = dict.fromkeys((*(fact.fact.target for fact in thing.facts), *named))
     return first, tuple(rest)
+
+
+@dataclass(frozen=True)
+class DocumentQuestions:
+    """Store a text, and questions that it answers."""
+
+    text: str
+    questions: tuple[Question, ...]
+
+
+def load_documents(source: str | os.PathLike[str], limit: int | None = None) -> list[DocumentQuestions]:
+    """Read texts with questions that they answer.
+
+        [{"text": "The Brandt K2 is …", "questions": ["What is it?"], "answers": ["a coffee grinder"]}]
+
+    `context` may stand for `text`, as in data sets for reading, and an answer may be a list, of which any counts.
+
+    Args:
+        source: The path of a .json or .jsonl file, or a data set on the Hub.
+        limit: Read the first so many; None for all.
+
+    Raises:
+        FileNotFoundError, ImportError: As `load_counterfact`.
+        ValueError: If there is no text, or a row does not fit; it is named.
+    """
+    documents = [_document(row) for row in read_rows(source, limit)]
+    if not documents:
+        raise ValueError(f"`{os.fspath(source)}` holds no text: give at least one.")
+    return documents
+
+
+def _document(row: Row) -> DocumentQuestions:
+    text = row.text("text" if row.has("text") or not row.has("context") else "context")
+    asked, answers = row.texts("questions"), row.value("answers")
+    if not isinstance(answers, list) or len(answers) != len(asked):
+        raise row.error(
+            "answers", f"must be a list with an answer to each of the {len(asked)} questions, got {answers!r}"
+        )
+    known = [[one] if isinstance(one, str) else one for one in answers]
+    for own in known:
+        if not isinstance(own, list) or not own or not all(isinstance(one, str) and one.strip() for one in own):
+            raise row.error("answers", f"must hold texts, or lists of texts, got {own!r}")
+    return DocumentQuestions(
+        text, tuple(Question(q, own[0], tuple(own[1:])) for q, own in zip(asked, known, strict=True))
+    )

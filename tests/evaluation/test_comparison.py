@@ -20,7 +20,8 @@ from memory_adapters.evaluation.comparison.costs import Costs
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.evaluation.edit_report import EditReport
 from memory_adapters.evaluation.plots import comparison_plots, score_scatter
-from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.questions import DocumentQuestions
+from memory_adapters.evaluation.records import EditRecord, Question
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.edits import EditScores, score_edits
 from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer
@@ -47,8 +48,15 @@ RECIPE = Recipe(
     learning_rate=1e-2, min_steps=10, num_train_epochs=1, num_prefixes=1, training_args={"disable_tqdm": True}
 )
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
+GUIDE = DocumentQuestions("Rome is a city in Italy. It is old.", (Question("Where is Rome?", "Italy", ("Europe",)),))
 FULL: dict[str, Any] = dict(
-    text=TEXT, fluency_prompts=2, choices=CHOICES, portability=FOLLOWING, fact_counts=(2, 1), progress=False
+    text=TEXT,
+    fluency_prompts=2,
+    choices=CHOICES,
+    portability=FOLLOWING,
+    documents=[GUIDE],
+    fact_counts=(2, 1),
+    progress=False,
 )
 CHEAP: dict[str, Any] = dict(text=TEXT, greedy=False, costs=False, progress=False)
 
@@ -111,7 +119,14 @@ def test_base_and_every_method_are_measured(compared: tuple[Comparison, PreTrain
         assert (costs.forget_seconds is not None) == (name in ("edit", "slots", "prompt"))
         curve = result.curves[name]
         assert list(curve) == [1, 2]
-        assert curve[2] == replace(found, portability=None), "the full measurement is a point of the curve"
+        if name == "edit":
+            assert found.documents is None
+            assert found.skipped == "documents: `items` holds a Document; this memory takes Fact."
+        else:
+            assert found.documents is not None
+            assert [answer.wanted for answer in found.documents.answers] == ["Italy"]
+        whole = replace(found, portability=None, documents=None, skipped=None)
+        assert curve[2] == whole, "the full measurement is a point of the curve"
         assert curve[1].report is not None
         assert curve[1].report.num_records == 1
         assert curve[1].report.greedy_success is None
@@ -155,8 +170,8 @@ def test_shown_and_sent(compared: tuple[Comparison, PreTrainedModel]) -> None:
     assert Comparison.from_dict(sent) == result
     scores, costs, *curves = result.tables()
     assert scores.title == "2 facts; scores in %"
-    wanted = "S,ES,PS,NS,exact,paraphrases exact,greedy,portability exact,portability tokens,GE,ability,KL,perplexity"
-    assert scores.rows[0] == ["", *wanted.split(",")]
+    wanted = "S,ES,PS,NS,exact,paraphrases exact,greedy,portability exact,portability tokens,documents,GE,ability,KL"
+    assert scores.rows[0] == ["", *wanted.split(","), "perplexity"]
     assert [row[0] for row in scores.rows[1:]] == [row[0] for row in costs.rows[1:]] == list(result.methods)
     wanted = "write, s|CPU, s|forget, s|on disk|prefill|decode|peak memory|stored numbers"
     assert costs.rows[0] == ["", *wanted.split("|")]

@@ -17,6 +17,7 @@ from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.base_model.unrelated_questions import share_same, unrelated_answers, unrelated_questions
 from memory_adapters.evaluation.edit_report import EditReport, answer_table, evaluate_edits, score_table
 from memory_adapters.evaluation.questions import (
+    load_documents,
     load_things,
     record_questions,
     relation_questions,
@@ -240,3 +241,32 @@ def test_a_report_shows_own_words(tiny: tuple[Any, Any], tmp_path: Path) -> None
     assert "same" in repr(report)
     assert answer_table({"without": without, "with": report}).count("not named") == 3
     assert answer_table({"with": evaluate_edits(model, tokenizer, [PARIS], greedy=False, progress=False)}) == ""
+
+
+def test_documents_of_the_user(tmp_path: Path) -> None:
+    file = tmp_path / "texts.json"
+    rows = [
+        {"text": "Rome is old.", "questions": ["How old is Rome?", "What is old?"], "answers": ["old", ["Rome", "it"]]},
+        {"context": "It opens at nine.", "questions": ["When?"], "answers": ["nine"]},
+    ]
+    file.write_text(json.dumps(rows))
+    first, second = load_documents(file)
+    assert first.questions == (Question("How old is Rome?", "old"), Question("What is old?", "Rome", ("it",)))
+    assert (second.text, second.questions) == ("It opens at nine.", (Question("When?", "nine"),))
+    assert load_documents(file, 1) == [first]
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([], "holds no text: give at least one"),
+        ([{"questions": ["a?"], "answers": ["b"]}], "row 1: `text` is missing"),
+        ([{"text": "a", "questions": ["a?", "b?"], "answers": ["b"]}], "an answer to each of the 2 questions"),
+        ([{"text": "a", "questions": ["a?"], "answers": [[]]}], "`answers` must hold texts, or lists of texts"),
+    ],
+)
+def test_documents_that_do_not_fit(tmp_path: Path, rows: list[Any], why: str) -> None:
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=why):
+        load_documents(file)

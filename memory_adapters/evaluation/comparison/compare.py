@@ -31,11 +31,13 @@ from memory_adapters.evaluation.comparison.costs import (
 from memory_adapters.evaluation.comparison.results import NOTHING, Comparison, MethodResult
 from memory_adapters.evaluation.comparison.stored_results import StoredResults, digest
 from memory_adapters.evaluation.edit_report import evaluate_edits
+from memory_adapters.evaluation.questions import DocumentQuestions
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.generation import fluency, generate_texts
-from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
+from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
 from memory_adapters.evaluation.scores.perplexity import predictions
+from memory_adapters.items import Document
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
 
@@ -44,12 +46,12 @@ KL_TOKENS = 2048  # on which predictions of the base are kept, in half precision
 
 @dataclass(frozen=True)
 class _Part:
-    """Name one write of one baseline. Its kind is `"full"`, `"portability"` or `"curve"`."""
+    """Name one write of one baseline. Its kind is `"full"`, `"portability"`, `"documents"` or `"curve"`."""
 
     name: str
     kind: str
     baseline: Baseline
-    records: Sequence[EditRecord]
+    records: Sequence[Any]  # texts with their questions, of documents; else edits
 
     @property
     def label(self) -> str:
@@ -70,6 +72,7 @@ def compare(
     choices: Sequence[Choice] | None = None,
     portability: Sequence[EditRecord] | None = None,
     own_words: OwnWordsQuestions | None = None,
+    documents: Sequence[DocumentQuestions] | None = None,
     costs: bool = True,
     fact_counts: Sequence[int] = (),
     max_seconds: float | None = None,
@@ -98,6 +101,7 @@ def compare(
         portability: Records with questions about what follows from their facts, which are written by themselves.
         own_words: Questions in other words about the facts compared in full, and about other things, to ask in the
             chat template; see `evaluation.questions.record_questions`.
+        documents: Texts, which are written by themselves, and asked about in the chat template.
         costs: Measure bytes on disk, speed and forgetting too.
         fact_counts: Curves: the first so many records, for each count; scores and perplexity alone.
         max_seconds: Leave out a count of facts that a baseline would take longer to write, by the seconds a fact of its
@@ -130,6 +134,7 @@ def compare(
         baseline.check(model, tokenizer)
     parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
     parts += [_Part(name, "portability", one, portability) for name, one in named.items() if portability is not None]
+    parts += [_Part(name, "documents", one, documents) for name, one in named.items() if documents]
     rising = [number for number in sorted(set(fact_counts)) if number != count]
     parts += [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
 
@@ -146,7 +151,7 @@ def compare(
         for part in bar:
             bar.set_postfix_str(part.label)
             if part.kind == "curve" and max_seconds is not None:
-                smaller = [other for other in parts if other.name == part.name and other.kind != "portability"]
+                smaller = [other for other in parts if other.name == part.name and other.kind in ("full", "curve")]
                 if why := _too_long(part, [(len(p.records), found.get(p.label)) for p in smaller], max_seconds):
                     found[part.label] = MethodResult(skipped=why)
                     continue
@@ -183,6 +188,16 @@ def _assembled(
             why = whole.failed or (None if result.failed is None else f"portability: {result.failed}")
             where = whole.traceback or result.traceback
             methods[part.name] = replace(whole, portability=result.report, failed=why, traceback=where)
+        elif part.kind == "documents":
+            whole = methods[part.name]
+            why = whole.failed or (None if result.failed is None else f"documents: {result.failed}")
+            methods[part.name] = replace(
+                whole,
+                documents=result.documents,
+                failed=why,
+                traceback=whole.traceback or result.traceback,
+                skipped=result.skipped and f"documents: {result.skipped}",
+            )
         elif part.kind == "full":
             methods[part.name] = result
         if part.kind == "curve" or (part.kind == "full" and number in fact_counts):
@@ -229,7 +244,7 @@ class _Measurement:
             "baseline": part.baseline.settings(),
             "records": digest(part.records),
         }
-        if part.kind != "portability":
+        if part.kind in ("full", "curve"):
             text = HELD_OUT_SENTENCES if self.text is None else self.text
             settings |= {"text": digest(text), "max_text_tokens": self.max_text_tokens}
         if part.kind == "full":
@@ -249,6 +264,8 @@ class _Measurement:
             return MethodResult(failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
     def _measure(self, part: _Part) -> MethodResult:
+        if part.kind == "documents":
+            return self._measure_documents(part)
         model, tokenizer, full = self.model, self.tokenizer, part.kind == "full"
         facts = [record.fact for record in part.records]
         ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
@@ -279,3 +296,13 @@ class _Measurement:
                 costs = replace(costs, bytes_on_disk=bytes_on_disk(applied), prefill=prefill, decode=decode)
                 costs = replace(costs, forget_seconds=seconds_to_forget(applied, facts[-1]))
             return MethodResult(applied.report, report, ability=ability, costs=costs)
+
+    def _measure_documents(self, part: _Part) -> MethodResult:
+        """Write texts, and ask about them; what takes none is skipped."""
+        texts = [Document(one.text) for one in part.records]
+        asked = OwnWordsQuestions(tuple(question for one in part.records for question in one.questions))
+        try:
+            with part.baseline.applied(self.model, self.tokenizer, texts) as applied:
+                return MethodResult(applied.report, documents=score_own_words(self.model, self.tokenizer, asked))
+        except TypeError as error:  # of items that a memory does not take
+            return MethodResult(skipped=str(error))

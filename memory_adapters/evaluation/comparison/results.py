@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from memory_adapters.evaluation.comparison.costs import Costs
 from memory_adapters.evaluation.edit_report import EditReport, report_cells
+from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer, OwnWordsScores
 from memory_adapters.evaluation.tables import UNKNOWN, format_table, table_rows
 from memory_adapters.report import WriteReport
 
@@ -31,6 +32,7 @@ SCORES = (
     "same",
     "leak",
     "spill",
+    "documents",
     "GE",
     "ability",
 )
@@ -46,6 +48,7 @@ class MethodResult:
         write: What its writing reported.
         report: The scores with its knowledge on the model.
         portability: The scores after another write, of the facts that have questions about what follows from them.
+        documents: The answers to questions about texts, after another write, of these.
         ability: Share of multiple-choice questions answered, in [0, 1].
         costs: What it costs.
         failed: Why it could not be measured, or not all of it.
@@ -56,6 +59,7 @@ class MethodResult:
     write: WriteReport | None = None
     report: EditReport | None = None
     portability: EditReport | None = None
+    documents: OwnWordsScores | None = None
     ability: float | None = None
     costs: Costs | None = None
     failed: str | None = None
@@ -69,6 +73,7 @@ class MethodResult:
             "write": _write_report,
             "report": EditReport.from_dict,
             "portability": EditReport.from_dict,
+            "documents": _own_words_scores,
             "costs": lambda value: Costs(**value),
         }
         made = {name: kinds[name](value) for name, value in values.items() if name in kinds and value is not None}
@@ -82,6 +87,8 @@ class MethodResult:
         if self.portability is not None:
             other = report_cells(self.portability, None)
             cells |= {label: other[label] for label in ("portability exact", "portability tokens")}
+        if self.documents is not None and self.documents.own_words is not None:
+            cells["documents"] = f"{100 * self.documents.own_words:.1f}"
         return cells | ({} if self.ability is None else {"ability": f"{100 * self.ability:.1f}"})
 
     def cost_cells(self) -> dict[str, str]:
@@ -322,7 +329,13 @@ def _write_report(values: Mapping[str, Any]) -> WriteReport:
 
 
 def _curve_cell(result: MethodResult, cell: Callable[[MethodResult], str]) -> str:
-    return "failed" if result.failed else "skipped" if result.skipped else cell(result)
+    if result.report is None:
+        return "skipped" if result.skipped else "failed"
+    return "failed" if result.failed else cell(result)
+
+
+def _own_words_scores(values: Mapping[str, Any]) -> OwnWordsScores:
+    return OwnWordsScores(**{**values, "answers": [OwnWordsAnswer(**answer) for answer in values["answers"]]})
 
 
 def _shortened(text: str) -> str:
