@@ -40,6 +40,7 @@ from memory_adapters import Covariance, MemitConfig, MemorySlotsConfig, inject_m
 from memory_adapters.base_model.decoder import find_decoder
 from memory_adapters.evaluation.records import EditRecord
 from memory_adapters.evaluation.scores.edits import score_edits
+from memory_adapters.items import asked_by
 from memory_adapters.memit.solvers import SOLVERS
 from memory_adapters.memit.write import LedgerBuilder
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=0, quick=1, help="facts to write by the authors' MEMIT, too")
     arguments = parser.parse()
     model, tokenizer = load_model(arguments)
-    records = counterfact(arguments, max(arguments.records))
+    records = consistent(counterfact(arguments, max(arguments.records)))
     study = Study(arguments, model, tokenizer, records, wikitext(arguments, "test"), stored(arguments, "rows"))
     for count in arguments.records:
         if f"base, {count}" not in study.rows:
@@ -175,7 +176,7 @@ class Study:
                     key = f"{kind}, {count} in {way}"
                     if key not in self.rows:
                         memory = self.inject(**settings)
-                        spent, _ = timed(self.write, memory, count, size, **given)
+                        spent, _ = timed(self.write, memory, min(count, len(self.records)), size, **given)
                         first = min(100, count) if size < count else 0
                         self.keep(key, self.records[:count], spent.wall, first)
                         memory.remove()
@@ -204,7 +205,7 @@ class Study:
         key = f"memit, {count} in one write, {number} forgotten"
         if key in self.rows:
             return
-        drawn = set(random.Random(self.arguments.seed).sample(range(count), number))
+        drawn = set(random.Random(self.arguments.seed).sample(range(len(self.records)), number))
         forgotten, kept = ([r for i, r in enumerate(self.records) if (i in drawn) is own] for own in (True, False))
         given = {"covariance": targets.covariance, "targets": targets, "progress": False, "measure": False}
         alone = self.inject()
@@ -230,6 +231,11 @@ class Study:
                 spent, _ = timed(memory.write, facts, progress=False, measure=False)
                 self.keep(key, self.records[:count], spent.wall)
                 memory.remove()
+
+
+def consistent(records: Sequence[EditRecord]) -> list[EditRecord]:
+    """Return records without those that ask the same of a subject as an earlier one: two targets cannot both hold."""
+    return list({asked_by(record.fact): record for record in reversed(records)}.values())[::-1]
 
 
 def changes(memory: Any) -> dict[str, Tensor]:

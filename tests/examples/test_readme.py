@@ -12,4 +12,4 @@ pytestmark = [*needs_the_real_model, pytest.mark.slow]
 
 
 def test_snippet() -> None:
-    assert differences(run(embedded_model()), snippet()[1]) == []
+    assert differences(run(str(embedded_model())), snippet()[1]) == []

@@ -54,6 +54,6 @@ if __name__ == "__main__":
     from memory_adapters.embedded_model import embedded_model
 
     print(f"memory-adapters {memory_adapters.__version__} in {Path(memory_adapters.__file__).parent}")
-    found = run(embedded_model())
+    found = run(str(embedded_model()))
     print("\n".join(found))
     sys.exit("\n".join(differences(found, snippet()[1])) or 0)
