@@ -176,7 +176,7 @@ class Study:
                     key = f"{kind}, {count} in {way}"
                     if key not in self.rows:
                         memory = self.inject(**settings)
-                        spent, _ = timed(self.write, memory, min(count, len(self.records)), size, **given)
+                        spent, _ = timed(self.write, memory, count, size, **given)
                         first = min(100, count) if size < count else 0
                         self.keep(key, self.records[:count], spent.wall, first)
                         memory.remove()
