@@ -6,7 +6,8 @@ token in every context, and are moved by Adam to lower
     mean over facts and contexts of −Σ log p(target tokens) / their number  +  kl_factor · KL(edited ‖ base)
     +  weight_decay · ‖δ‖ / ‖h₀‖²,
 
-with ‖Σ δᵢ‖ ≤ clamp · ‖h₀‖ after every step, h₀ being the stream at the last edited block. MEMIT's authors find one δ at
+with ‖Σ δᵢ‖ ≤ clamp · ‖h₀‖ after every step, h₀ being the stream at the last edited block, in the bare prompt (but at
+most twice as large as in the middle one of the contexts). MEMIT's authors find one δ at
 the last block, and ask (z − h) / (n − i) of the i-th: what the lower ones do to the tokens behind is not seen by the
 loss. Found together, the changes are what the edited model makes of them, and less is needed.
 
@@ -249,7 +250,7 @@ def added(module: nn.Module, change: Tensor | Callable[[Tensor], Tensor]) -> Ite
 def find_targets(
     finder: TargetFinder,
     problems: Sequence[TargetBatch],
-    h0: Tensor,
+    norms: Tensor,
     config: MemitConfig,
     progress: tqdm,
     prompts: Sequence[str],
@@ -261,7 +262,7 @@ def find_targets(
     Args:
         finder: Evaluates the loss.
         problems: The rows of all facts.
-        h0: The stream at the last edited block, at each subject in the bare prompt (facts, hidden_size), float32.
+        norms: ‖h₀‖, of the stream at the last edited block, at each subject (facts,), float32.
         config: Steps, learning rate, clamp, weights.
         progress: Bar, moved by a fact when it is done.
         prompts: Of the facts, for errors.
@@ -273,14 +274,14 @@ def find_targets(
     Raises:
         ValueError: If a loss, gradient or step is NaN or infinite; names the fact.
     """
-    norms, blocks = h0.norm(dim=-1), len(finder.layers)
+    blocks, width = len(finder.layers), finder.decoder.hidden_size
     gains = finder.gains[:, None]  # (edited blocks, 1)
     # All blocks together move the stream as far as a step of the learning rate at the last one would.
-    rates = config.learning_rate * norms[:, None, None] / math.sqrt(h0.shape[1]) / (blocks * gains)
-    changes, moment = (h0.new_zeros(len(h0), blocks, h0.shape[1]) for _ in range(2))
-    square = h0.new_zeros(len(h0), 1, 1)
-    losses = torch.zeros(len(h0), device=h0.device, dtype=torch.float32)
-    active = torch.ones(len(h0), device=h0.device, dtype=torch.bool)
+    rates = config.learning_rate * norms[:, None, None] / math.sqrt(width) / (blocks * gains)
+    changes, moment = (norms.new_zeros(len(norms), blocks, width) for _ in range(2))
+    square = norms.new_zeros(len(norms), 1, 1)
+    losses = torch.zeros_like(norms)
+    active = torch.ones_like(norms, dtype=torch.bool)
     problems = [finder.prepared(problem) for problem in problems]
     for step in range(1, config.steps):
         gradient = torch.zeros_like(changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,9 @@ __all__ = ["LedgerBuilder"]
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 MEMORY_SHARE = 0.25
+# At the first token of a text the stream of many models is a hundred times as large as elsewhere: a subject of one
+# token that begins its prompt would get changes that no other context has room for.
+LARGEST_STREAM = 2.0  # times the median over a subject's contexts
 SAME_KEY = 0.7  # cosine with the keys of other first tokens
 CPU_BATCH = 1024
 GPU_BATCH = 32768
@@ -150,6 +154,7 @@ class LedgerBuilder:
     ) -> Ledger:
         finder = TargetFinder(self.model, self.decoder, self.layers, self.config.precision)
         h0 = torch.zeros(len(about), self.decoder.hidden_size, device=finder.device, dtype=torch.float32)
+        sizes: list[list[float]] = [[] for _ in about]  # of the stream at the subject, in each context
         batches: list[TargetBatch] = []
         prefixes = PrefixCache.of(self.model, rows, num_contexts)
         for group in row_batches(rows, self._batch_tokens()):
@@ -157,9 +162,15 @@ class LedgerBuilder:
             states, last = finder.states(batch)
             batches.append(TargetBatch.of(batch, states, num_contexts, self.config.kl_factor))
             weights = torch.tensor([[row.share * (row.context == 0)] for row in group], device=h0.device)
-            h0.index_add_(0, batch.facts, last[:, batch.start].to(h0) * weights)
+            at_subject = last[:, batch.start].to(h0)
+            h0.index_add_(0, batch.facts, at_subject * weights)
+            for row, fact, size in zip(group, batch.facts.tolist(), at_subject.norm(dim=-1).tolist(), strict=True):
+                if row.context >= 0:
+                    sizes[fact].append(size)
+        typical = torch.tensor([statistics.median_low(own) for own in sizes], device=h0.device)
+        norms = torch.minimum(h0.norm(dim=-1), LARGEST_STREAM * typical)
         with finder.fast_weights():
-            changes, _ = find_targets(finder, batches, h0, self.config, bar, [own[0].prompt for own in about])
+            changes, _ = find_targets(finder, batches, norms, self.config, bar, [own[0].prompt for own in about])
         keys = subject_keys(finder, batches, self.config.key_groups, self.config.keys_per_subject, changes)
         shares = {layer: changes[:, i].contiguous() for i, layer in enumerate(self.layers)}
         for kind, of_layers in {"key": keys, "share of the change": shares}.items():

@@ -62,26 +62,45 @@ def test_batched_is_one_at_a_time(architecture: str, batch_tokens: int | None) -
         assert change.norm() == pytest.approx(float(wanted.norm()), rel=0.05)
 
 
-def test_the_loss_falls_and_the_clamp_holds() -> None:
-    model = tiny_model()
-    memory = memory_on(model, steps=20, clamp=0.4)
+def seen_targets(patch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Collect the norms of the stream, the changes and the last losses of all targets that are found from now on."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     original = targets_module.find_targets
 
-    def spy(finder: Any, problems: Any, h0: Tensor, *rest: Any) -> Any:
-        changes, losses = original(finder, problems, h0, *rest)
-        found.append((h0, changes, losses))
+    def spy(finder: Any, problems: Any, norms: Tensor, *rest: Any) -> Any:
+        changes, losses = original(finder, problems, norms, *rest)
+        found.append((norms, changes, losses))
         return changes, losses
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memory_adapters.memit.write.find_targets", spy)
-        memory.write(FACTS, progress=False)
-        memory.remove()
-        memory_on(model, steps=2).write(FACTS, progress=False)
-    (h0, changes, last), (_, _, first) = found
-    assert (changes.sum(1).norm(dim=1) <= 0.4001 * h0.norm(dim=1)).all()
+    patch.setattr("memory_adapters.memit.write.find_targets", spy)
+    return found
+
+
+def test_the_loss_falls_and_the_clamp_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    memory = memory_on(model, steps=20, clamp=0.4)
+    found = seen_targets(monkeypatch)
+    memory.write(FACTS, progress=False)
+    memory.remove()
+    memory_on(model, steps=2).write(FACTS, progress=False)
+    (norms, changes, last), (_, _, first) = found
+    assert (changes.sum(1).norm(dim=1) <= 0.4001 * norms).all()
     assert (changes.norm(dim=2) > 0).all()
     assert last.mean() < first.mean()
+
+
+def test_a_subject_that_is_a_texts_first_token_gets_changes_of_ordinary_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fact = tiny_model(), Fact("Q is from", "Q", "Portugal")
+
+    def enlarge(_block: Any, _args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return output * torch.where(kwargs["position_ids"] == 0, 1000.0, 1.0)[..., None]
+
+    model.model.layers[0].register_forward_hook(enlarge, with_kwargs=True)
+    memory = memory_on(model)
+    found = seen_targets(monkeypatch)
+    memory.write([fact, FACTS[0]], measure=False, progress=False)
+    norms = found[0][0]
+    assert norms.max() < 3 * norms.min(), "they bound the steps and the changes; see above"
 
 
 def test_writes_add_up_in_any_order_and_forgetting_is_exact() -> None:
