@@ -63,7 +63,7 @@ def test_what_fails_has_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
     assert set(scores[2][1:]) == {"–"}
     assert curve[2] == ["unable", "failed"]
     assert "failed: unable, 2 facts: RuntimeError: out of | luck" in repr(result)
-    assert "- short, 2 facts: ValueError: too many" in result.markdown()
+    assert "- failed: short, 2 facts: ValueError: too many" in result.markdown()
     assert "failed: unable" in result._repr_html_()
     assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert not [file.name for file in tmp_path.iterdir() if file.name.startswith("unable")], "it is tried again"
@@ -94,7 +94,7 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
     settings = {**FULL, "folder": tmp_path}
     first = compare(model, tokenizer, RECORDS, given, **settings)
     files = {file.name for file in tmp_path.iterdir()}
-    kinds = ("full-2", "portability-1", "curve-1")
+    kinds = ("full-2", "portability-1", "documents-1", "curve-1")
     assert files == {f"{name}-{kind}.json" for name in ("nothing", "a%2Fb", "prompt") for kind in kinds}
     for measuring in ("evaluate_edits", "applied_at_cost", "speeds"):
         monkeypatch.setattr(f"memory_adapters.evaluation.comparison.compare.{measuring}", refuse)
