@@ -13,7 +13,6 @@ nothing in them ÷ the same without a memory. Rows are saved as they come.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,14 +35,14 @@ from benchmarks.own_words import Asked, counterfact_set, with_text
 from memory_adapters import Document, Fact, MemorySlotsConfig, inject_memory
 from memory_adapters.base_model.modes import computes_in_bfloat16
 from memory_adapters.base_model.names import occurs
-from memory_adapters.evaluation.questions import load_things, thing_questions
-from memory_adapters.evaluation.records import Question, load_zsre
+from memory_adapters.evaluation.questions import load_documents, load_things, thing_questions
+from memory_adapters.evaluation.records import load_zsre
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
 from memory_adapters.evaluation.scores.perplexity import perplexity
 from memory_adapters.memory_slots.entries import make_entries
 
-MANUAL = Path(__file__).with_name("manual.json")
+MANUAL, MANUAL_OF = Path(__file__).with_name("manual.json"), "Tamarin 6"
 PARTS = ("own_words", "others", "records", "portability", "manual", "time")
 
 
@@ -151,15 +150,15 @@ def what_follows(scores: Any) -> dict[str, float | None]:
 
 
 def manual(_arguments: Any, model: Any, tokenizer: Any) -> Any:
-    about = json.loads(MANUAL.read_text(encoding="utf-8"))
-    asked = tuple(Question(q["question"], q["answer"], tuple(q["alternatives"])) for q in about["questions"])
-    whole = tuple(q._replace(prompt=f"{about['text']}\n\n{q.prompt}") for q in asked)
-    unnamed = tuple(q._replace(prompt=without(about["thing"], q.prompt)) for q in asked)
+    (document,) = load_documents(MANUAL)
+    text, asked = document.text, document.questions
+    whole = tuple(q._replace(prompt=f"{text}\n\n{q.prompt}") for q in asked)
+    unnamed = tuple(q._replace(prompt=without(MANUAL_OF, q.prompt)) for q in asked)
     yield "manual: base", shares(score_own_words(model, tokenizer, OwnWordsQuestions(asked)), answers=True)
     yield "manual: in the message", shares(score_own_words(model, tokenizer, OwnWordsQuestions(whole)), answers=True)
     for read, top_k, questions in (("names", 1, asked), ("names", 2, asked), ("bm25", 1, asked), ("bm25", 1, unnamed)):
         memory: Any = inject_memory(model, MemorySlotsConfig(read=read, top_k=top_k), tokenizer=tokenizer)
-        taken, _ = timed(memory.write, [Document(about["text"])], progress=False, measure=False)
+        taken, _ = timed(memory.write, [Document(text)], progress=False, measure=False)
         row = shares(score_own_words(model, tokenizer, OwnWordsQuestions(questions)), answers=True)
         label = "" if questions is asked else ", questions without its name"
         yield f"manual: entries, read={read!r}, top_k={top_k}{label}", {**row, "write seconds": taken.wall}
