@@ -77,7 +77,8 @@ $(RESULTS)/covariance.safetensors: | $(VENV)/.installed
 compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
 	@test -n "$(DATA)" || { echo "give DATA=FOLDER, or set MEMORY_ADAPTERS_DATA" >&2; exit 2; }
 	mkdir -p $(RESULTS)/comparison/results
-	$(if $(MODEL),,cp -n docs/results/comparison-rows/*.json $(RESULTS)/comparison/results)
+	$(if $(MODEL),,for row in docs/results/comparison-rows/*.json; do \
+		test -e $(RESULTS)/comparison/results/$$(basename $$row) || cp $$row $(RESULTS)/comparison/results; done)
 	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json --limit 100 --fact-counts 1,10,100 \
 		--dtype bfloat16 $(if $(MODEL),,--start slots=examples/slot-encoder) --set memit.covariance=$< \
 		--portability $(DATA)/zsre/edit.json --portability-limit 50 --max-seconds 1200 \
@@ -89,7 +90,7 @@ compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
 		--set lora_rehearsed.rank=3 --set lora_rehearsed.batch_size=16 \
 		--set full.batch_size=16 --set full.learning_rate=5e-5 --set 'full.training_args={"bf16":true}' --folder $(RESULTS)/comparison
 	cp $(addprefix $(RESULTS)/comparison/,comparison.json comparison.md comparison.html quality_damage.png quality_cost.png own_words.png curves.png) docs/results
-	cp $(RESULTS)/comparison/results/*.json docs/results/comparison-rows
+	$(if $(MODEL),,cp $(RESULTS)/comparison/results/*.json docs/results/comparison-rows)
 
 benchmarks: $(VENV)/.installed ## what an active memory costs, and what the reuse of states saves
 	$(BIN)/python benchmarks/overhead.py

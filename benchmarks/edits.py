@@ -235,7 +235,10 @@ class Study:
 
 def consistent(records: Sequence[EditRecord]) -> list[EditRecord]:
     """Return records without those that ask the same of a subject as an earlier one: two targets cannot both hold."""
-    return list({asked_by(record.fact): record for record in reversed(records)}.values())[::-1]
+    first: dict[tuple[str, ...], EditRecord] = {}
+    for record in records:
+        first.setdefault(asked_by(record.fact), record)
+    return list(first.values())
 
 
 def changes(memory: Any) -> dict[str, Tensor]:

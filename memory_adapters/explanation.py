@@ -28,7 +28,9 @@ class Explanation:
     @property
     def gates(self) -> list[float]:
         """How far the memory is open at each token, in [0, 1]: the most of what acts there."""
-        return [max((own[i] for own in self.acts.values()), default=float(self.everywhere)) for i in range(self._size)]
+        return [
+            max((own[i] for own in self.acts.values()), default=float(self.everywhere)) for i in range(len(self.tokens))
+        ]
 
     @property
     def summary(self) -> str:
@@ -39,10 +41,6 @@ class Explanation:
             return "Nothing acts: the answer is the base model's, bit for bit."
         return f"What acts: {', '.join(self.acts)}."
 
-    @property
-    def _size(self) -> int:
-        return len(self.tokens)
-
     def _rows(self) -> list[tuple[str, str]]:
         """Return what acts, and where, in words."""
         rows = []
@@ -51,7 +49,7 @@ class Explanation:
             where = "read, but not for its name"
             if places:
                 first = places[0]
-                open_at = f"{len(places)} of {self._size} tokens, the first {self.tokens[first]!r}"
+                open_at = f"{len(places)} of {len(self.tokens)} tokens, the first {self.tokens[first]!r}"
                 most = max(own)
                 where = open_at if most == 1 else f"{open_at}, open to {most:.0%} at most"
             rows.append((name, where))

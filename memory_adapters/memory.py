@@ -73,7 +73,7 @@ from memory_adapters.peft_layers.layers import (
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error, saved_attributes
 from memory_adapters.peft_layers.virtual_tokens import virtual_tokens_disabled
 from memory_adapters.registry import saved_file_names
-from memory_adapters.report import ItemResult, WriteReport
+from memory_adapters.report import ItemResult, WriteReport, html_table
 from memory_adapters.validation import check_number, check_path, shown
 
 __all__ = ["Memory", "Outcome"]
@@ -643,8 +643,7 @@ class Memory(OnHub, Generic[ConfigT]):
             *(("", repr(item)) for item in written[:SHOWN_ITEMS]),
             *([("", f"… {len(written) - SHOWN_ITEMS:,} more; see `items`")] if len(written) > SHOWN_ITEMS else []),
         ]
-        cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
-        return f"<table><caption>{html.escape(self._config.method_name)}</caption>{cells}</table>"
+        return html_table(self._config.method_name, rows)
 
 
 def evenly(values: Sequence[Any], most: int) -> list[Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType
 from typing import Any
 
-__all__ = ["ItemResult", "WriteReport"]
+__all__ = ["ItemResult", "WriteReport", "html_table"]
 
 SHOWN_ITEMS = 20
 
@@ -143,8 +143,13 @@ class WriteReport:
         return f"WriteReport ({self.method})\n" + "\n".join(f"  {a:<{width}}  {b}" for a, b in self.rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
-        return f"<table><caption>{html.escape(self.method)}</caption>{cells}</table>"
+        return html_table(self.method, self.rows())
+
+
+def html_table(caption: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return rows of a label and a value as an HTML table, for notebooks."""
+    cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    return f"<table><caption>{html.escape(caption)}</caption>{cells}</table>"
 
 
 def _is_number(value: object) -> bool:

@@ -16,9 +16,8 @@ __all__ = ["is_starting", "load_library", "main"]
 # help, nor for wrong usage. In every other process `import memory_adapters` imports all, and registers with PEFT.
 _starting = Path(*sys.argv[:1]).stem == "memory-adapters" or (
     sys.argv[:1] == ["-m"]
-    and any(
-        ("-m", module) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-        for module in (__name__, "memory_adapters")
+    and not {("-m", __name__), ("-m", "memory_adapters")}.isdisjoint(
+        zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     )
 )
 

@@ -18,7 +18,7 @@ from memory_adapters.base_model.partial_forward import CACHE, positioned
 from memory_adapters.base_model.tokens import pad_rows, tokenize
 from memory_adapters.base_model.trial import differs, trial
 from memory_adapters.items import Item, Items
-from memory_adapters.keys.gate import KeyReader, KeySet, attach_keys
+from memory_adapters.keys.gate import KeyReader, KeySet, Opened, attach_keys
 from memory_adapters.keys.learning import LearnedKeys
 from memory_adapters.keys.thing_config import ThingConfig
 from memory_adapters.keys.things import Thing, things_of
@@ -63,11 +63,16 @@ def reader_of(memory: Memory[Any]) -> KeyReader:
     return next(layer for layer in every if isinstance(layer, KeyReader))
 
 
+def _opened(memory: Memory[Any], rows: Sequence[Sequence[int]]) -> Opened:
+    """Return where rows of tokens are open to the things of a memory that takes part."""
+    device = execution_device(find_decoder(memory.model, memory.config.layers_path).embeddings)
+    memory.model(**pad_rows(rows, device), use_cache=False)
+    return reader_of(memory).pass_state.now().open[memory.adapter_name]
+
+
 def opened_tokens(memory: Memory[Any], ids: Sequence[int], names: Sequence[str]) -> dict[str, list[float]]:
     """Return where a row of tokens is open to things: name of a thing to 1 or 0 at each token."""
-    device = execution_device(find_decoder(memory.model, memory.config.layers_path).embeddings)
-    memory.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
-    opened = reader_of(memory).pass_state.now().open[memory.adapter_name]
+    opened = _opened(memory, [ids])
     return {names[thing]: opened.mask[0, :, i].float().tolist() for i, thing in enumerate(opened.things.tolist())}
 
 
@@ -125,11 +130,9 @@ class ThingMemory(Memory[ThingT]):
         The names are those in `config.things`.
         """
         listed = [texts] if isinstance(texts, str) else list(texts)
-        tokenizer, decoder = self._require_tokenizer(), find_decoder(self.model, self._config.layers_path)
-        inputs = pad_rows([tokenize(tokenizer, text) for text in listed], execution_device(decoder.embeddings))
+        tokenizer = self._require_tokenizer()
         with exclusive_use(self.model), self._enabled(), torch.no_grad():
-            self.model(**inputs, use_cache=False)
-            opened = reader_of(self).pass_state.now().open[self.adapter_name]
+            opened = _opened(self, [tokenize(tokenizer, text) for text in listed])
         found: list[str | None] = []
         for mask in opened.mask:
             lengths = mask.sum(0)  # of what was open longest

@@ -6,10 +6,10 @@ token in every context, and are moved by Adam to lower
     mean over facts and contexts of −Σ log p(target tokens) / their number  +  kl_factor · KL(edited ‖ base)
     +  weight_decay · ‖δ‖ / ‖h₀‖²,
 
-with ‖Σ δᵢ‖ ≤ clamp · ‖h₀‖ after every step, h₀ being the stream at the last edited block, in the bare prompt (but at
-most twice as large as in the middle one of the contexts). MEMIT's authors find one δ at
-the last block, and ask (z − h) / (n − i) of the i-th: what the lower ones do to the tokens behind is not seen by the
-loss. Found together, the changes are what the edited model makes of them, and less is needed.
+with ‖Σ δᵢ‖ ≤ clamp · ‖h₀‖ after every step, h₀ being the stream at the last edited block in the bare prompt, and ‖h₀‖
+at most twice its median over the subject's contexts. MEMIT's authors find one δ at the last block, and ask
+(z − h) / (n − i) of the i-th: what the lower ones do to the tokens behind is not seen by the loss. Found together, the
+changes are what the edited model makes of them, and less is needed.
 
 Adam's second moment is one number a subject: a step goes along the gradient, and not as far in coordinates that matter
 little as in those that matter.

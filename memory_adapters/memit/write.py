@@ -39,8 +39,8 @@ __all__ = ["LedgerBuilder"]
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 MEMORY_SHARE = 0.25
-# At the first token of a text the stream of many models is a hundred times as large as elsewhere: a subject of one
-# token that begins its prompt would get changes that no other context has room for.
+# At the first tokens of a text the stream of many models is a hundred times as large as elsewhere: a short subject that
+# begins its prompt would get changes that no other context has room for.
 LARGEST_STREAM = 2.0  # times the median over a subject's contexts
 SAME_KEY = 0.7  # cosine with the keys of other first tokens
 CPU_BATCH = 1024

@@ -167,10 +167,8 @@ class ResidualMemory(ThingMemory[MemoryAdapterConfig]):
         if self._config.token_gate == "none":
             return None
         states: list[Tensor] = []
-        layers, device = (
-            residual_layers(self),
-            execution_device(find_decoder(self.model, self._config.layers_path).embeddings),
-        )
+        layers = residual_layers(self)
+        device = execution_device(find_decoder(self.model, self._config.layers_path).embeddings)
         handles = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in layers]
         try:
             self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)

@@ -67,6 +67,10 @@ class Baseline(ABC):
         """Refuse a model that this cannot work on, before anything is measured. Raises as `inject_memory`."""
         find_decoder(model)
 
+    def accepts(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[type[Item], ...]:
+        """Return the kinds of items that it takes."""
+        return Memory.accepts
+
     def settings(self) -> dict[str, Any]:
         """Return what decides the outcome beside the model and the items, to tell one experiment from another."""
         return {"kind": type(self).__name__, **vars(self)}
@@ -104,6 +108,12 @@ class WrittenMemory(Baseline):
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._attach(model, tokenizer).remove()
+
+    def accepts(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[type[Item], ...]:
+        """Return the kinds of items that the memory takes."""
+        memory = self._attach(model, tokenizer)
+        memory.remove()
+        return memory.accepts
 
     def settings(self) -> dict[str, Any]:
         """Return the settings, as of any baseline; files count by what they hold, not by where they are."""
@@ -159,6 +169,11 @@ class Together(Baseline):
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         for memory in self.memories:
             memory.check(model, tokenizer)
+
+    def accepts(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[type[Item], ...]:
+        """Return the kinds of items that all of them take."""
+        first, *others = (memory.accepts(model, tokenizer) for memory in self.memories)
+        return tuple(kind for kind in first if all(kind in own for own in others))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of each."""

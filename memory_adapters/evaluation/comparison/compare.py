@@ -37,7 +37,7 @@ from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.generation import fluency, generate_texts
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
 from memory_adapters.evaluation.scores.perplexity import predictions
-from memory_adapters.items import Document
+from memory_adapters.items import Document, as_items
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
 
@@ -302,7 +302,8 @@ class _Measurement:
         texts = [Document(one.text) for one in part.records]
         asked = OwnWordsQuestions(tuple(question for one in part.records for question in one.questions))
         try:
-            with part.baseline.applied(self.model, self.tokenizer, texts) as applied:
-                return MethodResult(applied.report, documents=score_own_words(self.model, self.tokenizer, asked))
-        except TypeError as error:  # of items that a memory does not take
+            as_items(texts, part.baseline.accepts(self.model, self.tokenizer))
+        except TypeError as error:
             return MethodResult(skipped=str(error))
+        with part.baseline.applied(self.model, self.tokenizer, texts) as applied:
+            return MethodResult(applied.report, documents=score_own_words(self.model, self.tokenizer, asked))
