@@ -17,8 +17,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock
+from typing_extensions import Self
 
-from memory_adapters.files.atomic import MINUTE, finish_interrupted_save, scratch_folder
+from memory_adapters.files.atomic import MINUTE, finish_interrupted_save, read_lock, scratch_folder
 from memory_adapters.files.disk_errors import REMEDIES
 from memory_adapters.files.model_card import HERE, hub_id
 from memory_adapters.files.names import CARD_FILE
@@ -117,6 +118,32 @@ class OneFile(OnHub):
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file atomically."""
+
+    @classmethod
+    def load(
+        cls, path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> Self:
+        """Read what `save` or `push_to_hub` wrote.
+
+        Args:
+            path_or_repo_id: A file, a folder that has it by the name it has on the Hub (the class's `file`), or a
+                repository on the Hub.
+            revision: Branch, tag or commit on the Hub.
+            token: Access token for the Hub.
+
+        Raises:
+            FileNotFoundError: If there is no such file, or none in the folder or repository.
+            OSError: What huggingface_hub raises if the repository or revision cannot be had.
+            ValueError: If the file is damaged, or holds something else.
+        """
+        path = find_file(path_or_repo_id, cls.file, revision=revision, token=token)
+        with read_lock(path.parent):  # its header and its tensors are of one save
+            return cls._read(path)
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, path: Path) -> Self:
+        """Read the file; raises a `ValueError` if it is damaged or holds something else."""
 
     @abstractmethod
     def _card(self) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.files.atomic import atomic_file
-from memory_adapters.files.hub import OneFile, find_file
+from memory_adapters.files.hub import OneFile
 from memory_adapters.files.model_card import HERE, file_card
 from memory_adapters.files.strict_json import parse_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, write_tensors
@@ -93,22 +94,7 @@ class Covariance(OneFile):
             write_tensors(staging, {f"layer.{i}": matrix for i, matrix in self.matrices.items()}, metadata)
 
     @classmethod
-    def load(
-        cls, path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-    ) -> Covariance:
-        """Read what `save` or `push_to_hub` wrote.
-
-        Args:
-            path_or_repo_id: A file, a folder with `covariance.safetensors`, or a repository on the Hub.
-            revision: Branch, tag or commit on the Hub.
-            token: Access token for the Hub.
-
-        Raises:
-            FileNotFoundError: If there is no such file, or none in the folder or repository.
-            OSError: What huggingface_hub raises if the repository or revision cannot be had.
-            ValueError: If the file is damaged, or holds something else.
-        """
-        path = find_file(path_or_repo_id, cls.file, revision=revision, token=token)
+    def _read(cls, path: Path) -> Covariance:
         shapes, metadata = read_metadata(path)
         try:
             about = parse_json(metadata["covariance"])

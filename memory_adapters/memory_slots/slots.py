@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from memory_adapters.base_model.fingerprint import Fingerprint, check_fingerprint, warn_if_unmarked
 from memory_adapters.files.atomic import atomic_directory, atomic_file
-from memory_adapters.files.hub import OneFile, find_file
+from memory_adapters.files.hub import OneFile
 from memory_adapters.files.model_card import HERE, file_card
 from memory_adapters.files.strict_json import parse_json
 from memory_adapters.files.tensors import read_metadata, read_tensors, write_tensors
@@ -125,23 +126,7 @@ class MemorySlots(OneFile):
             write_tensors(staging, {NAME: self.vectors}, {NAME: json.dumps(about, sort_keys=True)})
 
     @classmethod
-    def load(
-        cls, path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-    ) -> MemorySlots:
-        """Read what `save` or `push_to_hub` wrote.
-
-        Args:
-            path_or_repo_id: A file, a folder with `slots.safetensors` (such as a saved memory's), or a repository on
-                the Hub.
-            revision: Branch, tag or commit on the Hub.
-            token: Access token for the Hub.
-
-        Raises:
-            FileNotFoundError: If there is no such file, or none in the folder or repository.
-            OSError: What huggingface_hub raises if the repository or revision cannot be had.
-            ValueError: If the file is damaged, or holds something else.
-        """
-        file = find_file(path_or_repo_id, cls.file, revision=revision, token=token)
+    def _read(cls, file: Path) -> MemorySlots:
         shapes, metadata = read_metadata(file)
         try:
             about = parse_json(metadata[NAME])

@@ -9,13 +9,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memory_adapters import load_memory
+from memory_adapters.files import tensors
 from memory_adapters.files.atomic import (
     COMMITTED,
     MINUTE,
@@ -31,7 +32,7 @@ from memory_adapters.files.locks import folder_lock
 from memory_adapters.training.checkpoints import checkpoint_to_resume, newest_checkpoint
 from tests.reliability.__main__ import MEMORY, run_worker
 from tests.reliability.operations import age, files_of
-from tests.reliability.together import memory_of
+from tests.reliability.together import files_of_two_saves, memory_of
 from tests.support.contract import logits
 from tests.support.hub import HubServer
 from tests.support.models import tiny_model
@@ -183,3 +184,27 @@ def test_a_checkpoint_that_was_being_saved_is_passed_over(tmp_path: Path) -> Non
         checkpoint_to_resume(str(tmp_path / "checkpoint-12"), None)
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         checkpoint_to_resume(True, tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["covariance", "slots"])
+def test_header_and_tensors_of_a_file_are_of_one_save(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = files_of_two_saves()[number]
+    old.save(tmp_path / old.file)
+    old_bytes = (tmp_path / old.file).read_bytes()
+    with ThreadPoolExecutor(1) as pool:
+        saving = []
+
+        def read_metadata(path: Path) -> Any:
+            found = tensors.read_metadata(path)
+            saving.append(pool.submit(new.save, path))
+            wait(saving, 0.2)
+            return found
+
+        monkeypatch.setattr(sys.modules[type(old).__module__], "read_metadata", read_metadata)
+        read = type(old).load(tmp_path)
+        saving[0].result()
+    assert (tmp_path / old.file).read_bytes() != old_bytes
+    read.save(tmp_path / "read" / old.file)
+    assert (tmp_path / "read" / old.file).read_bytes() == old_bytes

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from memory_adapters import Covariance, MemorySlots, load_adapters, load_memory, save_adapters
+from memory_adapters.base_model.fingerprint import base_fingerprint
 from memory_adapters.files.atomic import OWN
 from tests.reliability.killing import ended, fork
 from tests.support.composing import put
@@ -40,6 +41,14 @@ def adapters_of(seed: int) -> Any:
     return model
 
 
+def files_of_two_saves() -> tuple[list[Covariance], list[MemorySlots]]:
+    """Two of each kind of one file, that differ in the header and in the tensors."""
+    fingerprint = base_fingerprint(tiny_model())
+    covariances = [Covariance({1: torch.eye(32) * n}, n, n, "text", fingerprint) for n in (1, 2)]
+    slots = [MemorySlots(torch.full((4, 32), float(n)), (4,), 7 + n, fingerprint, None, "0") for n in (1, 2)]
+    return covariances, slots
+
+
 def repeated(work: Callable[[int], None], seconds: float) -> Callable[[], str]:
     """What repeats `work(n)` for so long and says how often it did."""
 
@@ -57,9 +66,7 @@ def run(folder: Path, seconds: float) -> dict[str, int]:
     torch.set_num_threads(1)
     memories = [memory_of(seed) for seed in range(SAVERS)]
     models = [adapters_of(seed) for seed in range(SAVERS)]
-    fingerprint = dict(memories[0].config.base_fingerprint)
-    covariances = [Covariance({1: torch.eye(32) * n}, n, n, "text", fingerprint) for n in (1, 2)]
-    slots = [MemorySlots(torch.full((4, 32), float(n)), (4,), 8, fingerprint, None, "0") for n in (1, 2)]
+    covariances, slots = files_of_two_saves()
     said = [logits(memory.model) for memory in memories]
     all_said = [logits(model) for model in models]
 
@@ -78,7 +85,8 @@ def run(folder: Path, seconds: float) -> dict[str, int]:
         assert any(logits(model).equal(one) for one in all_said), "the adapters are of two saves"
         found = Covariance.load(folder / "files" / "c.safetensors")
         assert found.matrices[1].equal(covariances[found.num_tokens - 1].matrices[1])
-        MemorySlots.load(folder / "files")
+        read = MemorySlots.load(folder / "files")
+        assert read.vectors.equal(slots[read.num_tokens - 8].vectors)
 
     save(0)
     works = {f"saver {seed}": lambda _number, seed=seed: save(seed) for seed in range(SAVERS)}
