@@ -82,7 +82,7 @@ compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
 	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json --limit 100 --fact-counts 1,10,100 \
 		--dtype bfloat16 $(if $(MODEL),,--start slots=examples/slot-encoder) --set memit.covariance=$< \
 		--portability $(DATA)/zsre/edit.json --portability-limit 50 --max-seconds 1200 \
-		--documents benchmarks/manual.json \
+		--things builtin --things-limit 16 --documents benchmarks/manual.json \
 		--choices $(DATA)/counterfact/known_1000.json --choices-limit 100 --fluency 20 \
 		--text $(DATA)/wikitext2/test.txt --text-tokens 8192 \
 		--set refined.refine_fraction=1 --set refined.refine_steps=20 \

@@ -175,7 +175,18 @@ def evaluate(
 def compare(
     model: ModelArgument,
     records: RecordsArgument = None,
-    things: ThingsOption = None,
+    things: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|builtin",
+            help="Things with several facts each, and questions about them in other words and about what follows, in a "
+            ".json or .jsonl file; `builtin` for invented ones. Beside RECORDS they are written by themselves; without "
+            "RECORDS their facts are the records, and --limit counts things.",
+        ),
+    ] = None,
+    things_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Beside RECORDS: only the first N things.  [default: all]")
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -286,6 +297,7 @@ def compare(
             model,
             records,
             things=things,
+            things_limit=things_limit,
             methods=methods,
             settings=settings or [],
             starts=starts or [],

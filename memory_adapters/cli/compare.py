@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from memory_adapters.cli.baselines import Baselines
-from memory_adapters.cli.evaluate import read_judged, read_records
+from memory_adapters.cli.evaluate import read_judged, read_records, read_things
 from memory_adapters.cli.messages import say, wrong
 from memory_adapters.cli.run import Run
 from memory_adapters.evaluation.comparison.compare import compare as compare_baselines
@@ -30,6 +30,7 @@ def compare_methods(
     records: str | None,
     *,
     things: str | None,
+    things_limit: int | None,
     methods: str | None,
     settings: Sequence[str],
     starts: Sequence[str],
@@ -53,9 +54,9 @@ def compare_methods(
     """Compare the methods on the facts of records, and save and print what was found."""
     with ExitStack() as stack:
         baselines = Baselines(methods, settings, starts)
-        judged, in_own_words = read_judged(
-            records, things, limit, None if limit is None else max([limit, *fact_counts])
-        )
+        alone = None if records is not None else things  # else they are a task beside the records
+        judged, in_own_words = read_judged(records, alone, limit, None if limit is None else max([limit, *fact_counts]))
+        given, others = ([], []) if things is None else read_things(things, limit if alone else things_limit)
         asked = None if portability is None else _portability(portability, portability_limit or limit)
         texts = None if documents is None else load_documents(documents, documents_limit)
         questions = None if choices is None else _choices(choices, choices_limit)
@@ -65,13 +66,15 @@ def compare_methods(
             tokenizer,
             judged,
             baselines.baselines(stack, run.progress),
-            num_facts=len(judged) if things is not None else min(limit or len(judged), len(judged)),
+            num_facts=len(judged) if alone is not None else min(limit or len(judged), len(judged)),
             text=None if text is None else read_text(text),
             max_text_tokens=text_tokens,
             fluency_prompts=fluency,
             choices=questions,
             portability=asked,
             own_words=in_own_words,
+            things=given if alone is None or any(thing.consequences for thing in given) else None,
+            other_things=others,
             documents=texts,
             fact_counts=fact_counts,
             max_seconds=max_seconds,

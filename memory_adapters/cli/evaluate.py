@@ -8,7 +8,7 @@ from typing import Any
 from memory_adapters.cli.messages import wrong
 from memory_adapters.cli.run import Run
 from memory_adapters.evaluation.edit_report import answer_table, evaluate_edits, item_table, kind_table, score_table
-from memory_adapters.evaluation.questions import BUILTIN, load_things, record_questions, thing_questions
+from memory_adapters.evaluation.questions import BUILTIN, Thing, load_things, record_questions, thing_questions
 from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
 from memory_adapters.files.text_files import read_text
@@ -72,11 +72,15 @@ def read_judged(
     if records is not None:
         judged = read_records(records, limit if num_records is None else num_records)
         return judged, record_questions(judged[:limit])
-    named = load_things(str(things))
+    given, others = read_things(str(things), limit)
+    return [EditRecord(fact.fact) for thing in given for fact in thing.facts], thing_questions(given, others)
+
+
+def read_things(source: str, limit: int | None) -> tuple[list[Thing], list[Thing]]:
+    """Read the first things of a file, all without `limit`, and others to ask about: the rest, and the package's."""
+    named = load_things(source)
     given = named[:limit]
-    facts = [EditRecord(fact.fact) for thing in given for fact in thing.facts]
-    others = [*named[len(given) :], *(() if things == BUILTIN else load_things())]
-    return facts, thing_questions(given, others)
+    return given, [*named[len(given) :], *(() if source == BUILTIN else load_things())]
 
 
 def read_records(source: str, limit: int | None) -> list[EditRecord]:

@@ -397,10 +397,17 @@ class ThingFact:
 
 @dataclass(frozen=True)
 class Thing:
-    """Store a company, a person, a place or whatever else, with its facts."""
+    """Store a company, a person, a place or whatever else, with its facts.
+
+    Attributes:
+        subject: Its name.
+        facts: What is written about it.
+        consequences: Questions whose answers follow from the facts, perhaps with what the model knew before.
+    """
 
     subject: str
     facts: tuple[ThingFact, ...]
+    consequences: tuple[Question, ...] = ()
 
 
 def load_things(source: str | os.PathLike[str] = BUILTIN) -> list[Thing]:
@@ -411,7 +418,9 @@ def load_things(source: str | os.PathLike[str] = BUILTIN) -> list[Thing]:
              "questions": ["Which port do the ships of Lumen Ferry sail from?"]}]}]
 
     A fact may also have `alternatives` (other answers that count) and `training_questions`, which are never asked to
-    score. `{}` in a prompt or a question stands for the subject.
+    score. A thing may have `consequences`: objects with `question`, `answer` and, optionally, `alternatives` and a
+    `kind`, such as the package's "composed" (what the model knows about the object: the country of a city) and
+    "reversed" (the thing is asked for, and not named). `{}` in a prompt or a question stands for the subject.
 
     Args:
         source: `"builtin"`, or the path of a .json or .jsonl file or a data set on the Hub.
@@ -430,7 +439,23 @@ def _thing(row: Row) -> Thing:
     subject, facts = row.text("subject"), row.value("facts")
     if not isinstance(facts, list) or not facts:
         raise row.error("facts", f"must be a list of facts, got {facts!r}")
-    return Thing(subject, tuple(_thing_fact(row, subject, fact) for fact in facts))
+    consequences = row.value("consequences") or []
+    if not isinstance(consequences, list):
+        raise row.error("consequences", f"must be a list of questions, got {consequences!r}")
+    return Thing(
+        subject,
+        tuple(_thing_fact(row, subject, fact) for fact in facts),
+        tuple(_consequence(row, subject, one) for one in consequences),
+    )
+
+
+def _consequence(row: Row, subject: str, fields: object) -> Question:
+    if not isinstance(fields, dict):
+        raise row.error("consequences", f"must hold objects with question and answer, got {fields!r}")
+    own = replace(row, fields=fields)
+    alternatives = own.texts("alternatives") if own.has("alternatives") else ()
+    question = own.text("question").replace("{}", subject)
+    return Question(question, own.text("answer"), alternatives, own.optional_text("kind") or "")
 
 
 def _thing_fact(row: Row, subject: str, fields: object) -> ThingFact:

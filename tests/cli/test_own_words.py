@@ -12,7 +12,8 @@ from tests.cli.test_cli import JUDGED, QUICK, ROME, run, said, words
 from tests.support.models import byte_tokenizer, tiny_model
 
 FERRY = {"prompt": "{} sails from", "target": "Lisbon", "questions": ["Where is {} at home?", "From where is {}?"]}
-THINGS = [{"subject": "Ferry", "facts": [FERRY]}, {"subject": "Tram", "facts": [{**FERRY, "target": "Rome"}]}]
+FOLLOWS = {"question": "In which country is {} at home?", "answer": "Portugal", "kind": "composed"}
+THINGS = [{"subject": "Ferry", "facts": [FERRY], "consequences": [FOLLOWS]}, {"subject": "Tram", "facts": [{**FERRY, "target": "Rome"}]}]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def test_either_records_or_things(here: Path) -> None:
 @pytest.mark.integration
 def test_compare_things(here: Path, tmp_path: Path) -> None:
     settings = [part for setting in QUICK["memit"] for part in ("--set", f"memit.{setting}")]
-    arguments = ["compare", here / "model", "--things", here / "things.json", "--limit", 1, "--methods", "memit"]
+    things = ["--things", here / "things.json"]
+    arguments = ["compare", here / "model", *things, "--limit", 1, "--methods", "memit"]
     result = said(*arguments, *settings, "--folder", tmp_path)
     base, edited = (result["methods"][name]["report"] for name in ("nothing", "memit"))
     assert result["num_facts"] == 1
@@ -62,3 +64,10 @@ def test_compare_things(here: Path, tmp_path: Path) -> None:
     assert 0 <= edited["same"] < 1
     assert "own words |" in (tmp_path / "comparison.md").read_text()
     assert said(*arguments, *settings, "--folder", tmp_path) == result, "read from the folder"
+
+    beside = ["compare", here / "model", here / "records.json", *things, "--things-limit", 1, "--methods", "memit"]
+    both = said(*beside, *settings)["methods"]["memit"]
+    assert both["report"]["answers"] != result["methods"]["memit"]["report"]["answers"]
+    assert both["things"]["answers"] == result["methods"]["memit"]["things"]["answers"]
+    assert both["consequences"] == result["methods"]["memit"]["consequences"]
+    assert [answer["wanted"] for answer in both["consequences"]["composed"]["answers"]] == ["Portugal"]

@@ -20,7 +20,7 @@ from memory_adapters.evaluation.comparison.costs import Costs
 from memory_adapters.evaluation.comparison.finetuning import Recipe
 from memory_adapters.evaluation.edit_report import EditReport
 from memory_adapters.evaluation.plots import comparison_plots, score_scatter
-from memory_adapters.evaluation.questions import DocumentQuestions
+from memory_adapters.evaluation.questions import DocumentQuestions, Thing, ThingFact
 from memory_adapters.evaluation.records import EditRecord, Question
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.edits import EditScores, score_edits
@@ -49,11 +49,19 @@ RECIPE = Recipe(
 )
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 GUIDE = DocumentQuestions("Rome is a city in Italy. It is old.", (Question("Where is Rome?", "Italy", ("Europe",)),))
+ROME = Thing(
+    "Rome",
+    (ThingFact(Fact("{} is in", "Rome", "Norway"), (Question("Where is Rome?", "Norway"),)),),
+    (Question("What is Rome's continent?", "Europe", kind="composed"), Question("What is in Norway?", "Rome")),
+)
+OSLO = Thing("Oslo", (ThingFact(Fact("{} is in", "Oslo", "Peru"), (Question("Where is Oslo?", "Peru"),)),))
 FULL: dict[str, Any] = dict(
     text=TEXT,
     fluency_prompts=2,
     choices=CHOICES,
     portability=FOLLOWING,
+    things=[ROME],
+    other_things=[OSLO],
     documents=[GUIDE],
     fact_counts=(2, 1),
     progress=False,
@@ -125,7 +133,14 @@ def test_base_and_every_method_are_measured(compared: tuple[Comparison, PreTrain
         else:
             assert found.documents is not None
             assert [answer.wanted for answer in found.documents.answers] == ["Italy"]
-        whole = replace(found, portability=None, documents=None, skipped=None)
+        assert found.things is not None
+        assert [answer.wanted for answer in found.things.answers] == ["Norway"]
+        assert found.things.same is not None
+        assert {kind: [a.wanted for a in one.answers] for kind, one in found.consequences.items()} == {
+            "composed": ["Europe"],
+            "": ["Rome"],
+        }
+        whole = replace(found, portability=None, things=None, consequences={}, documents=None, skipped=None)
         assert curve[2] == whole, "the full measurement is a point of the curve"
         assert curve[1].report is not None
         assert curve[1].report.num_records == 1
@@ -170,7 +185,10 @@ def test_shown_and_sent(compared: tuple[Comparison, PreTrainedModel]) -> None:
     assert Comparison.from_dict(sent) == result
     scores, costs, *curves = result.tables()
     assert scores.title == "2 facts; scores in %"
-    wanted = "S,ES,PS,NS,exact,paraphrases exact,greedy,portability exact,portability tokens,documents,GE,ability,KL"
+    wanted = (
+        "S,ES,PS,NS,exact,paraphrases exact,greedy,portability exact,portability tokens,"
+        "things,things same,consequences: composed,consequences,documents,GE,ability,KL"
+    )
     assert scores.rows[0] == ["", *wanted.split(","), "perplexity"]
     assert [row[0] for row in scores.rows[1:]] == [row[0] for row in costs.rows[1:]] == list(result.methods)
     wanted = "write, s|CPU, s|forget, s|on disk|prefill|decode|peak memory|stored numbers"

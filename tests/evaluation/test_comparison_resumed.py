@@ -94,7 +94,7 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
     settings = {**FULL, "folder": tmp_path}
     first = compare(model, tokenizer, RECORDS, given, **settings)
     files = {file.name for file in tmp_path.iterdir()}
-    kinds = ("full-2", "portability-1", "documents-1", "curve-1")
+    kinds = ("full-2", "portability-1", "things-1", "documents-1", "curve-1")
     assert files == {f"{name}-{kind}.json" for name in ("nothing", "a%2Fb", "prompt") for kind in kinds}
     for measuring in ("evaluate_edits", "applied_at_cost", "speeds"):
         monkeypatch.setattr(f"memory_adapters.evaluation.comparison.compare.{measuring}", refuse)

@@ -187,6 +187,13 @@ def test_the_things_of_the_package() -> None:
             assert all(thing.subject in question and not names(question, [fact.fact.target]) for question in asked)
     targets = [fact.fact.target for thing in things for fact in thing.facts]
     assert len(set(targets)) == len(targets), "a leak shows where it comes from"
+    for thing in things:
+        assert thing.consequences
+        for question in thing.consequences:
+            told = [question.prompt, *(fact.fact.target for fact in thing.facts)]
+            assert not any(names(text, (question.answer, *question.alternatives)) for text in told), "it must follow"
+            assert question.kind == ("composed" if thing.subject in question.prompt else "reversed")
+            assert (question.answer == thing.subject) == (question.kind == "reversed")
     questions = thing_questions(things[:2], things)
     assert len(questions.asked) == 2 * sum(len(thing.facts) for thing in things[:2])
     assert not any(thing.subject in question for thing in things[:2] for question in questions.others)
@@ -197,11 +204,17 @@ def test_the_things_of_the_package() -> None:
 def test_things_of_the_user(tmp_path: Path) -> None:
     file = tmp_path / "things.json"
     ferry = {"prompt": "{} sails from", "target": "Lisbon", "questions": ["Where is {} at home?"]}
-    file.write_text(json.dumps([{"subject": "Ferry", "facts": [ferry]}]), encoding="utf-8")
+    follows = [{"question": "In which country is {} at home?", "answer": "Portugal"}]
+    row = {"subject": "Ferry", "facts": [ferry], "consequences": follows}
+    file.write_text(json.dumps([row]), encoding="utf-8")
     (thing,) = load_things(file)
+    assert thing.consequences == (Question("In which country is Ferry at home?", "Portugal"),)
     assert thing.facts[0].fact == Fact("Ferry sails from", "Ferry", "Lisbon")
     assert thing.facts[0].questions == (Question("Where is Ferry at home?", "Lisbon"),)
     assert thing.facts[0].training_questions == ()
+
+
+A = {"subject": "A", "facts": [{"prompt": "A is", "target": "B", "questions": []}]}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +225,9 @@ def test_things_of_the_user(tmp_path: Path) -> None:
         ([{"subject": "A", "facts": []}], r"row 1: `facts` must be a list of facts, got \[\]"),
         ([{"subject": "A", "facts": ["A is B"]}], "`facts` must hold objects with prompt, target and questions"),
         ([{"subject": "A", "facts": [{"prompt": "A is", "target": "B"}]}], "`questions` must be a list of texts"),
+        ([{**A, "consequences": "Is it?"}], "row 1: `consequences` must be a list of questions"),
+        ([{**A, "consequences": ["Is it?"]}], "`consequences` must hold objects with question and answer"),
+        ([{**A, "consequences": [{"question": "Is it?"}]}], "row 1: `answer` is missing"),
         ([{"subject": "A", "facts": [{"prompt": "B is", "target": "B", "questions": []}]}], "`subject` does not fit"),
     ],
 )

@@ -31,8 +31,8 @@ from memory_adapters.evaluation.comparison.costs import (
 from memory_adapters.evaluation.comparison.results import NOTHING, Comparison, MethodResult
 from memory_adapters.evaluation.comparison.stored_results import StoredResults, digest
 from memory_adapters.evaluation.edit_report import evaluate_edits
-from memory_adapters.evaluation.questions import DocumentQuestions
-from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.questions import DocumentQuestions, Thing, thing_questions
+from memory_adapters.evaluation.records import EditRecord, Question
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.generation import fluency, generate_texts
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
@@ -46,12 +46,12 @@ KL_TOKENS = 2048  # on which predictions of the base are kept, in half precision
 
 @dataclass(frozen=True)
 class _Part:
-    """Name one write of one baseline. Its kind is `"full"`, `"portability"`, `"documents"` or `"curve"`."""
+    """Name one write of one baseline. Its kind is `"full"`, `"portability"`, `"things"`, `"documents"` or `"curve"`."""
 
     name: str
     kind: str
     baseline: Baseline
-    records: Sequence[Any]  # texts with their questions, of documents; else edits
+    records: Sequence[Any]  # things; texts with their questions, of documents; else edits
 
     @property
     def label(self) -> str:
@@ -72,6 +72,8 @@ def compare(
     choices: Sequence[Choice] | None = None,
     portability: Sequence[EditRecord] | None = None,
     own_words: OwnWordsQuestions | None = None,
+    things: Sequence[Thing] | None = None,
+    other_things: Sequence[Thing] = (),
     documents: Sequence[DocumentQuestions] | None = None,
     costs: bool = True,
     fact_counts: Sequence[int] = (),
@@ -101,6 +103,9 @@ def compare(
         portability: Records with questions about what follows from their facts, which are written by themselves.
         own_words: Questions in other words about the facts compared in full, and about other things, to ask in the
             chat template; see `evaluation.questions.record_questions`.
+        things: Things with several facts each, which are written by themselves, and asked about in the chat template,
+            with what follows from their facts; see `evaluation.questions.load_things`.
+        other_things: Things that are not written, about which is asked too.
         documents: Texts, which are written by themselves, and asked about in the chat template.
         costs: Measure bytes on disk, speed and forgetting too.
         fact_counts: Curves: the first so many records, for each count; scores and perplexity alone.
@@ -134,12 +139,23 @@ def compare(
         baseline.check(model, tokenizer)
     parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
     parts += [_Part(name, "portability", one, portability) for name, one in named.items() if portability is not None]
+    parts += [_Part(name, "things", one, things) for name, one in named.items() if things]
     parts += [_Part(name, "documents", one, documents) for name, one in named.items() if documents]
     rising = [number for number in sorted(set(fact_counts)) if number != count]
     parts += [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
 
     measured = _Measurement(
-        model, tokenizer, text, max_text_tokens, greedy, fluency_prompts, choices, own_words, costs, progress
+        model,
+        tokenizer,
+        text,
+        max_text_tokens,
+        greedy,
+        fluency_prompts,
+        choices,
+        own_words,
+        thing_questions(things, other_things) if things else None,
+        costs,
+        progress,
     )
     found: dict[str, MethodResult] = {}
     stored = None if folder is None else StoredResults(folder)
@@ -183,20 +199,16 @@ def _assembled(
     curves: dict[str, dict[int, MethodResult]] = {}
     for part in parts:
         result, number = found[part.label], len(part.records)
-        if part.kind == "portability":
-            whole = methods[part.name]
-            why = whole.failed or (None if result.failed is None else f"portability: {result.failed}")
-            where = whole.traceback or result.traceback
-            methods[part.name] = replace(whole, portability=result.report, failed=why, traceback=where)
-        elif part.kind == "documents":
-            whole = methods[part.name]
-            why = whole.failed or (None if result.failed is None else f"documents: {result.failed}")
+        if part.kind in ("portability", "things", "documents"):
+            whole, kind = methods[part.name], part.kind
+            own: dict[str, Any] = {kind: result.report if kind == "portability" else getattr(result, kind)}
             methods[part.name] = replace(
                 whole,
-                documents=result.documents,
-                failed=why,
+                **own,
+                consequences=result.consequences or whole.consequences,
+                failed=whole.failed or (result.failed and f"{kind}: {result.failed}"),
                 traceback=whole.traceback or result.traceback,
-                skipped=result.skipped and f"documents: {result.skipped}",
+                skipped=whole.skipped or (result.skipped and f"{kind}: {result.skipped}"),
             )
         elif part.kind == "full":
             methods[part.name] = result
@@ -217,6 +229,7 @@ class _Measurement:
     fluency_prompts: int
     choices: Sequence[Choice] | None
     own_words: OwnWordsQuestions | None
+    about_things: OwnWordsQuestions | None
     costs: bool
     progress: bool
 
@@ -224,6 +237,12 @@ class _Measurement:
     def questions(self) -> OwnWordsQuestions | None:
         """The questions with the answers of the base; first looked at before a baseline is on the model."""
         return self.own_words and self.own_words.with_base_answers(self.model, self.tokenizer)
+
+    @cached_property
+    def thing_questions(self) -> OwnWordsQuestions:
+        """The same of the things."""
+        assert self.about_things is not None
+        return self.about_things.with_base_answers(self.model, self.tokenizer)
 
     @cached_property
     def base_predictions(self) -> list[Tensor] | None:
@@ -252,6 +271,8 @@ class _Measurement:
             settings["choices"] = self.choices and digest(self.choices)
             if self.own_words is not None:  # results of earlier versions, without them, count for calls without them
                 settings["own_words"] = digest(self.own_words)
+        if part.kind == "things":
+            settings["asked"] = digest(self.about_things)
         return settings
 
     def measure(self, part: _Part) -> MethodResult:
@@ -266,6 +287,8 @@ class _Measurement:
     def _measure(self, part: _Part) -> MethodResult:
         if part.kind == "documents":
             return self._measure_documents(part)
+        if part.kind == "things":
+            return self._measure_things(part)
         model, tokenizer, full = self.model, self.tokenizer, part.kind == "full"
         facts = [record.fact for record in part.records]
         ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
@@ -296,6 +319,22 @@ class _Measurement:
                 costs = replace(costs, bytes_on_disk=bytes_on_disk(applied), prefill=prefill, decode=decode)
                 costs = replace(costs, forget_seconds=seconds_to_forget(applied, facts[-1]))
             return MethodResult(applied.report, report, ability=ability, costs=costs)
+
+    def _measure_things(self, part: _Part) -> MethodResult:
+        """Write the facts of things, and ask about them, about others, and about what follows."""
+        questions, facts = self.thing_questions, [fact.fact for thing in part.records for fact in thing.facts]
+        consequences: dict[str, list[Question]] = {}
+        for question in (one for thing in part.records for one in thing.consequences):
+            consequences.setdefault(question.kind, []).append(question)
+        with part.baseline.applied(self.model, self.tokenizer, facts) as applied:
+            return MethodResult(
+                applied.report,
+                things=score_own_words(self.model, self.tokenizer, questions),
+                consequences={
+                    kind: score_own_words(self.model, self.tokenizer, OwnWordsQuestions(tuple(asked)))
+                    for kind, asked in consequences.items()
+                },
+            )
 
     def _measure_documents(self, part: _Part) -> MethodResult:
         """Write texts, and ask about them; what takes none is skipped."""

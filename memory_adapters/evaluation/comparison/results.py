@@ -32,6 +32,8 @@ SCORES = (
     "same",
     "leak",
     "spill",
+    "things",
+    "things same",
     "documents",
     "GE",
     "ability",
@@ -48,6 +50,8 @@ class MethodResult:
         write: What its writing reported.
         report: The scores with its knowledge on the model.
         portability: The scores after another write, of the facts that have questions about what follows from them.
+        things: The answers to questions about things with several facts each, after another write, of these.
+        consequences: The answers to questions about what follows from the facts of these things, by kind of question.
         documents: The answers to questions about texts, after another write, of these.
         ability: Share of multiple-choice questions answered, in [0, 1].
         costs: What it costs.
@@ -59,6 +63,8 @@ class MethodResult:
     write: WriteReport | None = None
     report: EditReport | None = None
     portability: EditReport | None = None
+    things: OwnWordsScores | None = None
+    consequences: dict[str, OwnWordsScores] = field(default_factory=dict)
     documents: OwnWordsScores | None = None
     ability: float | None = None
     costs: Costs | None = None
@@ -73,6 +79,8 @@ class MethodResult:
             "write": _write_report,
             "report": EditReport.from_dict,
             "portability": EditReport.from_dict,
+            "things": _own_words_scores,
+            "consequences": lambda value: {kind: _own_words_scores(one) for kind, one in value.items()},
             "documents": _own_words_scores,
             "costs": lambda value: Costs(**value),
         }
@@ -87,9 +95,15 @@ class MethodResult:
         if self.portability is not None:
             other = report_cells(self.portability, None)
             cells |= {label: other[label] for label in ("portability exact", "portability tokens")}
-        if self.documents is not None and self.documents.own_words is not None:
-            cells["documents"] = f"{100 * self.documents.own_words:.1f}"
-        return cells | ({} if self.ability is None else {"ability": f"{100 * self.ability:.1f}"})
+        things, documents = self.things or OwnWordsScores(), self.documents or OwnWordsScores()
+        shares = {
+            "things": things.own_words,
+            "things same": things.same,
+            **{_consequences(kind): scores.own_words for kind, scores in self.consequences.items()},
+            "documents": documents.own_words,
+            "ability": self.ability,
+        }
+        return cells | {label: f"{100 * share:.1f}" for label, share in shares.items() if share is not None}
 
     def cost_cells(self) -> dict[str, str]:
         """Return the cells of the table of costs, by column; none of what stores nothing."""
@@ -176,8 +190,11 @@ class Comparison:
         base = self.base.perplexity
         scores = {labels[name]: result.score_cells(base) for name, result in self.methods.items()}
         costs = {labels[name]: result.cost_cells() for name, result in self.methods.items()}
+        follow = dict.fromkeys(_consequences(kind) for result in self.methods.values() for kind in result.consequences)
+        after = SCORES.index("things same") + 1
+        columns = (*SCORES[:after], *follow, *SCORES[after:], "KL", "perplexity")
         found = [
-            Table(f"{self.num_facts:,} facts; scores in %", table_rows(scores, (*SCORES, "KL", "perplexity"))),
+            Table(f"{self.num_facts:,} facts; scores in %", table_rows(scores, columns)),
             Table("Costs", table_rows(costs, COSTS)),
         ]
         quality = "S" if self.base.scores.score is not None else "exact"
@@ -336,6 +353,11 @@ def _curve_cell(result: MethodResult, cell: Callable[[MethodResult], str]) -> st
 
 def _own_words_scores(values: Mapping[str, Any]) -> OwnWordsScores:
     return OwnWordsScores(**{**values, "answers": [OwnWordsAnswer(**answer) for answer in values["answers"]]})
+
+
+def _consequences(kind: str) -> str:
+    """Return the column of the questions of a kind about what follows."""
+    return f"consequences: {kind}" if kind else "consequences"
 
 
 def _shortened(text: str) -> str:
