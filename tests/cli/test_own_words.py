@@ -13,7 +13,10 @@ from tests.support.models import byte_tokenizer, tiny_model
 
 FERRY = {"prompt": "{} sails from", "target": "Lisbon", "questions": ["Where is {} at home?", "From where is {}?"]}
 FOLLOWS = {"question": "In which country is {} at home?", "answer": "Portugal", "kind": "composed"}
-THINGS = [{"subject": "Ferry", "facts": [FERRY], "consequences": [FOLLOWS]}, {"subject": "Tram", "facts": [{**FERRY, "target": "Rome"}]}]
+THINGS = [
+    {"subject": "Ferry", "facts": [FERRY], "consequences": [FOLLOWS]},
+    {"subject": "Tram", "facts": [{**FERRY, "target": "Rome"}]},
+]
 
 
 @pytest.fixture(scope="module")
