@@ -329,7 +329,7 @@ class Memory(OnHub, Generic[ConfigT]):
             TypeError: If a question is no string.
             ValueError: If the memory has no tokenizer, or `max_new_tokens` is below 1.
         """
-        listed = [questions] if isinstance(questions, str) else list(questions)
+        listed = list(questions) if isinstance(questions, (list, tuple)) else [questions]
         if wrong := [one for one in listed if not isinstance(one, str)]:
             raise TypeError(f"`questions` must be a string or a list of strings, got {shown(wrong[0])}.")
         check_number("max_new_tokens", max_new_tokens, low=1, integer=True)
@@ -346,8 +346,11 @@ class Memory(OnHub, Generic[ConfigT]):
             chat: Whether it is asked as `ask` asks it; if not it is read as it is.
 
         Raises:
+            TypeError: If the prompt is no string.
             ValueError: If the memory has no tokenizer, or the prompt is empty.
         """
+        if not isinstance(prompt, str):
+            raise TypeError(f"`prompt` must be a string, got {shown(prompt)}.")
         if not prompt.strip():
             raise ValueError(f"`prompt` is {prompt!r}: give some text.")
         self._register_again()

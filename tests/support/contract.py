@@ -241,6 +241,8 @@ class MemoryContract:
             memory.ask("Where?", max_new_tokens=0)
         with pytest.raises(ValueError, match="`prompt` is ' ': give some text"):
             memory.explain(" ")
+        with pytest.raises(TypeError, match="`prompt` must be a string, got 3"):
+            memory.explain(3)  # type: ignore[arg-type]
 
     def test_adapter_names(self) -> None:
         model = tiny_model()
