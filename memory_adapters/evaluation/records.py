@@ -140,11 +140,13 @@ def load_zsre(source: str | os.PathLike[str], limit: int | None = None, *, split
 def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, split: str = "train") -> list[EditRecord]:
     """Read your own facts, or those of KnowEdit and EasyEdit.
 
-    Columns: `prompt`, `subject` and `target`; optionally `true_target`, `paraphrases` (or `paraphrase`), `neighbours`
-    (or `neighbour`, `neighbors`, `neighbor`), `relation`, and a fact's `aliases` and `separator`. Others are passed
-    over. `{}` in a prompt or a paraphrase stands for the subject. A neighbour is written `prompt => answer`, or just
-    `prompt` where the answer is the true target. Several in one CSV cell, or one JSON string, are separated by `|`;
-    JSON may have a list of them instead, with [prompt, answer] for a neighbour. A CSV file has commas or semicolons.
+    Columns: `prompt` (or `question`), `subject` and `target`; optionally `true_target`, `paraphrases` (or
+    `paraphrase`), `neighbours` (or `neighbour`, `neighbors`, `neighbor`), `relation`, and a fact's `aliases` and
+    `separator`. Others are passed over. `{}` in a prompt or a paraphrase stands for the subject. Paraphrases that end
+    in a question mark are also asked in a chat, by `memory-adapters evaluate` and `compare`. A neighbour is written
+    `prompt => answer`, or just `prompt` where the answer is the true target. Several in one CSV cell, or one JSON
+    string, are separated by `|`; JSON may have a list of them instead, with [prompt, answer] for a neighbour. A CSV
+    file has commas or semicolons.
 
         prompt,subject,target,true_target,paraphrases,neighbours
         {} is in,The Louvre,Rome,Paris,To see {} go to|You find {} in,Notre-Dame is in|Big Ben is in => London
@@ -168,7 +170,7 @@ def load_facts(source: str | os.PathLike[str], limit: int | None = None, *, spli
     records = []
     for row in read_rows(source, limit, split):
         target = row.spelling("target", "target_new", "labels")
-        prompt, subject = row.spelling("prompt", "text"), row.spelling("subject", "concept")
+        prompt, subject = row.spelling("prompt", "question", "text"), row.spelling("subject", "concept")
         fact = row.fact(prompt, subject, target)
         true_target = row.true_target()
         records.append(

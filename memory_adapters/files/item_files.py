@@ -20,8 +20,8 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
     """Read the items in a file in UTF-8.
 
     A `.json` file is a list of objects, a `.jsonl` file has one on each line, a `.csv` file one in each row, under a
-    header, with commas or semicolons. Each has the fields of a fact ("prompt", "subject" and "target"), of a question
-    ("question" and "answer") or of a document ("text"). A `.txt` file is one document.
+    header, with commas or semicolons. Each has the fields of a fact ("prompt" or "question", "subject" and "target"), of
+    a question ("question" and "answer") or of a document ("text"). A `.txt` file is one document.
 
     A thing with several facts, {"subject", "facts": [{"prompt", "target"}, ...]}, gives all of its facts; the questions
     about them are passed over.
@@ -86,6 +86,8 @@ def _fields(value: Any) -> Any:
             if _inner(value, name) is None:
                 raise ValueError(f"has `{names[-1]}`, the target of a fact, but no `{name}`: add it.")
         return dict(zip(_KINDS[0], (_inner(value, name) for name in names), strict=True))
+    if {"question", "subject", "target"} <= set(value) and "prompt" not in value:  # a question is a prompt too
+        value = {"prompt" if name == "question" else name: part for name, part in value.items()}
     if set(_KINDS[0]) <= set(value):
         return {name: part for name, part in value.items() if name not in _JUDGING}
     return value

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from memory_adapters import Fact
+from memory_adapters import Fact, read_items
 from memory_adapters.evaluation.records import EditRecord, Question, load_counterfact, load_facts, load_zsre
 
 FLAT = {
@@ -125,6 +125,14 @@ def test_own_facts_in_csv(tmp_path: Path) -> None:
     assert ada == EditRecord(Fact("Ada, Countess of Lovelace, wrote in", "Ada", "French"))
     assert ada.true_target is None
     assert ada.relation == "{}, Countess of Lovelace, wrote in"
+
+
+def test_a_question_is_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text("subject,question,target,paraphrase\nThe Louvre,Where is {}?,Rome,In which city is {}?\n")
+    fact = Fact("Where is The Louvre?", "The Louvre", "Rome")
+    assert load_facts(path) == [EditRecord(fact, paraphrases=("In which city is The Louvre?",))]
+    assert read_items(path) == [fact]
 
 
 @pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])
