@@ -81,8 +81,8 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     taken = taken.repeat_interleave(repeats, 0)  # (batch, 1)
     count = mask.shape[1]
     past = num_cached(cache) - (0 if continued is None else count)
-    check_length(stack, most, past + tokens)
     prompt_mask = _prompt_mask(given.get("attention_mask"), mask, past + tokens)
+    check_length(stack, taken, most, prompt_mask)
     if continued is None:
         leading = padding_before_slots(stack, prompt_mask, count, reader.as_embeddings)
         leading = behind_turns(leading, prompt_mask, reader.starts(rows))
@@ -147,9 +147,10 @@ def _with_keys(
     """Return a pass behind the keys and values of entries, and of the tokens before these."""
     reader, ids, cache = SlotReader.of(stack), given["input_ids"], given.get(CACHE)
     batch, tokens = ids.shape
-    most = max(sum(len(segment.vectors) for segment in own) for own in read)
-    check_length(stack, most, tokens)
+    taken = [sum(len(segment.vectors) for segment in own) for own in read]
+    most = max(taken)
     prompt_mask = _prompt_mask(given.get("attention_mask"), torch.ones_like(ids[:, :0]), tokens)
+    check_length(stack, torch.tensor(taken, device=ids.device)[:, None], most, prompt_mask)
     padding = leading_padding(prompt_mask)
     before = torch.tensor([start or 0 for start in starts] or [0] * batch, device=ids.device)
     leading = (padding + before).clamp(max=tokens - 1)  # (batch,); the last token is the pass's own

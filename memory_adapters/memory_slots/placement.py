@@ -94,11 +94,22 @@ def slot_positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def check_length(stack: PreTrainedModel, slots: int, tokens: int) -> None:
-    """Raise a `ValueError` unless slots and prompt fit in the model's positions."""
+def check_length(stack: PreTrainedModel, slots: Tensor, most: int, prompt_mask: Tensor) -> None:
+    """Raise a `ValueError` unless slots and prompt of each row fit in the model's positions.
+
+    Args:
+        stack: The decoder stack.
+        slots: Positions that the slots of each row take (batch, 1).
+        most: The most of them.
+        prompt_mask: 0 for padding (batch, tokens).
+    """
     limit = context_length(stack)
-    if slots + tokens > limit:
+    if most + prompt_mask.shape[1] <= limit:  # without a look at what is on an accelerator
+        return
+    tokens = prompt_mask.sum(1, keepdim=True)
+    longest = int((slots + tokens).argmax())
+    if slots[longest] + tokens[longest] > limit:
         raise ValueError(
-            f"{slots} slots and {tokens} tokens of the prompt exceed the {limit} positions of the model: "
-            "shorten the prompt, or compress at a higher rate."
+            f"{int(slots[longest])} slots and {int(tokens[longest])} tokens of the prompt exceed the {limit} positions "
+            "of the model: shorten the prompt, or compress at a higher rate."
         )

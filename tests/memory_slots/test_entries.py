@@ -83,7 +83,9 @@ def test_rows_of_a_batch_read_their_own() -> None:
     model: Any = tiny_model()
     memory = memory_on(model)
     memory.write([FERRY, PARK], progress=False)
-    prompts = [chat("Lumo Ferry?"), chat("And Mira Park, what has it?"), chat("Nothing.")]
+    # Beside this one an entry fits, but not together with the padding of its own row.
+    long = chat("." * (model.config.max_position_embeddings - 30))
+    prompts = [chat("Lumo Ferry?"), chat("And Mira Park, what has it?"), chat("Nothing."), long]
     settings: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     alone = [model.generate(**one, **settings)[0, one["input_ids"].shape[1] :] for one in prompts]
     longest = max(one["input_ids"].shape[1] for one in prompts)
