@@ -85,6 +85,8 @@ def inject_memory(
     method = method_of(config)
     if method is None:
         known = ", ".join(sorted(one.config_class.__name__ for one in methods().values()))
+        if isinstance(config, type) and issubclass(config, MemoryConfig):
+            raise TypeError(f"`config` is the class {config.__name__}; give a config, such as `{config.__name__}()`.")
         raise TypeError(f"`config` is a {type(config).__name__}; give one of {known}.")
     base = base_model(model)
     with exclusive_use(base), own_settings():
@@ -126,6 +128,7 @@ def load_memory(
             The model is unchanged then.
         RuntimeError: If another thread uses the model.
     """
+    base = base_model(model)
     folder = find_files(
         path_or_repo_id,
         revision=revision,
@@ -134,7 +137,6 @@ def load_memory(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    base = base_model(model)
     with read_lock(folder):
         method, config = _read_method(folder)
         check_not_sharded(base)

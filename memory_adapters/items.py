@@ -100,12 +100,25 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """Give running text to be learned as it stands. Raises `ValueError` if it is empty."""
+    """Give running text to be learned as it stands.
+
+    Attributes:
+        text: The text.
+        subject: What it is about, by the name that people ask with: memories with keys, and slots, act where a prompt
+            has it. None for the name that the text has most often.
+
+    Raises:
+        ValueError: If a field is empty.
+    """
 
     text: str
+    subject: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_text("`text` of a Document", self.text)
+        if self.subject is not None:
+            _check_text("`subject` of a Document", self.subject)
+            object.__setattr__(self, "subject", self.subject.strip())
 
 
 @dataclass(frozen=True)

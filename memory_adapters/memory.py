@@ -419,7 +419,7 @@ class Memory(OnHub, Generic[ConfigT]):
     def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer; raise a `ValueError` if the memory has none."""
         if self.tokenizer is None:
-            raise ValueError("Writing needs the model's tokenizer: inject or load with `tokenizer=...`.")
+            raise ValueError("This needs the model's tokenizer: inject or load with `tokenizer=...`.")
         return self.tokenizer
 
     def tuner_layers(self) -> Sequence[BaseTunerLayer]:
@@ -704,7 +704,7 @@ def _missed(results: Sequence[ItemResult]) -> list[str]:
         return []
     lost = sum(result.earlier for result in missed)
     earlier = f", {lost} of them from earlier writes" if lost else ""
-    return [f"{len(missed)} of {len(results)} facts and questions are not recalled{earlier}: see the lines below"]
+    return [f"{len(missed)} of {len(results)} facts and questions are not recalled{earlier}"]
 
 
 def _changed(same: float | None) -> list[str]:

@@ -146,6 +146,19 @@ def test_any_text_stays_text_on_the_card() -> None:
     assert len(ModelCard(long).data.to_dict()["widget"][0]["example_title"]) == 40
 
 
+def test_the_card_lists_what_the_memory_holds_now() -> None:
+    model = tiny_model()
+    memory = inject_memory(model, MemorySlotsConfig(), tokenizer=byte_tokenizer())
+    memory.write([TOWER, "a | b"], measure=False)
+    memory.forget(TOWER)
+    assert "1 items:\n\n* Document(text='a \\| b')\n\n## Writes" in model_card(memory.config, 3)
+    memory.write([Fact(f"{n} is", str(n), "a") for n in range(21)], measure=False)
+    card = model_card(memory.config, 3)
+    assert "22 items:" in card
+    assert "* and 2 more\n" in card
+    assert "## What it holds\n\nNothing." in model_card(MemitConfig(), 3)
+
+
 def test_every_note_of_every_write_is_on_the_card() -> None:
     config = MemitConfig()
     for number in range(2):

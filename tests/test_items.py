@@ -59,6 +59,8 @@ def test_empty_fact_fields(field: str, value: str | None) -> None:
 def test_empty_documents_and_questions() -> None:
     with pytest.raises(ValueError, match="`text`"):
         Document(" ")
+    with pytest.raises(ValueError, match="`subject` of a Document"):
+        Document("text", subject="")
     with pytest.raises(ValueError, match="`question`"):
         QuestionAnswer("", "a")
     with pytest.raises(ValueError, match="`answer`"):
@@ -68,6 +70,9 @@ def test_empty_documents_and_questions() -> None:
 def test_as_items() -> None:
     fact = Fact("X is", "X", "y")
     assert as_items("some text") == [Document("some text")]
+    about = Document("some text", subject="Text")
+    assert as_items([{"text": "some text", "subject": "Text"}]) == [about] != [Document("some text")]
+    assert item_from_dict(item_to_dict(about)) == about
     assert as_items(fact) == [fact]
     assert as_items(iter([fact, "text"])) == [fact, Document("text")]
     with pytest.raises(ValueError, match="`items` is empty"):

@@ -71,9 +71,14 @@ def _as_text(result: dict[str, Any]) -> str:
     reports = [WriteReport.from_dict(write) for write in result["writes"]]
     parts += [f"write {i}\n{_table(report.rows())}" for i, report in enumerate(reports, 1)]
     if result["items"]:
-        shown = [{name: shorten(value, MOST_SHOWN) for name, value in item.items()} for item in result["items"]]
+        shown = [{name: _cell(value) for name, value in item.items()} for item in result["items"]]
         parts.append(f"{len(shown)} items\n{_table(shown, 'keys')}")
     return "\n\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    """Return a field of an item on one line, cut; several names with commas between them."""
+    return shorten(", ".join(value) if isinstance(value, list) else str(value), MOST_SHOWN)
 
 
 def _table(rows: Iterable[Any], headers: str = "") -> str:

@@ -20,8 +20,8 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
     """Read the items in a file in UTF-8.
 
     A `.json` file is a list of objects, a `.jsonl` file has one on each line, a `.csv` file one in each row, under a
-    header, with commas or semicolons. Each has the fields of a fact ("prompt" or "question", "subject" and "target"), of
-    a question ("question" and "answer") or of a document ("text"). A `.txt` file is one document.
+    header, with commas or semicolons. Each has the fields of a fact ("prompt" or "question", "subject" and "target"),
+    of a question ("question" and "answer") or of a document ("text"). A `.txt` file is one document.
 
     A thing with several facts, {"subject", "facts": [{"prompt", "target"}, ...]}, gives all of its facts; the questions
     about them are passed over.

@@ -14,11 +14,14 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.config import MemoryConfig
+from memory_adapters.items import Item
+from memory_adapters.validation import cut
 
 __all__ = ["HERE", "CardExample", "file_card", "hub_id", "model_card"]
 
 HERE = "<this repository or folder>"  # `push_to_hub` replaces it by the repository's name
 TITLE_LENGTH = 40
+SHOWN_ITEMS = 20
 
 _TEMPLATE = """---
 {metadata}
@@ -40,7 +43,11 @@ tokenizer = AutoTokenizer.from_pretrained({quoted})
 memory = load_memory(model, "{here}", tokenizer=tokenizer)
 ```
 
-{note}{answers}## What was written
+{note}{answers}## What it holds
+
+{items}
+
+## Writes
 
 {writes}
 
@@ -127,6 +134,7 @@ def model_card(
         here=HERE,
         note=config.card_note,
         answers=_before_and_after(examples),
+        items=_held(config.written_items()),
         writes="\n\n".join(_table(report.rows()) for report in config.reports()) or "Nothing yet.",
         settings="\n".join(f"* `{name}`: {value}" for name, value in config.card_settings().items()),
         num_parameters=num_parameters,
@@ -168,6 +176,15 @@ def _widget(example: CardExample) -> dict[str, Any]:
 def _before_and_after(examples: Sequence[CardExample]) -> str:
     rows = [" | ".join(map(_plain, example)) for example in examples]
     return _ANSWERS.format(rows="\n".join(f"| {row} |" for row in rows)) if rows else ""
+
+
+def _held(items: Sequence[Item]) -> str:
+    """Return a list of items, cut where it is long."""
+    if not items:
+        return "Nothing."
+    lines = [f"* {_plain(cut(repr(item)))}" for item in items[:SHOWN_ITEMS]]
+    more = [f"* and {len(items) - SHOWN_ITEMS:,} more"] if len(items) > SHOWN_ITEMS else []
+    return "\n".join([f"{len(items):,} items:", "", *lines, *more])
 
 
 def _plain(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.item_rows import Row, chat_row, fact_row, keys_at_names, plain_rows
-from memory_adapters.base_model.names import is_common_word, names_in, occurs
+from memory_adapters.base_model.names import is_common_word, names_in, occurs, times_named
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Fact, Item, QuestionAnswer
 from memory_adapters.training.phrasings import REQUESTS, phrasings
@@ -63,30 +63,31 @@ class Thing:
 
 
 def things_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[Thing]:
-    """Return what items are about: a fact's subject, or what a question or a document names most.
+    """Return what items are about: the subject of a fact or document, or what a question or a document names most.
 
     Where a question names several things, it is about the one that is a fact's subject or alias, else about the one
     that most items name. An item without a name in it is a thing of its own.
     """
     names: dict[str, str] = {}  # in lower case, to the name of the thing
     for item in items:
-        if isinstance(item, Fact):
-            own = [name.casefold() for name in (item.subject, *item.aliases)]
-            name = next((names[one] for one in own if one in names), item.subject)
+        own = [one.casefold() for one in _given_names(item)]
+        if own:
+            name = next((names[one] for one in own if one in names), _given_names(item)[0])
             names |= {one: names.get(one, name) for one in own}
-    found = [[] if isinstance(item, Fact) else names_in(_text(item), tokenizer) for item in items]
+    found = [[] if _given_names(item) else names_in(_text(item), tokenizer) for item in items]
     counts = Counter(name.casefold() for own in found for name in own)
     grouped: dict[str, list[Item]] = {}
     spelled: dict[str, list[str]] = {}
     for item, own_names in zip(items, found, strict=True):
-        if isinstance(item, Fact):
-            name = names[item.subject.casefold()]
-            spelled.setdefault(name, []).extend([item.subject, *other_names(item, tokenizer)])
+        if given := _given_names(item):
+            name = names[given[0].casefold()]
+            others = other_names(item, tokenizer) if isinstance(item, Fact) else []
+            spelled.setdefault(name, []).extend([given[0], *others])
         else:
-            text = _text(item).casefold()
+            text = _text(item)
             of_question = isinstance(item, QuestionAnswer)
-            known = [own for own in names if occurs(own, text)] if of_question else []
-            within = {own: counts[own.casefold()] if of_question else text.count(own.casefold()) for own in own_names}
+            known = [own for own in names if occurs(own, text.casefold())] if of_question else []
+            within = {own: counts[own.casefold()] if of_question else times_named(own, text) for own in own_names}
             main = max(within, key=lambda own: within[own], default=None)  # the first of those named most
             if known:
                 name = names[max(known, key=len)]
@@ -97,6 +98,13 @@ def things_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list
                 name = _title(item, grouped)
         grouped.setdefault(name, []).append(item)
     return [Thing(name, tuple(dict.fromkeys(spelled.get(name, ()))), tuple(own)) for name, own in grouped.items()]
+
+
+def _given_names(item: Item) -> list[str]:
+    """Return what the user calls the thing that an item is about, its main name first; nothing if that is not said."""
+    if isinstance(item, Fact):
+        return [item.subject, *item.aliases]
+    return [item.subject] if isinstance(item, Document) and item.subject is not None else []
 
 
 def _text(item: Item) -> str:

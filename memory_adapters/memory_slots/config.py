@@ -80,7 +80,7 @@ class MemorySlotsConfig(MemoryConfig):
         seed: Of the initialisation.
     """
 
-    method_name: ClassVar[str] = "Memory slots (ICAE)"
+    method_name: ClassVar[str] = "Memory slots"
     kind: ClassVar[MemoryPeftType] = MemoryPeftType("MEMORY_SLOTS")
     read: str = "names"
     top_k: int = 1

@@ -32,6 +32,7 @@ from memory_adapters.files.strict_json import SAVE_AGAIN, file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer
 from memory_adapters.keys.spellings import Spellings
+from memory_adapters.keys.things import things_of
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.cached_reading import PromptStarts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
@@ -46,7 +47,7 @@ from memory_adapters.memory_slots.reading import Reading
 from memory_adapters.memory_slots.slots import MemorySlots
 from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text, keep_keys_values
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
-from memory_adapters.validation import shown
+from memory_adapters.validation import cut, shown
 
 __all__ = ["SlotMemory"]
 
@@ -263,7 +264,10 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 losses = losses or made.losses
         self._read_entries(entries)
         unread = [entry for entry in entries if self._config.read == "names" and not entry.names and not entry.terms]
-        notes = [f"entries made: {len(new)}, of {sum(entries[i].num_slots for i in new)} slots in all"]
+        tokens, slots = (sum(getattr(entries[i], count) for i in new) for count in ("num_tokens", "num_slots"))
+        notes = [f"{len(new)} entries made of {tokens:,} tokens" + (f", in {slots:,} slots" if slots < tokens else "")]
+        if self._config.read == "names":
+            notes += _found_names(items, tokenizer)
         if unread:
             notes.append(
                 f"{len(unread)} entries have no name that a prompt could have, such as {unread[0].title!r}: they are "
@@ -590,3 +594,15 @@ def _put_before(parent: nn.Module, name: str, blocks: nn.ModuleList) -> None:
     ordered = list(children.items())
     parent._modules.clear()
     parent._modules.update([*ordered[:place], *moved.items(), *ordered[place:]])
+
+
+def _found_names(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a note on the names by which documents are read, where the user did not give them."""
+    unnamed = [item for item in items if isinstance(item, Document) and item.subject is None]
+    names = [repr(thing.name) for thing in things_of(unnamed, tokenizer) if thing.spellings] if unnamed else []
+    if not names:
+        return []
+    return [
+        f"a text is read where a prompt has the name that it has most often, {cut(', '.join(names))}: give another "
+        "with `Document(text, subject=...)`"
+    ]

@@ -70,7 +70,7 @@ class MemoryAdapterConfig(ThingConfig):
         weight: Factor on what the memory adds, for blending several memories.
         learning_rate: Peak learning rate (AdamW, cosine schedule) of the MLP.
         gate_learning_rate: Peak learning rate of the scalar gate and the sigmoid router, which have no weight decay.
-        num_train_epochs: Most passes over the items, or over a thing's rows.
+        num_train_epochs: Most passes over the items, or over a thing's rows; small writes make `min_steps` steps.
         steps_per_epoch: Steps in a pass over a thing's rows, with `values="per_key"`.
         min_steps: Small writes make more passes, up to this many steps.
         target_loss: Training ends after an epoch whose mean loss is below this; 0 to make all passes.

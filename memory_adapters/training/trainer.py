@@ -198,7 +198,7 @@ def check_training_options(options: Mapping[str, Any], remedy: str) -> None:
 
     Raises:
         TypeError: If an option is of another kind, or `training_args` has a field that `TrainingArguments` does not.
-        ValueError: If `training_args` has a field that the config has too.
+        ValueError: If `training_args` has a field that the config has too, or TensorBoard's files would be lost.
     """
     unrelated, callbacks = options.get("unrelated"), options.get("callbacks", ())
     texts = isinstance(unrelated, Sequence) and all(isinstance(text, str) for text in unrelated)
@@ -210,6 +210,13 @@ def check_training_options(options: Mapping[str, Any], remedy: str) -> None:
     known = {field.name for field in fields(TrainingArguments)}
     if not isinstance(training_args, Mapping) or not set(training_args) <= known:
         raise TypeError(f"`training_args` must map fields of TrainingArguments to values, got {shown(training_args)}.")
+    given = training_args.get("report_to") or "none"
+    reported = {given} if isinstance(given, str) else set(given)
+    if reported & {"tensorboard", "all"} and "output_dir" not in training_args:
+        raise ValueError(
+            f"`training_args` has `report_to={given!r}`, but no `output_dir`, in which TensorBoard's files are "
+            "written: add one, such as `{'output_dir': 'runs'}`."
+        )
     for name, field in CONFIG_FIELDS.items():
         if name in training_args:
             value = training_args[name]

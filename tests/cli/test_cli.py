@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import memory_adapters
-from memory_adapters import MemitConfig, WriteReport, cli, load_memory
+from memory_adapters import Fact, MemitConfig, MemorySlotsConfig, WriteReport, cli, inject_memory, load_memory
 from memory_adapters.cli.app import app
 from memory_adapters.cli.baselines import baseline_names
 from memory_adapters.cli.options import BASELINES, COVARIANCE_TOKENS, METHODS
@@ -352,6 +352,13 @@ def test_export(here: Path, tmp_path: Path) -> None:
     refused = run(*arguments, tmp_path / "x", "--format", "other", code=1)
     assert "`format='other'` must be one of 'gguf', 'merged', 'vllm'" in refused.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_info_lists_aliases(here: Path, tmp_path: Path) -> None:
+    memory = inject_memory(tiny_model(), MemorySlotsConfig(), tokenizer=byte_tokenizer())
+    memory.write(Fact("{} is in", "Lumo Ferry", "Oslo", aliases=("Lumo", "the ferry")), measure=False)
+    memory.save_pretrained(tmp_path)
+    assert re.search(r"^Lumo, the ferry +Lumo Ferry is in", run("info", tmp_path).stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("method", QUICK)

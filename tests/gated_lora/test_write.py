@@ -242,6 +242,20 @@ def test_names_are_runs_of_capitalised_words() -> None:
     tokenizer = byte_tokenizer()  # of which no word is one token
     assert names_in("Who founded the Lumen Ferry Company?", tokenizer)[-1] == "Lumen Ferry Company"
     assert names_in("where is the University of Hollow Mere's library", tokenizer) == ["University of Hollow Mere"]
+    lines = "Lumo R4 Sorter\n\nThe maker is Vossen Works. Sorters by St. John Hill are older."
+    assert names_in(lines, tokenizer) == ["Lumo R4 Sorter", "The", "Vossen Works", "Sorters", "St. John Hill"]
+
+
+def test_a_text_is_about_what_it_names_most_or_what_it_is_said_to_be_about() -> None:
+    tokenizer = byte_tokenizer()
+    text = "the sign ART is at the start. a part of the art in Sela Museum is apart, and carts start at Sela Museum."
+    (thing,) = things_of([Document(text)], tokenizer)
+    assert thing.spellings == ("Sela Museum",)  # "art" is in many words, and ART is in the text once
+    museum = Document(text, subject="The Sela")
+    assert things_of([museum], tokenizer)[0].spellings == ("The Sela",)
+    together = things_of([museum, Fact("{} is in", "The Sela", "Oslo")], tokenizer)
+    assert [thing.items[0] for thing in together] == [museum]
+    assert together[0].spellings[:2] == ("The Sela", "the sela")
 
 
 def test_keys_of_a_question_lie_at_its_names_or_its_rare_words() -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-from memory_adapters import MemoryAdapterConfig, inject_memory, load_memory, memories, use_adapters_by_row
+from memory_adapters import MemitConfig, MemoryAdapterConfig, inject_memory, load_memory, memories, use_adapters_by_row
 from memory_adapters.residual_mlp.gated_mlp import GatedMLP
 from tests.support.contract import PROMPT, encode, fingerprint, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -224,6 +224,10 @@ def test_low_cpu_memory_loading(tmp_path: Path) -> None:
 def test_not_a_memory_config() -> None:
     with pytest.raises(TypeError, match=r"`config` is a LoraConfig; give one of .*MemitConfig, MemoryAdapterConfig"):
         inject_memory(tiny_model(), LoraConfig(), tokenizer=byte_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`config` is the class MemitConfig; give a config, such as `MemitConfig\(\)`"):
+        inject_memory(tiny_model(), MemitConfig)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`model` is a str; give the model itself"):
+        load_memory("folder", tiny_model())  # type: ignore[arg-type]
 
 
 def test_refused_injection_changes_nothing() -> None:

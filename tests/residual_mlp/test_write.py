@@ -315,6 +315,12 @@ def test_what_the_config_sets_is_not_set_twice(name: str, field: str) -> None:
     assert getattr(training_arguments(memory, "unused", QUIET, 2), name) == 3
 
 
+@pytest.mark.parametrize("report_to", ["tensorboard", "all", ["wandb", "tensorboard"]])
+def test_files_of_tensorboard_need_a_folder(report_to: Any) -> None:
+    with pytest.raises(ValueError, match="no `output_dir`, in which TensorBoard's files are written"):
+        write(fresh(), FACT, training_args={**QUIET, "report_to": report_to})
+
+
 def test_writing_leaves_the_models_config_and_modes() -> None:
     memory = fresh()
     config = memory.model.config.to_dict()
