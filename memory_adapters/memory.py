@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.answering import answered_in_chat, asked_row, chat_answers
@@ -195,7 +196,7 @@ class Memory(OnHub, Generic[ConfigT]):
             rows = self._rows([*written, *earlier])
             self._warn_of_repeated(written)
             with self._taking_part(), rollback_on_error(*self._saved_state()):
-                measured = _Measured(self, written, earlier, rows) if measure else None
+                measured = _Measured(self, written, earlier, rows, progress) if measure else None
                 own = [row for row in rows if row.item < len(written)]
                 outcome = self._write(written, own, progress=progress, **options) if written else Outcome()
                 found = {} if measured is None else measured.after()
@@ -659,21 +660,36 @@ class _Measured:
     """Measure a memory before a write, and after it; see `WriteReport`."""
 
     def __init__(
-        self, memory: Memory[Any], written: Sequence[Item], earlier: Sequence[Item], rows: Sequence[ScoredRow]
+        self,
+        memory: Memory[Any],
+        written: Sequence[Item],
+        earlier: Sequence[Item],
+        rows: Sequence[ScoredRow],
+        progress: bool,
     ) -> None:
         self.memory, self.written, self.earlier, self.rows = memory, written, earlier, rows
-        self.scores, self.answers = self._now()
+        self.progress = progress
+        with self._bar(2) as bar:
+            self.scores, self.answers = self._now(bar)
 
-    def _now(self) -> tuple[Scores, list[str]]:
+    def _bar(self, steps: int) -> tqdm[Any]:
+        return tqdm(total=steps, desc="measuring", unit="step", disable=not self.progress)
+
+    def _now(self, bar: tqdm[Any]) -> tuple[Scores, list[str]]:
         with evaluating(self.memory.model):
-            return self.memory._scores(self.rows), self.memory._unrelated_answers(self.written)
+            scores = self.memory._scores(self.rows)
+            bar.update()
+            answers = self.memory._unrelated_answers(self.written)
+            bar.update()
+        return scores, answers
 
     def after(self) -> dict[str, Any]:
         """Return the fields of a report."""
-        before, (after, answers) = self.scores, self._now()
-        count = len(self.written)
-        with evaluating(self.memory.model):
+        count, before = len(self.written), self.scores
+        with self._bar(3) as bar, evaluating(self.memory.model):
+            after, answers = self._now(bar)
             results = self.memory._results([*self.written, *self.earlier], count, before, after)
+            bar.update()
         same = share_same(self.answers, answers)
         new, old = range(count), range(count, count + len(self.earlier))
         notes = [*_missed(results), *_changed(same)]

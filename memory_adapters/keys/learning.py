@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import Decoder, context_length
@@ -70,7 +71,7 @@ def longest_row(memory: Memory[Any]) -> int:
 
 
 def learn_keys(
-    memory: Memory[Any], decoder: Decoder, things: Sequence[Thing], *, unrelated: Sequence[str] | None
+    memory: Memory[Any], decoder: Decoder, things: Sequence[Thing], *, unrelated: Sequence[str] | None, progress: bool
 ) -> tuple[LearnedKeys, list[ThingRows]]:
     """Find the keys of things, and the rows that train their values.
 
@@ -79,6 +80,7 @@ def learn_keys(
         decoder: Parts of its model.
         things: What is written about.
         unrelated: Texts that have nothing to do with them; sampled from the model if None.
+        progress: Whether to show a bar.
     """
     config: ThingConfig = memory.config
     model, tokenizer, longest = memory.model, memory._require_tokenizer(), longest_row(memory)
@@ -95,7 +97,8 @@ def learn_keys(
             for row in (*own, *key_rows(thing, tokenizer))
             if row.key_positions
         ]
-        others = [_other_rows(memory, thing, longest, texts) for thing in things]
+        listed = tqdm(things, desc="sampling", unit="thing", disable=not progress)
+        others = [_other_rows(memory, thing, longest, texts) for thing in listed]
         items = [thing.named_item for thing in things]
         (keys,), notes = fit_keys(
             model,

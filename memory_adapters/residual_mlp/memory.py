@@ -122,7 +122,7 @@ class ResidualMemory(ThingMemory[MemoryAdapterConfig]):
     def _learn(self, things: Sequence[Thing], *, unrelated: Sequence[str] | None, progress: bool) -> Learned:
         decoder = find_decoder(self.model, self._config.layers_path)
         with seeded(self._config.seed):
-            keys, rows = learn_keys(self, decoder, things, unrelated=unrelated)
+            keys, rows = learn_keys(self, decoder, things, unrelated=unrelated, progress=progress)
             values, losses = train_units(self, decoder, rows, progress=progress)
         return Learned(keys, values, losses)
 
