@@ -276,6 +276,9 @@ def compare(
             help="Store every result here as soon as it is there, and resume from them; then tables and plots.",
         ),
     ] = None,
+    only_stored: Annotated[
+        bool, typer.Option("--only-stored", help="With --folder: measure nothing, show what is stored.")
+    ] = False,
     output: ReportOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -314,6 +317,7 @@ def compare(
             text=text,
             text_tokens=text_tokens,
             folder=folder,
+            only_stored=only_stored,
             output=output,
             dtype=dtype,
             debug=debug,

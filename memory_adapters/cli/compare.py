@@ -47,6 +47,7 @@ def compare_methods(
     text: Path | None,
     text_tokens: int,
     folder: Path | None,
+    only_stored: bool,
     output: Path | None,
     dtype: str,
     debug: bool,
@@ -79,6 +80,7 @@ def compare_methods(
             fact_counts=fact_counts,
             max_seconds=max_seconds,
             folder=None if folder is None else folder / RESULTS,
+            only_stored=only_stored,
             progress=run.progress,
         )
         if folder is not None:

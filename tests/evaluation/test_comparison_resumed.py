@@ -94,12 +94,25 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
     settings = {**FULL, "folder": tmp_path}
     first = compare(model, tokenizer, RECORDS, given, **settings)
     files = {file.name for file in tmp_path.iterdir()}
+    texts = {file.name: file.read_text() for file in tmp_path.iterdir()}
     kinds = ("full-2", "portability-1", "things-1", "documents-1", "curve-1")
     assert files == {f"{name}-{kind}.json" for name in ("nothing", "a%2Fb", "prompt") for kind in kinds}
     for measuring in ("evaluate_edits", "applied_at_cost", "speeds"):
         monkeypatch.setattr(f"memory_adapters.evaluation.comparison.compare.{measuring}", refuse)
     louder = {**given, "a/b": WrittenMemory(edit(), {"progress": True})}
     assert compare(model, tokenizer, RECORDS, louder, **{**settings, "progress": True}) == first
+    (tmp_path / "prompt-documents-1.json").unlink()
+    (tmp_path / "prompt-curve-1.json").unlink()
+    part = compare(model, tokenizer, RECORDS, given, only_stored=True, **settings)
+    assert part.methods["a/b"] == first.methods["a/b"]
+    assert part.methods["prompt"] == replace(
+        first.methods["prompt"], documents=None, skipped="documents: not measured yet"
+    )
+    assert part.curves["prompt"][1].skipped == "not measured yet"
+    with pytest.raises(ValueError, match=r"has no nothing-full-2\.json, the result of the model alone"):
+        compare(model, tokenizer, RECORDS, given, only_stored=True, **{**settings, "folder": tmp_path / "other"})
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text)
     fewer = {"prompt": PROMPT}
     assert list(compare(model, tokenizer, RECORDS, fewer, **settings).methods) == [NOTHING, "prompt"]
     other: list[tuple[dict[str, Any], dict[str, Any], str]] = [

@@ -79,6 +79,7 @@ def compare(
     fact_counts: Sequence[int] = (),
     max_seconds: float | None = None,
     folder: str | os.PathLike[str] | None = None,
+    only_stored: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Score the model, then give it the records' facts by each baseline in turn, score, and take them out again.
@@ -113,12 +114,13 @@ def compare(
             next smaller count; the reason is in the result. None to write every count.
         folder: Where to store each result as soon as it is there, a JSON file a write. A second call with the same
             settings reads them instead of measuring again; what failed is tried again.
+        only_stored: Measure nothing: what is not in `folder` yet is left out, and the result says so.
         progress: Show bars. Those of a memory's `write` are turned off by `WrittenMemory`'s `write_options`.
 
     Raises:
         ValueError: If there is no record, a count of facts is out of range, `portability` has no questions, another
-            baseline than `Unchanged` is called `"nothing"`, `folder` holds results of other settings, or as
-            `inject_memory`.
+            baseline than `Unchanged` is called `"nothing"`, `folder` holds results of other settings, `only_stored`
+            lacks one with the results of the model alone, or as `inject_memory`.
         TypeError: If a config is of no memory method.
     """
     if not records:
@@ -137,13 +139,8 @@ def compare(
     named = {NOTHING: named[NOTHING], **named}
     for baseline in named.values():
         baseline.check(model, tokenizer)
-    parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
-    parts += [_Part(name, "portability", one, portability) for name, one in named.items() if portability is not None]
-    parts += [_Part(name, "things", one, things) for name, one in named.items() if things]
-    parts += [_Part(name, "documents", one, documents) for name, one in named.items() if documents]
-    rising = [number for number in sorted(set(fact_counts)) if number != count]
-    parts += [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
-
+    tasks = {"portability": portability, "things": things, "documents": documents}
+    parts = _parts(named, records, count, tasks, fact_counts)
     measured = _Measurement(
         model,
         tokenizer,
@@ -166,20 +163,43 @@ def compare(
     with tqdm(missing, desc="comparing", unit="write", disable=not progress) as bar:
         for part in bar:
             bar.set_postfix_str(part.label)
-            if part.kind == "curve" and max_seconds is not None:
-                smaller = [other for other in parts if other.name == part.name and other.kind in ("full", "curve")]
-                if why := _too_long(part, [(len(p.records), found.get(p.label)) for p in smaller], max_seconds):
-                    found[part.label] = MethodResult(skipped=why)
-                    continue
+            if why := "not measured yet" if only_stored else _too_long(part, parts, found, max_seconds):
+                found[part.label] = MethodResult(skipped=why)
+                continue
             found[part.label] = result = measured.measure(part)
             if stored is not None and result.failed is None:
                 stored.save(part.label, measured.settings(part), asdict(result))
+    if found[parts[0].label].report is None:
+        raise ValueError(
+            f"`folder` ({folder}) has no {parts[0].label}.json, the result of the model alone: call without "
+            "`only_stored` first."
+        )
     return _assembled(parts, found, count, fact_counts)
 
 
-def _too_long(part: _Part, found: Sequence[tuple[int, MethodResult | None]], most: float) -> str | None:
-    """Return why a write would take more than `most` seconds, by what its baseline took for fewer facts."""
+def _parts(
+    named: Mapping[str, Baseline],
+    records: Sequence[EditRecord],
+    count: int,
+    tasks: Mapping[str, Sequence[Any] | None],
+    fact_counts: Sequence[int],
+) -> list[_Part]:
+    """Return all that is to be measured, the first `count` records by each baseline first."""
+    parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
+    parts += [_Part(name, kind, one, given) for kind, given in tasks.items() if given for name, one in named.items()]
+    rising = [number for number in sorted(set(fact_counts)) if number != count]
+    return parts + [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
+
+
+def _too_long(
+    part: _Part, parts: Sequence[_Part], results: Mapping[str, MethodResult], most: float | None
+) -> str | None:
+    """Return why a write of a curve would take more than `most` seconds, by what fewer facts took; None if not."""
+    if part.kind != "curve" or most is None:
+        return None
     number = len(part.records)
+    same = [other for other in parts if other.name == part.name and other.kind in ("full", "curve")]
+    found = [(len(one.records), results.get(one.label)) for one in same]
     timed = [(n, r.costs.seconds) for n, r in found if r is not None and r.costs is not None and n < number]
     if not timed:
         if any(r is not None and r.skipped for n, r in found if n < number):
@@ -208,7 +228,8 @@ def _assembled(
                 consequences=result.consequences or whole.consequences,
                 failed=whole.failed or (result.failed and f"{kind}: {result.failed}"),
                 traceback=whole.traceback or result.traceback,
-                skipped=whole.skipped or (result.skipped and f"{kind}: {result.skipped}"),
+                skipped="; ".join(filter(None, [whole.skipped, result.skipped and f"{kind}: {result.skipped}"]))
+                or None,
             )
         elif part.kind == "full":
             methods[part.name] = result
