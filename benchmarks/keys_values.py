@@ -1,13 +1,15 @@
 """Score keys and values chosen of a text beside the whole text: continuations, answers, word for word, and speed.
 
-    python -m benchmarks.keys_values --data FOLDER [--encoder FOLDER] [--parts continuation answers repetition speed]
+    python -m benchmarks.keys_values --data FOLDER [--encoder FOLDER] [--parts continuation answers given_back …]
 
 FOLDER holds wikitext2 and qa/contexts.jsonl. *Continuation*: perplexity of the 32 tokens of WikiText-2 behind a context
-÷ that behind the whole context, inside the user's turn, at several rates: keys and values chosen and fitted, chosen
-alone, made by the encoder, refined, and the first and last tokens. *Answers*: F1 of the first question about each of
-the last 100 contexts, in a chat, by rate, beside the context in the message. *Repetition*: how many steps of refinement
-bring back texts of 64 tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048
-tokens and behind what was kept of them. Rows are saved as they come.
+÷ that behind the whole context, inside the user's turn, at several rates: keys and values chosen, made by the encoder,
+refined, and the first and last tokens. *Answers*: F1 of the first question about each of the last 100 contexts, in a
+chat, by rate, beside the context in the message. *Given back*: how well the first 64 tokens of such contexts follow the
+request to repeat them, and the check of the ICAE paper, whether the model's own knowledge of language does it: texts
+with other tokens. *Repetition*: how many steps of refinement bring back texts of 64 tokens, word for word, from 16 keys
+and values a head. *Speed*: seconds to generate behind 2,048 tokens and behind what was kept of them. Rows are saved as
+they come.
 """
 
 from __future__ import annotations
@@ -25,15 +27,16 @@ from torch.nn import functional as F
 from benchmarks.common import DEVICE, BenchmarkParser, in_turn, load_model, save_parts, timed, wikitext
 from benchmarks.slots import contexts
 from memory_adapters import Document, MemorySlotsConfig, inject_memory, load_memory
-from memory_adapters.base_model.chat import chat_start
+from memory_adapters.base_model.chat import chat_start, rendered_question
 from memory_adapters.base_model.tokens import tokenize
-from memory_adapters.memory_slots.distillation import refine_keys_values
+from memory_adapters.memory_slots.distillation import REPEAT, refine_keys_values
 from memory_adapters.memory_slots.keys_values import at_places, select_keys_values
 from memory_adapters.memory_slots.prompts import END
 from memory_adapters.memory_slots.question_answering import answer_scores, question_prompt
+from memory_adapters.memory_slots.reconstruction import other_texts
 from memory_adapters.memory_slots.slot_cache import KeyValue, first_tokens, joined, run_behind
 
-PARTS = ("continuation", "answers", "repetition", "speed")
+PARTS = ("continuation", "answers", "given_back", "repetition", "speed")
 CONTINUED = 32
 QUESTIONS = 100
 PROMPT = "Tell me, in {} words, what you think about the {} of this."
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, quick=2, help="of refinement")
     parser.add_argument("--questions", type=int, default=QUESTIONS, quick=2)
     parser.add_argument("--refined-questions", type=int, default=20, quick=1)
+    parser.add_argument("--given-back", type=int, default=40, quick=2, help="texts to ask for")
     parser.add_argument("--repeated", type=int, default=6, quick=1, help="texts to bring back")
     parser.add_argument("--tokens", type=int, default=2048, quick=256, help="of the context whose speed is measured")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], quick=[1])
@@ -60,6 +64,7 @@ def main() -> None:
     measures: dict[str, Callable[[Any, Any, Any], Any]] = {
         "continuation": continuation,
         "answers": answers,
+        "given_back": given_back,
         "repetition": repetition,
         "speed": speed,
     }
@@ -184,6 +189,56 @@ def answered(
         "achieved rate": round(achieved, 2),
         "seconds a context to write": round(times.wall / len(rows), 2),
     }
+
+
+def given_back(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    rows = contexts(arguments.data)[-QUESTIONS:][: arguments.given_back]
+    cut = [tokenizer.decode(tokenize(tokenizer, row["context"], rendered=True)[:64]) for row in rows]
+    prefix, separator = chat_start(tokenizer), tokenize(tokenizer, END, rendered=True)
+    rendered = rendered_question(tokenizer, REPEAT)
+    assert rendered is not None, "the model has a chat template"
+    asked = tokenize(tokenizer, rendered[0], rendered=True)[len(prefix) :]
+    encoder: Any = memory_on(model, tokenizer, 4, arguments.encoder).encoder if arguments.encoder else None
+    for kind, texts in other_texts(tokenizer, cut).items():
+        found: dict[str, list[tuple[float, float]]] = {}
+        read: dict[str, list[list[KeyValue]]] = {}
+        listed = [tokenize(tokenizer, text, rendered=True) for text in texts]
+        for ids in listed:
+            with torch.no_grad():
+                whole = run_behind(model.model, [], 0, input_ids=torch.tensor([[*prefix, *ids]], device=DEVICE))[1]
+                before = first_tokens(whole, len(prefix))
+                layers = {"whole": whole, "nothing": before}
+                for rate in arguments.rates[:2]:
+                    kept = select_keys_values(model.model, prefix, ids, separator, max(len(ids) // rate, 1))
+                    layers[f"{rate}: chosen"] = joined(before, kept.layers)
+                    if encoder is not None:
+                        layers[f"{rate}: encoder"] = joined(before, encoder.keys_values(prefix, ids, kept.places))
+            for name, own in layers.items():
+                read.setdefault(name, []).append(own)
+        for name in [name for name in read if ":" in name]:
+            read[f"{name}, of another text"] = [*read[name][1:], read[name][0]]
+        for name, every in read.items():
+            found[name] = [
+                repeated(model, own, len(prefix) + len(ids), asked, ids) for own, ids in zip(every, listed, strict=True)
+            ]
+        row = {
+            name: {"cross-entropy": round(mean(column[0]), 2), "tokens right": round(mean(column[1]), 3)}
+            for name, scores in found.items()
+            for column in [list(zip(*scores, strict=True))]
+        }
+        yield f"given back: {kind}", row
+
+
+@torch.no_grad()
+def repeated(
+    model: Any, layers: Sequence[KeyValue], position: int, asked: Sequence[int], ids: Sequence[int]
+) -> tuple[float, float]:
+    """Mean cross-entropy of the tokens of a text that is asked for, and the share that is the first choice."""
+    row = torch.tensor([[*asked, *ids]], device=DEVICE)
+    states = run_behind(model.model, layers, position, input_ids=row[:, :-1])[0].last_hidden_state
+    logits = model.lm_head(states[0, len(asked) - 1 :]).float()
+    wanted = row[0, len(asked) :]
+    return float(F.cross_entropy(logits, wanted)), float((logits.argmax(-1) == wanted).float().mean())
 
 
 def repetition(arguments: Any, model: Any, tokenizer: Any) -> Any:
