@@ -24,7 +24,7 @@ from memory_adapters.evaluation.questions import DocumentQuestions, Thing, Thing
 from memory_adapters.evaluation.records import EditRecord, Question
 from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
 from memory_adapters.evaluation.scores.edits import EditScores, score_edits
-from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer
+from memory_adapters.evaluation.scores.own_words import OwnWordsAnswer, OwnWordsScores
 from memory_adapters.evaluation.scores.perplexity import perplexity
 from tests.evaluation.test_baselines import PROMPT
 from tests.support.contract import fingerprint, logits
@@ -313,6 +313,15 @@ def test_advice(methods: dict[str, dict[str, Any]], advice: str) -> None:
     assert re.match(advice, comparison.advice()), comparison.advice()
 
 
+def test_advice_names_the_best_of_each_task() -> None:
+    base = replace(judged(), things=OwnWordsScores(0.1, 1.0), documents=OwnWordsScores(0.2))
+    read = replace(judged(own_words=0.5), things=OwnWordsScores(0.4, 1.0), documents=OwnWordsScores(0.6))
+    wild = replace(judged(own_words=0.4), things=OwnWordsScores(0.9, 0.5), documents=OwnWordsScores(0.6))
+    said = Comparison(9, {NOTHING: base, "read": read, "wild": wild}).advice()
+    assert said.endswith("Of questions about things: read, 40%. Of questions about documents: read and wild, 60%.")
+    assert "things" not in Comparison(9, {NOTHING: base, "edit": judged(own_words=0.5)}).advice()
+
+
 def test_own_words_have_a_figure_and_examples(tmp_path: Path) -> None:
     questions = [
         OwnWordsAnswer(f"Question {i}?", f"answer {i}", "It is   hard to\nsay" + "." * 99, False) for i in range(9)
@@ -349,7 +358,7 @@ def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert not result.failures()
     cells = {row[0]: row[1:] for row in result.tables()[2].rows}
     assert cells["edit"][1:] == ["skipped", "skipped"]
-    assert "skipped: edit, 4 facts: 2 facts took" in repr(result)
+    assert "skipped: edit with 4 facts: 2 facts took" in repr(result)
     assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 

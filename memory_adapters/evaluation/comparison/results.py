@@ -38,6 +38,7 @@ SCORES = (
     "GE",
     "ability",
 )
+LEAST_SAME = 0.9  # of the answers about other things, for a method that leaves the rest as it was
 SHOWN_CHARACTERS = 80  # of an answer
 COSTS = ("write, s", "CPU, s", "forget, s", "on disk", "prefill", "decode", "peak memory", "stored numbers")
 
@@ -159,14 +160,16 @@ class Comparison:
 
     def failures(self) -> dict[str, MethodResult]:
         """Return what failed, by baseline and number of facts."""
-        return {where: result for where, result in self._every() if result.failed is not None}
+        return {f"{name}, {number:,} facts": one for name, number, one in self._every() if one.failed is not None}
 
-    def _every(self) -> Iterator[tuple[str, MethodResult]]:
-        """Yield all results, with their baseline and number of facts in words."""
-        every = [(name, self.num_facts, result) for name, result in self.methods.items()]
-        every += [(name, n, r) for name, line in self.curves.items() for n, r in line.items() if n != self.num_facts]
-        for name, number, result in every:
-            yield f"{name}, {number:,} facts", result
+    def _every(self) -> Iterator[tuple[str, int, MethodResult]]:
+        """Yield all results, with their baseline and number of facts."""
+        for name, result in self.methods.items():
+            yield name, self.num_facts, result
+        for name, line in self.curves.items():
+            for number, result in line.items():
+                if number != self.num_facts:
+                    yield name, number, result
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -234,7 +237,8 @@ class Comparison:
         It is the one with the highest share of questions in other words answered (or, where none was asked, of
         paraphrases, or else of prompts) among those that leave the rest as it was: at least 90% of the chat answers
         about other things letter for letter, neighbours preferred at most 5 percentage points less, and a perplexity
-        that rises by at most 3%, as far as that was measured. Of those within 2 points the one that writes fastest.
+        that rises by at most 3%, as far as that was measured. Of those within 2 points the one that writes fastest. Of
+        things and documents, the method that answers most, and leaves 90% of the answers about other things.
         """
         found = [_Judged.of(name, self) for name, result in self.methods.items() if result.report and name != NOTHING]
         base = _Judged.of(NOTHING, self)
@@ -249,7 +253,20 @@ class Comparison:
         others = [str(one) for one in harmless if one is not taken][:2]
         dearer = [str(one) for one in better if one.quality > taken.quality + 0.02 and not one.harmless][:2]
         text += f" Behind it: {'; '.join(others)}." if others else ""
-        return text + (f" More, at a price: {'; '.join(dearer)}." if dearer else "")
+        text += f" More, at a price: {'; '.join(dearer)}." if dearer else ""
+        return text + self._best_of_task("things") + self._best_of_task("documents")
+
+    def _best_of_task(self, task: str) -> str:
+        """Return which method answers most about things or documents, as a sentence; nothing if none answers any."""
+        found = {name: getattr(result, task) or OwnWordsScores() for name, result in self.methods.items()}
+        shares = {
+            name: scores.own_words or 0.0
+            for name, scores in found.items()
+            if name == NOTHING or scores.same is None or scores.same >= LEAST_SAME
+        }
+        most = max(shares.values())
+        best = [name for name, share in shares.items() if share == most > shares[NOTHING]]
+        return f" Of questions about {task}: {' and '.join(best)}, {most:.0%}." if best else ""
 
     def html(self) -> str:
         """Return a standalone HTML page, with the advice and sortable tables."""
@@ -282,8 +299,15 @@ class Comparison:
 
     def _remarks(self) -> list[str]:
         """Return what failed, and what was not tried, with the reasons."""
+        skipped: dict[str, dict[str, list[str]]] = {}  # reason to name to numbers of facts
+        for name, number, result in self._every():
+            if result.skipped:
+                skipped.setdefault(result.skipped, {}).setdefault(name, []).append(f"{number:,}")
         failed = [f"failed: {where}: {result.failed}" for where, result in self.failures().items()]
-        return failed + [f"skipped: {where}: {result.skipped}" for where, result in self._every() if result.skipped]
+        for reason, names in skipped.items():
+            listed = "; ".join(f"{name} with {', '.join(numbers)} facts" for name, numbers in names.items())
+            failed.append(f"skipped: {listed}: {reason}")
+        return failed
 
 
 @dataclass(frozen=True)
@@ -320,7 +344,7 @@ class _Judged:
         prices, harmless = [], True
         if report.same is not None and base.own_words is not None:
             prices.append(f"{report.same:.0%} of other answers the same")
-            harmless &= report.same >= 0.9
+            harmless &= report.same >= LEAST_SAME
         own, was = report.scores.neighbourhood, base.scores.neighbourhood
         if own is not None and was is not None:
             prices.append(f"neighbours {own:.0%} for {was:.0%}")
