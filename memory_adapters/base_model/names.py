@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from bm25s.stopwords import STOPWORDS_EN_PLUS
 from transformers import PreTrainedTokenizerBase
 
 from memory_adapters.base_model.tokens import tokenize
@@ -21,7 +22,7 @@ _SENTENCE_END = re.compile(r"\n+|(?<=[.!?…])(?<!\b[A-ZÀ-Þ]\.)(?<!\b[A-ZÀ-Þ
 def names_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the names in a text, in their order: runs of words with capital letters, in one line and sentence.
 
-    The first word of a sentence has one anyway: it counts if it is no common word.
+    The first word of a sentence has one anyway: it counts if it is no common word. Words such as "The" are no names.
     """
     found = []
     for sentence in _SENTENCE_END.split(text):
@@ -31,7 +32,7 @@ def names_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
                 first, _, rest = name.partition(" ")
                 if is_common_word(first, tokenizer):
                     name = re.sub(rf"^(?:{_LINKS}\s+)+", "", rest)
-            if len(name) > 1:
+            if len(name) > 1 and name.lower() not in STOPWORDS_EN_PLUS:
                 found.append(name)
     return list(dict.fromkeys(found))
 

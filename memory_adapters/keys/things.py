@@ -87,8 +87,11 @@ def things_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list
             text = _text(item)
             of_question = isinstance(item, QuestionAnswer)
             known = [own for own in names if occurs(own, text.casefold())] if of_question else []
-            within = {own: counts[own.casefold()] if of_question else times_named(own, text) for own in own_names}
-            main = max(within, key=lambda own: within[own], default=None)  # the first of those named most
+            main = (
+                max(own_names, key=lambda own: counts[own.casefold()], default=None)
+                if of_question
+                else _most_named(own_names, text)
+            )
             if known:
                 name = names[max(known, key=len)]
             elif main is not None:
@@ -105,6 +108,15 @@ def _given_names(item: Item) -> list[str]:
     if isinstance(item, Fact):
         return [item.subject, *item.aliases]
     return [item.subject] if isinstance(item, Document) and item.subject is not None else []
+
+
+def _most_named(names: Sequence[str], text: str) -> str | None:
+    """Return the name that a text has most often as whole words, the first of several."""
+    found, most = None, 0
+    for name in names:
+        if text.count(name) > most and (times := times_named(name, text)) > most:
+            found, most = name, times
+    return found
 
 
 def _text(item: Item) -> str:
