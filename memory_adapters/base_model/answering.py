@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.chat import rendered_question
 from memory_adapters.base_model.decoder import execution_device
-from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.modes import generating
 from memory_adapters.base_model.tokens import batches_of, pad_rows, tokenize
 
 __all__ = ["CHAT_TOKENS", "answered_in_chat", "asked_row", "chat_answers", "greedy_answers"]
@@ -27,7 +27,7 @@ def greedy_answers(
     backwards = pad_rows([row[::-1] for row in rows], device)
     inputs = {name: tensor.flip(1) for name, tensor in backwards.items()}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    with evaluating(model):
+    with generating(model):
         ids = model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
             **inputs,
             max_new_tokens=num_tokens,

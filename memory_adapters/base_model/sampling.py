@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import find_decoder
-from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.modes import generating
 from memory_adapters.base_model.nonfinite import origin
 from memory_adapters.base_model.seeding import seeded
 
@@ -135,7 +135,7 @@ def sample_text(
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     check = LogitsProcessorList([_Finite(model)])
-    with seeded(seed), evaluating(model):
+    with seeded(seed), generating(model):
         sampled = model.generate(  # type: ignore[operator]  # a causal LM has it, PreTrainedModel does not
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

@@ -21,7 +21,7 @@ from memory_adapters.base_model.decoder import Decoder, context_length
 from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
-from memory_adapters.base_model.modes import evaluating, own_settings
+from memory_adapters.base_model.modes import generating, own_settings
 from memory_adapters.base_model.partial_forward import CACHE, keeps_keys_alone, positioned
 from memory_adapters.base_model.scoring import Scores
 from memory_adapters.base_model.tokens import tokenize
@@ -522,7 +522,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._read(spans)
         tokenizer = self._require_tokenizer()
         asking = self.encoder.parts.reconstruct.expand(len(spans), 1, -1).to(self.model.dtype)  # (spans, 1, width)
-        with evaluating(self.model):
+        with generating(self.model):
             ids = self.model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
                 inputs_embeds=asking,
                 attention_mask=asking.new_ones(asking.shape[:2], dtype=torch.long),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.modes import generating
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.memory_slots import SlotMemory
 from memory_adapters.memory_slots.reconstruction import Reading, check_lengths
@@ -55,7 +55,7 @@ def score_answers(
             memory.use(read or None)
             rows = [tokenize(tokenizer, asking.replace("{question}", question)) for question, _ in batch]
             inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-            with evaluating(memory.model):
+            with generating(memory.model):
                 ids = memory.model.generate(  # type: ignore[operator]  # PreTrainedModel is no GenerationMixin
                     **inputs.to(memory.model.device), max_new_tokens=max_new_tokens, do_sample=False
                 )

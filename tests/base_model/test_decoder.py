@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from memory_adapters import MemoryAdapterConfig, inject_memory, memories
 from memory_adapters.base_model.decoder import find_decoder
+from memory_adapters.base_model.modes import generating
 from memory_adapters.base_model.partial_forward import capture, logits_at
 from tests.support.contract import architectures, encode, logits
 from tests.support.models import byte_tokenizer, tiny_model
@@ -57,3 +60,17 @@ def test_not_a_language_model() -> None:
         find_decoder(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="causal LM head"):
         find_decoder(tiny_model().model)
+
+
+@torch.no_grad()
+def test_generating_gives_the_head_contiguous_states() -> None:
+    model: Any = tiny_model()
+    head, seen = model.get_output_embeddings(), []
+    model.train()
+    with generating(model):
+        head.register_forward_pre_hook(lambda _head, given: seen.append(given[0].is_contiguous()))
+        model.generate(torch.ones(2, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+        assert not model.training
+    assert seen == [True, True]
+    assert model.training
+    assert len(head._forward_pre_hooks) == 1, "the test's own"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import execution_device, find_decoder
-from memory_adapters.base_model.modes import evaluating
+from memory_adapters.base_model.modes import generating
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import batches_of, tokenize
 
@@ -177,7 +177,7 @@ def _continued(
     padding = next(token for token in known if token is not None)
     continued: list[list[int]] = [[] for _ in rows]
     room = [range(len(row) + max(num_new)) for row in rows]
-    with evaluating(model), tqdm(total=len(rows), desc="generating", unit="text", disable=not progress) as bar:
+    with generating(model), tqdm(total=len(rows), desc="generating", unit="text", disable=not progress) as bar:
         for batch in batches_of(room, batch_tokens):
             length = max(len(rows[i]) for i in batch)
             most = max(num_new[i] for i in batch)
