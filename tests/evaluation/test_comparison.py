@@ -358,7 +358,7 @@ def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert not result.failures()
     cells = {row[0]: row[1:] for row in result.tables()[2].rows}
     assert cells["edit"][1:] == ["skipped", "skipped"]
-    assert "skipped: edit with 4 facts: 2 facts took" in repr(result)
+    assert re.search(r"skipped: edit with 4(, 8)? facts: 2 facts took", repr(result))
     assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 

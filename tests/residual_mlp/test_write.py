@@ -240,7 +240,7 @@ def test_an_inactive_memory_is_written_and_stays_inactive() -> None:
 
 def test_no_tokenizer() -> None:
     memory = inject_memory(tiny_model(), config())
-    with pytest.raises(ValueError, match=r"Writing needs the model.s tokenizer"):
+    with pytest.raises(ValueError, match=r"This needs the model.s tokenizer"):
         memory.write(FACT)
 
 
