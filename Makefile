@@ -79,7 +79,7 @@ compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
 	mkdir -p $(RESULTS)/comparison/results
 	$(if $(MODEL),,for row in docs/results/comparison-rows/*.json; do \
 		test -e $(RESULTS)/comparison/results/$$(basename $$row) || cp $$row $(RESULTS)/comparison/results; done)
-	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json --limit 100 --fact-counts 1,10,100 \
+	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json --limit 100 --fact-counts 1,10,100,1000 \
 		--dtype bfloat16 $(if $(MODEL),,--start slots=examples/slot-encoder) --set memit.covariance=$< \
 		--portability $(DATA)/zsre/edit.json --portability-limit 50 --max-seconds 1200 \
 		--things builtin --things-limit 16 --documents benchmarks/manual.json \

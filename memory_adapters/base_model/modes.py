@@ -62,13 +62,12 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
     bfloat16 weights once a row.
     """
     head = model.get_output_embeddings()
-    hook = head and head.register_forward_pre_hook(lambda _head, given: (given[0].contiguous(), *given[1:]))
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        if hook is not None:
-            hook.remove()
+    with ExitStack() as stack:
+        if head is not None:
+            hook = head.register_forward_pre_hook(lambda _head, given: (given[0].contiguous(), *given[1:]))
+            stack.callback(hook.remove)
+        stack.enter_context(evaluating(model))
+        yield
 
 
 @contextmanager

@@ -44,9 +44,13 @@ def is_common_word(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def occurs(name: str, text: str) -> bool:
     """Return whether a name stands in a text as whole words."""
-    return times_named(name, text) > 0
+    return re.search(_whole_words(name), text) is not None
 
 
 def times_named(name: str, text: str) -> int:
     """Return how often a name stands in a text as whole words."""
-    return len(re.findall(rf"(?<!\w){re.escape(name)}(?!\w)", text))
+    return len(re.findall(_whole_words(name), text))
+
+
+def _whole_words(name: str) -> str:
+    return rf"(?<!\w){re.escape(name)}(?!\w)"

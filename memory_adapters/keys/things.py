@@ -69,17 +69,17 @@ def things_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list
     that most items name. An item without a name in it is a thing of its own.
     """
     names: dict[str, str] = {}  # in lower case, to the name of the thing
-    for item in items:
-        own = [one.casefold() for one in _given_names(item)]
-        if own:
-            name = next((names[one] for one in own if one in names), _given_names(item)[0])
-            names |= {one: names.get(one, name) for one in own}
-    found = [[] if _given_names(item) else names_in(_text(item), tokenizer) for item in items]
+    named = [_given_names(item) for item in items]
+    for given in filter(None, named):
+        own = [one.casefold() for one in given]
+        name = next((names[one] for one in own if one in names), given[0])
+        names |= {one: names.get(one, name) for one in own}
+    found = [[] if given else names_in(_text(item), tokenizer) for item, given in zip(items, named, strict=True)]
     counts = Counter(name.casefold() for own in found for name in own)
     grouped: dict[str, list[Item]] = {}
     spelled: dict[str, list[str]] = {}
-    for item, own_names in zip(items, found, strict=True):
-        if given := _given_names(item):
+    for item, given, own_names in zip(items, named, found, strict=True):
+        if given:
             name = names[given[0].casefold()]
             others = other_names(item, tokenizer) if isinstance(item, Fact) else []
             spelled.setdefault(name, []).extend([given[0], *others])

@@ -32,7 +32,6 @@ from memory_adapters.files.strict_json import SAVE_AGAIN, file_in
 from memory_adapters.files.tensors import read_tensors, write_tensors
 from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer
 from memory_adapters.keys.spellings import Spellings
-from memory_adapters.keys.things import things_of
 from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.cached_reading import PromptStarts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
@@ -267,7 +266,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         tokens, slots = (sum(getattr(entries[i], count) for i in new) for count in ("num_tokens", "num_slots"))
         notes = [f"{len(new)} entries made of {tokens:,} tokens" + (f", in {slots:,} slots" if slots < tokens else "")]
         if self._config.read == "names":
-            notes += _found_names(items, tokenizer)
+            notes += _found_names([entries[i] for i in new], tokenizer)
         if unread:
             notes.append(
                 f"{len(unread)} entries have no name that a prompt could have, such as {unread[0].title!r}: they are "
@@ -596,10 +595,15 @@ def _put_before(parent: nn.Module, name: str, blocks: nn.ModuleList) -> None:
     parent._modules.update([*ordered[:place], *moved.items(), *ordered[place:]])
 
 
-def _found_names(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _found_names(entries: Sequence[SlotEntry], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return a note on the names by which documents are read, where the user did not give them."""
-    unnamed = [item for item in items if isinstance(item, Document) and item.subject is None]
-    names = [repr(thing.name) for thing in things_of(unnamed, tokenizer) if thing.spellings] if unnamed else []
+    unnamed = (
+        entry.names[0]
+        for entry in entries
+        for item in entry.items[:1]
+        if entry.names and isinstance(item, Document) and item.subject is None
+    )
+    names = dict.fromkeys(repr(str(tokenizer.decode(list(ids))).strip()) for ids in unnamed)
     if not names:
         return []
     return [

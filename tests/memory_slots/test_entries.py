@@ -128,6 +128,14 @@ def test_a_longer_name_hides_the_names_in_it_and_words_find_what_has_no_name() -
     assert read("Please tell me the wifi.") == []
 
 
+def test_the_report_says_by_which_name_a_text_is_read() -> None:
+    memory = memory_on(tiny_model())
+    report = memory.write(Document("the Mira Park is old. in Mira Park are deer."), measure=False, progress=False)
+    assert any("most often, 'Mira Park': give another" in note for note in report.notes), report.notes
+    named = memory.write(Document("it is old.", subject="Mira Park"), measure=False, progress=False)
+    assert not any("most often" in note for note in named.notes)
+
+
 def test_parts_are_chosen_by_the_words_of_the_question() -> None:
     text = "Lumo Ferry has a cafe on deck seven with cakes, tea and milk.\n\n"
     text += "its engine room is hot, and the captain sleeps there at noon, in a chair."
