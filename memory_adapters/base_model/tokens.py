@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 TOKENS_A_BATCH = 4096
+VIRTUAL_TOKENS_A_BATCH = 65_536  # whose keys and values are copied for each row
 
 
 def pad_rows(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -39,11 +40,21 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def batches_of(rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH) -> Iterator[list[int]]:
-    """Yield indices of rows, in batches of like length and at most `tokens` tokens with padding (at least one row)."""
+def batches_of(
+    rows: Sequence[Sequence[int]], tokens: int = TOKENS_A_BATCH, *, virtual_tokens: int = 0
+) -> Iterator[list[int]]:
+    """Yield indices of rows, in batches of like length and at most `tokens` tokens with padding (at least one row).
+
+    Args:
+        rows: Token ids.
+        tokens: Most tokens a batch.
+        virtual_tokens: How many a memory adds to each row. They cost mostly memory, for a row's own copy of their keys
+            and values: a batch may have `VIRTUAL_TOKENS_A_BATCH` of them.
+    """
+    most = max(VIRTUAL_TOKENS_A_BATCH // virtual_tokens, 1) if virtual_tokens else len(rows)
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if batch and (len(batch) + 1) * len(rows[index]) > tokens:
+        if batch and ((len(batch) + 1) * len(rows[index]) > tokens or len(batch) == most):
             yield batch
             batch = []
         batch.append(index)

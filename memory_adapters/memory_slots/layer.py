@@ -8,10 +8,10 @@ around the stack makes the attention mask, layer and hooks are on that one: see 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,16 @@ from memory_adapters.peft_layers.layers import ForwardHook, MemoryLayer, used_ad
 
 __all__ = ["Entry", "SlotReader", "padded", "reading_module"]
 
-Choose: TypeAlias = Callable[[Sequence[Sequence[int]]], list[list[Segment]]]
-"""Returns what each row of token ids reads."""
+
+class Choose(Protocol):
+    """Return what each row of token ids reads."""
+
+    @property
+    def most_slots(self) -> int:
+        """How many slots a row reads at most, as a rule."""
+
+    def __call__(self, rows: Sequence[Sequence[int]], /) -> list[list[Segment]]: ...
+
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text; what multimodal models take for each token
 
@@ -320,6 +328,11 @@ class Entry(nn.Module):
         self.register_buffer("vectors", torch.zeros(1, 0, embedding_size, dtype=torch.float32), persistent=False)
         self.register_buffer("mask", torch.zeros(1, 0, dtype=torch.long), persistent=False)
 
+    @property
+    def most_slots(self) -> int:
+        """How many slots a row reads at most, as a rule."""
+        return self.vectors.shape[1] if self.choose is None else self.choose.most_slots
+
     def read(self, ids: Sequence[Sequence[int]] | None) -> Read:
         """Return what is read now: of each row, if rows are known and read their own."""
         if self.choose is None:
@@ -384,6 +397,10 @@ class SlotReader(MemoryLayer):
             return [known.get(name) for name in self.rows]
         active = [known[name] for name in self._active_adapter if name in known]
         return [entry for entry in active if entry.choose is not None or entry.vectors.shape[1]]
+
+    def num_virtual_tokens(self) -> int:
+        """Return how many slots a row reads at most, as a rule."""
+        return sum(entry.most_slots for entry in self._entries() if entry is not None)
 
     def needs_ids(self) -> bool:
         """Return whether what is read, or where, depends on the prompt's tokens."""

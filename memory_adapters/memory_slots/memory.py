@@ -539,9 +539,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return steps
 
     def _num_virtual_tokens(self) -> int:
-        # What a prompt reads, as a rule: the facts about a thing, and parts of a document about it.
-        most = sorted((entry.num_slots for entry in self._entries), reverse=True)[: self._config.top_k + 1]
-        return max((slots.num_slots for slots in self.slots), default=sum(most))
+        return max((slots.num_slots for slots in self.slots), default=self._entry.most_slots)
 
     def _exporters(self) -> Mapping[str, Exporter]:
         return {"prompt-tuning": partial(prompt_tuning, self.slots, self.model)}

@@ -29,6 +29,12 @@ class Reading:
     def __init__(self, chooser: Chooser, embeddings: nn.Module, opening: Sequence[int], limit: int) -> None:
         self.chooser, self.embeddings, self.opening, self.limit = chooser, embeddings, list(opening), limit
 
+    @property
+    def most_slots(self) -> int:
+        """How many a row reads at most, as a rule: the facts about a thing, and parts of a document about it."""
+        most = sorted((entry.num_slots for entry in self.chooser.entries), reverse=True)
+        return sum(most if self.chooser.read == "all" else most[: self.chooser.top_k + 1])
+
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[list[Segment]]:
         asked = list(dict.fromkeys(map(tuple, rows)))  # beams have the same rows
         chosen = self.entries(asked)

@@ -104,6 +104,10 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         assert isinstance(layer, cls)
         return layer
 
+    def num_virtual_tokens(self) -> int:
+        """Return how many virtual tokens the model reads with a prompt at most, as a rule."""
+        return 0
+
     def detach(self, parent: nn.Module) -> None:
         """Remove the layer and its hooks from `parent`."""
         delattr(parent, self.child_name)

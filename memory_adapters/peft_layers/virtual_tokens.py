@@ -1,4 +1,4 @@
-"""Virtual tokens, which a memory puts before a prompt: switch them off where states are found by position."""
+"""Virtual tokens, which a memory puts before a prompt: count them, and switch them off where positions matter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from torch import nn
 
 from memory_adapters.peft_layers.layers import MemoryLayer, adapter_layers
 
-__all__ = ["virtual_tokens_disabled"]
+__all__ = ["num_virtual_tokens", "virtual_tokens_disabled"]
+
+
+def num_virtual_tokens(model: nn.Module) -> int:
+    """Return how many virtual tokens the model reads with a prompt at most, as a rule."""
+    layers = [x for x in adapter_layers(model) if isinstance(x, MemoryLayer) and not x._disable_adapters]
+    return sum(layer.num_virtual_tokens() for layer in layers)
 
 
 @contextmanager

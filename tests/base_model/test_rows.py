@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from memory_adapters import Fact, QuestionAnswer
 from memory_adapters.base_model.chat import rendered_question
 from memory_adapters.base_model.item_rows import chat_row, fact_row, question_row
-from memory_adapters.base_model.tokens import continued_prompt, tokenize
+from memory_adapters.base_model.tokens import VIRTUAL_TOKENS_A_BATCH, batches_of, continued_prompt, tokenize
 from memory_adapters.memit.prompts import bare_rows, chat_context
 from tests.support.models import byte_tokenizer
 
@@ -34,6 +34,14 @@ def test_a_row_begins_with_the_tokens_of_the_prompt(prompt: str, continuation: s
     ids, first = continued_prompt(tokenizer, prompt, continuation)
     assert ids[:first] == tokenize(tokenizer, prompt)
     assert tokenizer.decode(ids[first:]) == continuation
+
+
+def test_batches_are_of_like_length_and_limited() -> None:
+    rows = [[1] * length for length in (5, 1, 3, 1, 8)]
+    assert list(batches_of(rows, 6)) == [[1, 3], [2], [0], [4]]
+    assert list(batches_of(rows, virtual_tokens=VIRTUAL_TOKENS_A_BATCH // 2)) == [[1, 3], [2, 0], [4]]
+    assert list(batches_of(rows, 6, virtual_tokens=2 * VIRTUAL_TOKENS_A_BATCH)) == [[1], [3], [2], [0], [4]]
+    assert list(batches_of([])) == []
 
 
 def test_every_kind_of_row_begins_so() -> None:

@@ -11,6 +11,7 @@ import torch
 from memory_adapters import Document, Fact, MemorySlotsConfig, QuestionAnswer, inject_memory, load_memory
 from memory_adapters.base_model.chat import turn_opening
 from memory_adapters.memory_slots.entries import SlotEntry, make_entries
+from memory_adapters.peft_layers.virtual_tokens import num_virtual_tokens
 from tests.support.models import byte_tokenizer, tiny_model
 
 FERRY = Fact("Lumo Ferry sails from", "Lumo Ferry", "Oslo")
@@ -218,6 +219,17 @@ def test_what_is_read_can_be_given() -> None:
         memory.use(chosen)
         with pytest.raises(ValueError, match=why):
             logits(model, asked)
+
+
+@pytest.mark.parametrize("settings", [{}, {"read": "all", "space": "kv"}, {"read": "all"}])
+def test_what_a_prompt_reads_at_most_is_counted(settings: dict[str, Any]) -> None:
+    memory = memory_on(tiny_model(), **settings)
+    assert num_virtual_tokens(memory.model) == 0
+    memory.write([FERRY, BURNS, PARK, Fact("{} has", "Port Ada", "ships")], progress=False, compress=False)
+    lengths = sorted(one.num_slots for one in memory.entries or memory.slots)
+    assert num_virtual_tokens(memory.model) == sum(lengths if settings else lengths[-2:])
+    with memory.disabled():
+        assert num_virtual_tokens(memory.model) == 0
 
 
 def test_entries_that_do_not_fit_are_left_out() -> None:

@@ -20,6 +20,7 @@ from memory_adapters.base_model.partial_forward import logits_at
 from memory_adapters.base_model.tokens import batches_of, continued_prompt, pad_rows
 from memory_adapters.evaluation.records import EditRecord, Question
 from memory_adapters.items import continuation_of
+from memory_adapters.peft_layers.virtual_tokens import num_virtual_tokens
 
 __all__ = ["EditScores", "KindScores", "score_continuations", "score_edits", "score_kinds", "score_records"]
 
@@ -318,7 +319,7 @@ def _score(
     device = execution_device(decoder.embeddings)
     log_prob, right = (torch.zeros(len(texts), dtype=torch.float32) for _ in range(2))
     with evaluating(model), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
-        for batch in batches_of(rows, batch_tokens):
+        for batch in batches_of(rows, batch_tokens, virtual_tokens=num_virtual_tokens(model)):
             inputs = pad_rows([rows[row] for row in batch], device)
             cells = torch.tensor(
                 [

@@ -17,6 +17,7 @@ from memory_adapters.base_model.decoder import execution_device, find_decoder
 from memory_adapters.base_model.modes import generating
 from memory_adapters.base_model.seeding import seeded
 from memory_adapters.base_model.tokens import batches_of, tokenize
+from memory_adapters.peft_layers.virtual_tokens import num_virtual_tokens
 
 __all__ = ["consistency", "fluency", "generate_texts", "greedy_success", "greedy_texts", "holds", "ngram_entropy"]
 
@@ -178,7 +179,7 @@ def _continued(
     continued: list[list[int]] = [[] for _ in rows]
     room = [range(len(row) + max(num_new)) for row in rows]
     with generating(model), tqdm(total=len(rows), desc="generating", unit="text", disable=not progress) as bar:
-        for batch in batches_of(room, batch_tokens):
+        for batch in batches_of(room, batch_tokens, virtual_tokens=num_virtual_tokens(model)):
             length = max(len(rows[i]) for i in batch)
             most = max(num_new[i] for i in batch)
             generated = model.generate(  # type: ignore[operator]
