@@ -147,9 +147,7 @@ def test_compare_everything_and_go_on(here: Path, tmp_path: Path, monkeypatch: p
         assert found["report"]["fluency"] is not None
     assert all(list(line) == ["1", "2"] for line in result["curves"].values())
     assert len(list((folder / "results").iterdir())) == 3 * len(methods)
-    monkeypatch.setattr(
-        "memory_adapters.evaluation.comparison.compare.evaluate_edits", Mock(side_effect=AssertionError)
-    )
+    monkeypatch.setattr("memory_adapters.evaluation.comparison.tasks.evaluate_edits", Mock(side_effect=AssertionError))
     assert said(*arguments, "--quiet") == result
     assert "measured with other settings: baseline.recipe.seed" in words(
         run(*arguments, "--set", "lora.seed=1", code=1)

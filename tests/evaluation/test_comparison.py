@@ -250,7 +250,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    monkeypatch.setattr("memory_adapters.evaluation.comparison.compare.evaluate_edits", refuse)
+    monkeypatch.setattr("memory_adapters.evaluation.comparison.tasks.evaluate_edits", refuse)
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
         ([], {"edit": edit()}, {}, "`records` is empty"),
         (RECORDS, {"edit": edit(), "deep": edit(layers=[9])}, {}, "`layers` has 9"),

@@ -83,7 +83,7 @@ def test_what_fails_of_portability_leaves_the_rest() -> None:
 
 
 def test_a_model_that_fails_by_itself_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memory_adapters.evaluation.comparison.compare.evaluate_edits", refuse)
+    monkeypatch.setattr("memory_adapters.evaluation.comparison.tasks.evaluate_edits", refuse)
     with pytest.raises(AssertionError, match="something was measured"):
         compare(tiny_model(), byte_tokenizer(), RECORDS, {"edit": edit()}, **CHEAP)
 
@@ -98,7 +98,7 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
     kinds = ("full-2", "portability-1", "things-1", "documents-1", "curve-1")
     assert files == {f"{name}-{kind}.json" for name in ("nothing", "a%2Fb", "prompt") for kind in kinds}
     for measuring in ("evaluate_edits", "applied_at_cost", "speeds"):
-        monkeypatch.setattr(f"memory_adapters.evaluation.comparison.compare.{measuring}", refuse)
+        monkeypatch.setattr(f"memory_adapters.evaluation.comparison.tasks.{measuring}", refuse)
     louder = {**given, "a/b": WrittenMemory(edit(), {"progress": True})}
     assert compare(model, tokenizer, RECORDS, louder, **{**settings, "progress": True}) == first
     (tmp_path / "prompt-documents-1.json").unlink()

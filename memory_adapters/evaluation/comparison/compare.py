@@ -5,57 +5,57 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_adapters.base_model.decoder import base_model
 from memory_adapters.base_model.fingerprint import base_fingerprint
-from memory_adapters.base_model.modes import evaluating
-from memory_adapters.base_model.sampling import HELD_OUT_SENTENCES
 from memory_adapters.config import MemoryConfig
 from memory_adapters.evaluation.comparison.baselines import Baseline, Unchanged, WrittenMemory
-from memory_adapters.evaluation.comparison.costs import (
-    applied_at_cost,
-    bytes_on_disk,
-    seconds_to_forget,
-    slowdown,
-    speed_prompt,
-    speeds,
-)
 from memory_adapters.evaluation.comparison.results import NOTHING, Comparison, MethodResult
-from memory_adapters.evaluation.comparison.stored_results import StoredResults, digest
-from memory_adapters.evaluation.edit_report import evaluate_edits
-from memory_adapters.evaluation.questions import DocumentQuestions, Thing, thing_questions
-from memory_adapters.evaluation.records import EditRecord, Question
-from memory_adapters.evaluation.scores.choices import Choice, choice_accuracy
-from memory_adapters.evaluation.scores.generation import fluency, generate_texts
-from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
-from memory_adapters.evaluation.scores.perplexity import predictions
-from memory_adapters.items import Document, as_items
+from memory_adapters.evaluation.comparison.stored_results import StoredResults
+from memory_adapters.evaluation.comparison.tasks import Curve, Documents, Full, Portability, Task, Things
+from memory_adapters.evaluation.questions import DocumentQuestions, Thing
+from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.scores.choices import Choice
+from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
-
-KL_TOKENS = 2048  # on which predictions of the base are kept, in half precision
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Name one write of one baseline. Its kind is `"full"`, `"portability"`, `"things"`, `"documents"` or `"curve"`."""
+    """Name one write: a task by a baseline."""
 
     name: str
-    kind: str
     baseline: Baseline
-    records: Sequence[Any]  # things; texts with their questions, of documents; else edits
+    task: Task
 
     @property
     def label(self) -> str:
-        return f"{self.name}-{self.kind}-{len(self.records)}"
+        return f"{self.name}-{self.task.kind}-{len(self.task.records)}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the result depends on."""
+        base = base_model(self.task.model)
+        return {
+            "model": {**base_fingerprint(base), "dtype": str(base.dtype), "device": base.device.type},
+            "adapters": list(getattr(base, "peft_config", {})),
+            "baseline": self.baseline.settings(),
+            **self.task.settings(),
+        }
+
+    def measure(self) -> MethodResult:
+        """Measure; a baseline that fails gives a result with the reason. What fails without one raises."""
+        try:
+            return self.task.measure(self.baseline)
+        except Exception as error:
+            if isinstance(self.baseline, Unchanged):
+                raise
+            return MethodResult(failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
 
 def compare(
@@ -139,25 +139,30 @@ def compare(
     named = {NOTHING: named[NOTHING], **named}
     for baseline in named.values():
         baseline.check(model, tokenizer)
-    tasks = {"portability": portability, "things": things, "documents": documents}
-    parts = _parts(named, records, count, tasks, fact_counts)
-    measured = _Measurement(
-        model,
-        tokenizer,
-        text,
-        max_text_tokens,
-        greedy,
-        fluency_prompts,
-        choices,
-        own_words,
-        thing_questions(things, other_things) if things else None,
-        costs,
-        progress,
+    base: dict[str, Any] = {"model": model, "tokenizer": tokenizer}
+    shown = {**base, "progress": progress}
+    scored = {**shown, "text": text, "max_text_tokens": max_text_tokens}
+    full = Full(
+        records=records[:count],
+        greedy=greedy,
+        fluency_prompts=fluency_prompts,
+        choices=choices,
+        own_words=own_words,
+        costs=costs,
+        **scored,
     )
+    others: list[Task] = [
+        Portability(records=portability or (), **shown),
+        Things(records=things or (), others=other_things, **base),
+        Documents(records=documents or (), **base),
+    ]
+    curves = [Curve(records=records[:number], **scored) for number in sorted({*fact_counts} - {count})]
+    tasks: list[Task] = [full, *(task for task in others if task.records), *curves]
+    parts = [_Part(name, baseline, task) for task in tasks for name, baseline in named.items()]
     found: dict[str, MethodResult] = {}
     stored = None if folder is None else StoredResults(folder)
     if stored is not None:
-        known = {part.label: stored.read(part.label, measured.settings(part)) for part in parts}
+        known = {part.label: stored.read(part.label, part.settings()) for part in parts}
         found = {label: MethodResult.from_dict(values) for label, values in known.items() if values is not None}
     missing = [part for part in parts if part.label not in found]
     with tqdm(missing, desc="comparing", unit="write", disable=not progress) as bar:
@@ -166,9 +171,9 @@ def compare(
             if why := "not measured yet" if only_stored else _too_long(part, parts, found, max_seconds):
                 found[part.label] = MethodResult(skipped=why)
                 continue
-            found[part.label] = result = measured.measure(part)
+            found[part.label] = result = part.measure()
             if stored is not None and result.failed is None:
-                stored.save(part.label, measured.settings(part), asdict(result))
+                stored.save(part.label, part.settings(), asdict(result))
     if found[parts[0].label].report is None:
         raise ValueError(
             f"`folder` ({folder}) has no {parts[0].label}.json, the result of the model alone: call without "
@@ -177,29 +182,15 @@ def compare(
     return _assembled(parts, found, count, fact_counts)
 
 
-def _parts(
-    named: Mapping[str, Baseline],
-    records: Sequence[EditRecord],
-    count: int,
-    tasks: Mapping[str, Sequence[Any] | None],
-    fact_counts: Sequence[int],
-) -> list[_Part]:
-    """Return all that is to be measured, the first `count` records by each baseline first."""
-    parts = [_Part(name, "full", one, records[:count]) for name, one in named.items()]
-    parts += [_Part(name, kind, one, given) for kind, given in tasks.items() if given for name, one in named.items()]
-    rising = [number for number in sorted(set(fact_counts)) if number != count]
-    return parts + [_Part(name, "curve", one, records[:number]) for number in rising for name, one in named.items()]
-
-
 def _too_long(
     part: _Part, parts: Sequence[_Part], results: Mapping[str, MethodResult], most: float | None
 ) -> str | None:
     """Return why a write of a curve would take more than `most` seconds, by what fewer facts took; None if not."""
-    if part.kind != "curve" or most is None or isinstance(part.baseline, Unchanged):
+    if part.task.kind != "curve" or most is None or isinstance(part.baseline, Unchanged):
         return None
-    number = len(part.records)
-    same = [other for other in parts if other.name == part.name and other.kind in ("full", "curve")]
-    found = [(len(one.records), results.get(one.label)) for one in same]
+    number = len(part.task.records)
+    same = [other for other in parts if other.name == part.name and isinstance(other.task, Curve)]
+    found = [(len(one.task.records), results.get(one.label)) for one in same]
     timed = [(n, r.costs.seconds) for n, r in found if r is not None and r.costs is not None and n < number]
     if not timed:
         if any(r is not None and r.skipped for n, r in found if n < number):
@@ -218,152 +209,23 @@ def _assembled(
     methods: dict[str, MethodResult] = {}
     curves: dict[str, dict[int, MethodResult]] = {}
     for part in parts:
-        result, number = found[part.label], len(part.records)
-        if part.kind in ("portability", "things", "documents"):
-            whole, kind = methods[part.name], part.kind
-            own: dict[str, Any] = {kind: result.report if kind == "portability" else getattr(result, kind)}
-            methods[part.name] = replace(
-                whole,
-                **own,
-                consequences=result.consequences or whole.consequences,
-                failed=whole.failed or (result.failed and f"{kind}: {result.failed}"),
-                traceback=whole.traceback or result.traceback,
-                skipped="; ".join(filter(None, [whole.skipped, result.skipped and f"{kind}: {result.skipped}"]))
-                or None,
-            )
-        elif part.kind == "full":
+        task, result = part.task, found[part.label]
+        if task.kind == "full":
             methods[part.name] = result
-        if part.kind == "curve" or (part.kind == "full" and number in fact_counts):
-            curves.setdefault(part.name, {})[number] = result
+        elif task.kind != "curve":
+            methods[part.name] = _with_task(methods[part.name], task, result)
+        if isinstance(task, Curve) and len(task.records) in fact_counts:
+            curves.setdefault(part.name, {})[len(task.records)] = result
     return Comparison(count, methods, {name: dict(sorted(line.items())) for name, line in curves.items()})
 
 
-@dataclass(frozen=True)
-class _Measurement:
-    """Store a model, and what is measured on it."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    text: str | Sequence[str] | None
-    max_text_tokens: int | None
-    greedy: bool
-    fluency_prompts: int
-    choices: Sequence[Choice] | None
-    own_words: OwnWordsQuestions | None
-    about_things: OwnWordsQuestions | None
-    costs: bool
-    progress: bool
-
-    @cached_property
-    def questions(self) -> OwnWordsQuestions | None:
-        """The questions with the answers of the base; first looked at before a baseline is on the model."""
-        return self.own_words and self.own_words.with_base_answers(self.model, self.tokenizer)
-
-    @cached_property
-    def thing_questions(self) -> OwnWordsQuestions:
-        """The same of the things."""
-        assert self.about_things is not None
-        return self.about_things.with_base_answers(self.model, self.tokenizer)
-
-    @cached_property
-    def base_predictions(self) -> list[Tensor] | None:
-        """What the base predicts on the beginning of the text; first looked at before a baseline is on the model."""
-        if self.text is None:
-            return None
-        tokens = KL_TOKENS if self.max_text_tokens is None else min(KL_TOKENS, self.max_text_tokens)
-        with evaluating(self.model):
-            found = predictions(self.model, self.tokenizer, self.text, max_tokens=tokens)
-            return [window.half() for window, _ in found]
-
-    def settings(self, part: _Part) -> dict[str, Any]:
-        """Return what the result of a part depends on."""
-        base = base_model(self.model)
-        settings: dict[str, Any] = {
-            "model": {**base_fingerprint(base), "dtype": str(base.dtype), "device": base.device.type},
-            "adapters": list(getattr(base, "peft_config", {})),
-            "baseline": part.baseline.settings(),
-            "records": digest(part.records),
-        }
-        if part.kind in ("full", "curve"):
-            text = HELD_OUT_SENTENCES if self.text is None else self.text
-            settings |= {"text": digest(text), "max_text_tokens": self.max_text_tokens}
-        if part.kind == "full":
-            settings |= {"greedy": self.greedy, "fluency_prompts": self.fluency_prompts, "costs": self.costs}
-            settings["choices"] = self.choices and digest(self.choices)
-            if self.own_words is not None:  # results of earlier versions, without them, count for calls without them
-                settings["own_words"] = digest(self.own_words)
-        if part.kind == "things":
-            settings["asked"] = digest(self.about_things)
-        return settings
-
-    def measure(self, part: _Part) -> MethodResult:
-        """Measure a part; a baseline that fails gives a result with the reason. What fails without one raises."""
-        try:
-            return self._measure(part)
-        except Exception as error:
-            if isinstance(part.baseline, Unchanged):
-                raise
-            return MethodResult(failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-
-    def _measure(self, part: _Part) -> MethodResult:
-        if part.kind == "documents":
-            return self._measure_documents(part)
-        if part.kind == "things":
-            return self._measure_things(part)
-        model, tokenizer, full = self.model, self.tokenizer, part.kind == "full"
-        facts = [record.fact for record in part.records]
-        ids = speed_prompt(tokenizer, [fact.prompt for fact in facts])
-        before = speeds(model, ids, [nullcontext])[0] if full and self.costs else None
-        questions = self.questions if full else None
-        base_predictions = self.base_predictions if full else None
-        with applied_at_cost(model, tokenizer, part.baseline, facts) as (applied, costs):
-            report = evaluate_edits(
-                model,
-                tokenizer,
-                part.records,
-                text=None if part.kind == "portability" else self.text,
-                max_text_tokens=self.max_text_tokens,
-                greedy=full and self.greedy,
-                own_words=questions,
-                base_predictions=base_predictions,
-                progress=self.progress,
-            )
-            ability = None
-            if full and self.fluency_prompts:
-                prompts = [prompt for r in part.records for prompt in r.generation_prompts or (r.fact.prompt,)]
-                texts = generate_texts(model, tokenizer, prompts[: self.fluency_prompts], progress=self.progress)
-                report = replace(report, fluency=fluency(texts), num_generated=len(texts))
-            if full and self.choices is not None:
-                ability = choice_accuracy(model, tokenizer, self.choices)
-            if before is not None:
-                prefill, decode = slowdown(model, ids, applied, before)
-                costs = replace(costs, bytes_on_disk=bytes_on_disk(applied), prefill=prefill, decode=decode)
-                costs = replace(costs, forget_seconds=seconds_to_forget(applied, facts[-1]))
-            return MethodResult(applied.report, report, ability=ability, costs=costs)
-
-    def _measure_things(self, part: _Part) -> MethodResult:
-        """Write the facts of things, and ask about them, about others, and about what follows."""
-        questions, facts = self.thing_questions, [fact.fact for thing in part.records for fact in thing.facts]
-        consequences: dict[str, list[Question]] = {}
-        for question in (one for thing in part.records for one in thing.consequences):
-            consequences.setdefault(question.kind, []).append(question)
-        with part.baseline.applied(self.model, self.tokenizer, facts) as applied:
-            return MethodResult(
-                applied.report,
-                things=score_own_words(self.model, self.tokenizer, questions),
-                consequences={
-                    kind: score_own_words(self.model, self.tokenizer, OwnWordsQuestions(tuple(asked)))
-                    for kind, asked in consequences.items()
-                },
-            )
-
-    def _measure_documents(self, part: _Part) -> MethodResult:
-        """Write texts, and ask about them; what takes none is skipped."""
-        texts = [Document(one.text) for one in part.records]
-        asked = OwnWordsQuestions(tuple(question for one in part.records for question in one.questions))
-        try:
-            as_items(texts, part.baseline.accepts(self.model, self.tokenizer))
-        except TypeError as error:
-            return MethodResult(skipped=str(error))
-        with part.baseline.applied(self.model, self.tokenizer, texts) as applied:
-            return MethodResult(applied.report, documents=score_own_words(self.model, self.tokenizer, asked))
+def _with_task(whole: MethodResult, task: Task, result: MethodResult) -> MethodResult:
+    """Return a baseline's whole result with that of a task, and why it has none."""
+    skipped = [whole.skipped, result.skipped and f"{task.kind}: {result.skipped}"]
+    return replace(
+        whole,
+        failed=whole.failed or (result.failed and f"{task.kind}: {result.failed}"),
+        traceback=whole.traceback or result.traceback,
+        skipped="; ".join(filter(None, skipped)) or None,
+        **task.found(result),
+    )
