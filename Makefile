@@ -70,17 +70,17 @@ fever: $(VENV)/.installed ## the FEVER experiment on 4 pages; FULL=1 takes 99
 	$(BIN)/python examples/fever/run.py --data "$(DATA)" --results $(RESULTS)/fever --output docs/results \
 		$(if $(MODEL),--model $(MODEL)) $(if $(FULL),--full)
 
-$(RESULTS)/covariance.safetensors: | $(VENV)/.installed
-	mkdir -p $(RESULTS)
-	$(BIN)/memory-adapters covariance $(or $(MODEL),embedded) --output $@ --dtype bfloat16
+COMPARED = nothing,retrieval,slots,message,prompt,encoder,refined,gated_lora,per_key,residual,residual+slots,$\
+	gated_memit,memit,alphaedit,emmet,lora,lora_slow,lora_rehearsed,full
 
-compare: $(RESULTS)/covariance.safetensors ## every method on the same 100 facts
+compare: $(VENV)/.installed ## every method on the same 100 facts
 	@test -n "$(DATA)" || { echo "give DATA=FOLDER, or set MEMORY_ADAPTERS_DATA" >&2; exit 2; }
 	mkdir -p $(RESULTS)/comparison/results
 	$(if $(MODEL),,for row in docs/results/comparison-rows/*.json; do \
 		test -e $(RESULTS)/comparison/results/$$(basename $$row) || cp $$row $(RESULTS)/comparison/results; done)
-	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json --limit 100 --fact-counts 1,10,100,1000 \
-		--dtype bfloat16 $(if $(MODEL),,--start slots=examples/slot-encoder) --set memit.covariance=$< \
+	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json \
+		$(if $(MODEL),,--methods $(COMPARED) --start slots=examples/slot-encoder) \
+		--limit 100 --fact-counts 1,10,100,1000 --dtype bfloat16 \
 		--portability $(DATA)/zsre/edit.json --portability-limit 50 --max-seconds 1200 \
 		--things builtin --things-limit 16 --documents benchmarks/manual.json \
 		--choices $(DATA)/counterfact/known_1000.json --choices-limit 100 --fluency 20 \
