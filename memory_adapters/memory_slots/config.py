@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -244,6 +244,12 @@ class MemorySlotsConfig(MemoryConfig):
             base_model=self.base_model_name_or_path,
         )
 
+    @property
+    def untrained_tensors(self) -> list[str]:
+        """Names of what an encoder that was never trained uses: its LoRA and its projection change nothing."""
+        parts = ["reconstruct", "memory_tokens"] if self.pooling == "tokens" else ["reconstruct"]
+        return [f"memory_slots.{part}" for part in parts]
+
     def tensor_shapes(self, decoder: Decoder) -> dict[str, torch.Size]:
         """Return names and shapes of the encoder's tensors: its LoRA, and what it reads slots with."""
         shapes: dict[str, torch.Size] = {}
@@ -256,3 +262,12 @@ class MemorySlotsConfig(MemoryConfig):
             "projection": (self.offsets, width, width),
         }
         return shapes | {f"memory_slots.{part}": torch.Size(shape) for part, shape in own.items()}
+
+    def saved_shapes(self, decoder: Decoder, names: Collection[str]) -> dict[str, torch.Size]:
+        """Return names and shapes of what a file with tensors of these names should hold.
+
+        That is all of the encoder, or `untrained_tensors` where it has no others, and nothing was trained.
+        """
+        shapes = self.tensor_shapes(decoder)
+        few = not self.encoder_steps and set(names) == set(self.untrained_tensors)
+        return {name: shapes[name] for name in self.untrained_tensors} if few else shapes

@@ -53,12 +53,19 @@ class EncoderParts(nn.Module):
             noise = torch.randn(rows, len(mean), generator=generator, dtype=torch.float32)
             return nn.Parameter((mean + spread * noise).to(device), requires_grad=False)
 
+        self.pooling = config.pooling
         self.memory_tokens = like_tokens(config.num_memory_tokens)
         self.reconstruct = like_tokens(1)
-        start = torch.zeros if config.pooling == "mean" else torch.eye
-        first = start(len(mean), len(mean), device=device)
+        first = self._first_matrix(len(mean), device)
         self.projection = nn.Parameter(first.repeat(config.offsets, 1, 1), requires_grad=False)
         self.embedding_rms = float(table.square().mean().sqrt())
+
+    def _first_matrix(self, width: int, device: torch.device) -> Tensor:
+        return (torch.zeros if self.pooling == "mean" else torch.eye)(width, width, device=device)
+
+    def is_projection_trained(self) -> bool:
+        """Return whether the matrices are other than at first."""
+        return bool((self.projection != self._first_matrix(self.projection.shape[-1], self.projection.device)).any())
 
 
 class Encoder:
@@ -208,6 +215,13 @@ class Encoder:
                 found[f"{name}.lora_B.weight"] = up.weight.detach()
         return found
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are saved: of an encoder that was never trained, those that it does use."""
+        found, trained = self.tensors(), bool(self.config.encoder_steps) or self.parts.is_projection_trained()
+        if trained or any(t.any() for name, t in found.items() if "lora_B" in name):
+            return found
+        return {name: found[name] for name in self.config.untrained_tensors}
+
     def parameters(self) -> list[nn.Parameter]:
         """Return what training changes."""
         lora = [
@@ -219,9 +233,9 @@ class Encoder:
         return [*lora, *own, *([self.parts.memory_tokens] if self.config.pooling == "tokens" else [])]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the encoder's tensors."""
+        """Return the SHA-256 of the tensors that are saved."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors().items()):
+        for name, tensor in sorted(self.saved_tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

@@ -67,6 +67,13 @@ class SlotEntry:
         return self.num_tokens if self.slots is None else self.slots.num_slots
 
     @property
+    def num_numbers(self) -> int:
+        """How many numbers are stored: keys and values and where they stood, slots, and the text's tokens."""
+        kept = [] if self.kept is None else [*self.kept.keys, *self.kept.values, *self.kept.places]
+        slots = [] if self.slots is None else [self.slots.vectors]
+        return self.num_tokens + sum(tensor.numel() for tensor in [*kept, *slots])
+
+    @property
     def compression_rate(self) -> float:
         """Tokens of the text ÷ slots."""
         return self.num_tokens / self.num_slots

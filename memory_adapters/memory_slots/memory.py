@@ -29,7 +29,7 @@ from memory_adapters.base_model.trial import differs, is_runnable, trial
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import SAVE_AGAIN, file_in
-from memory_adapters.files.tensors import read_tensors, write_tensors
+from memory_adapters.files.tensors import read_metadata, read_tensors, write_tensors
 from memory_adapters.items import Document, Fact, Item, Items, QuestionAnswer
 from memory_adapters.keys.spellings import Spellings
 from memory_adapters.memory import Memory, Outcome
@@ -167,6 +167,17 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         self._check_attached()
         self._check_encoder()
         return self.encoder.tensors()
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return the encoder's tensors as far as they are saved: see `Encoder.saved_tensors`."""
+        self._check_attached()
+        self._check_encoder()
+        return self.encoder.saved_tensors()
+
+    def num_parameters(self) -> int:
+        """Return how many numbers the memory stores: the encoder's, slots, keys and values, and tokens of texts."""
+        saved = sum(tensor.numel() for tensor in self.saved_tensors().values())
+        return saved + sum(row.vectors.numel() for row in self.slots) + sum(one.num_numbers for one in self._entries)
 
     def _check_encoder(self) -> None:
         if self._config.target_modules and not self.encoder.layers():
@@ -545,7 +556,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         return {"prompt-tuning": partial(prompt_tuning, self.slots, self.model)}
 
     def _write_files(self, folder: Path) -> None:
-        tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in self.state_dict().items()}
+        tensors = {PEFT_KEY_PREFIX + name: tensor for name, tensor in self.saved_tensors().items()}
         write_tensors(folder / WEIGHTS_FILE, tensors)
         config = copy.copy(self._config)
         config.inference_mode = True
@@ -553,8 +564,9 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     @classmethod
     def _read_files(cls, folder: Path, config: MemorySlotsConfig, decoder: Decoder) -> Any:
-        shapes = config.tensor_shapes(decoder)
-        tensors = read_tensors(folder / WEIGHTS_FILE, {PEFT_KEY_PREFIX + name: s for name, s in shapes.items()})
+        names = [name.removeprefix(PEFT_KEY_PREFIX) for name in read_metadata(folder / WEIGHTS_FILE)[0]]
+        shapes = {PEFT_KEY_PREFIX + name: shape for name, shape in config.saved_shapes(decoder, names).items()}
+        tensors = read_tensors(folder / WEIGHTS_FILE, shapes)
         slots = MemorySlots.load(file_in(folder, SLOTS_FILE)) if config.has_slots else None
         if slots is not None:
             slots.check_fits(config.base_fingerprint, decoder.embedding_size)
@@ -570,8 +582,9 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def _restore(self, contents: tuple[dict[str, Tensor], MemorySlots | None, list[SlotEntry]]) -> None:
         tensors, slots, entries = contents
         with torch.no_grad():
-            for name, tensor in self.encoder.tensors().items():
-                tensor.copy_(tensors[name])
+            own = self.encoder.tensors()
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
         if slots is not None and slots.encoder_fingerprint not in (self.encoder.fingerprint(), None):
             warnings.warn(OTHER_ENCODER, stacklevel=2)
         if entries:

@@ -31,7 +31,8 @@ class SlotTuner(RefusingTuner):
     ) -> dict[str, Tensor]:
         base = base_model(model)
         prefix = "" if base is model else PEFT_KEY_PREFIX
-        return {prefix + name: tensor for name, tensor in memories(base)[adapter_name].state_dict().items()}
+        memory: Any = memories(base)[adapter_name]
+        return {prefix + name: tensor for name, tensor in memory.saved_tensors().items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -43,6 +44,9 @@ class SlotTuner(RefusingTuner):
         cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Copy the tensors into the encoder, as when a checkpoint is resumed, and leave nothing to load."""
-        for name, own in memories(base_model(model))[adapter_name].state_dict().items():
-            own.copy_(state_dict[PEFT_KEY_PREFIX + name])
+        memory: Any = memories(base_model(model))[adapter_name]
+        encoder = memory.encoder
+        own = encoder.tensors()
+        for name in encoder.config.saved_shapes(encoder.decoder, [k.removeprefix(PEFT_KEY_PREFIX) for k in state_dict]):
+            own[name].copy_(state_dict[PEFT_KEY_PREFIX + name])
         return {}

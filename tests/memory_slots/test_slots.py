@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 
 from memory_adapters import Document, MemorySlots, MemorySlotsConfig, inject_memory, load_memory
 from tests.support.contract import encode, logits
@@ -152,7 +153,10 @@ def test_bad_input_is_named_before_anything_changes(tmp_path: Path) -> None:
         MemorySlots(slots.vectors, (3,), 5, {}, None, "")
     with pytest.raises(ValueError, match="5 wide"):
         memory.use(MemorySlots(torch.zeros(2, 5), (2,), 8, slots.base_fingerprint, None, ""))
+    up = next(tensor for name, tensor in memory.state_dict().items() if "lora_B" in name)
+    up.add_(1)  # as if it had been trained
     memory.save_pretrained(tmp_path / "encoder")
+    up.sub_(1)
     settings = tmp_path / "encoder" / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"lora_rank": 2', '"lora_rank": 3'))
     with pytest.raises(ValueError, match="lora_A"):
@@ -223,3 +227,26 @@ def test_kept_keys_and_values_are_those_of_the_slots_and_weights_of_now() -> Non
 def test_the_card_names_matrices_once(tmp_path: Path) -> None:
     memory_on(tiny_model()).save_pretrained(tmp_path)
     assert "* `target_modules`: ['q_proj', 'v_proj']\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "tokens"])
+def test_an_encoder_is_saved_once_it_is_trained(pooling: str, tmp_path: Path) -> None:
+    memory = memory_on(tiny_model(), pooling=pooling)
+    memory.save_pretrained(tmp_path / "new")
+    up = next(tensor for name, tensor in memory.state_dict().items() if "lora_B" in name)
+    up.add_(0.1)
+    memory.save_pretrained(tmp_path / "trained")
+    new, trained = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("new", "trained"))
+    used = {"base_model.model.memory_slots.reconstruct", "base_model.model.memory_slots.memory_tokens"}
+    assert new.keys() == (used if pooling == "tokens" else {"base_model.model.memory_slots.reconstruct"})
+    assert trained.keys() == {f"base_model.model.{name}" for name in memory.state_dict()}
+    for loaded, wanted in ((load_memory(tiny_model(), tmp_path / "new"), 0), (memory, 0.1)):
+        ups = [tensor for name, tensor in loaded.state_dict().items() if "lora_B" in name]
+        assert ups[0].eq(wanted).all()
+        assert not torch.cat([own.flatten() for own in ups[1:]]).any()
+    again = load_memory(tiny_model(), tmp_path / "trained")
+    assert all(torch.equal(tensor, memory.state_dict()[name]) for name, tensor in again.state_dict().items())
+    settings = tmp_path / "new" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"encoder_steps": 0', '"encoder_steps": 5'))
+    with pytest.raises(ValueError, match="does not match its config: missing"):
+        load_memory(tiny_model(), tmp_path / "new")

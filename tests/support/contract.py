@@ -345,4 +345,8 @@ def zero_dropout(model: torch.nn.Module) -> None:
 
 
 def memory_size(folder: Path) -> int:
-    return sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
+    """Return how many numbers are saved, without those that say what they are of."""
+    files = [folder / name for name in ("adapter_model.safetensors", "slots.safetensors", "entries.safetensors")]
+    tensors = [tensor for file in files if file.exists() for tensor in load_file(file).items()]
+    beside = ("items", "names", "terms", "input_ids.lengths", "items.lengths", "names.lengths", "terms.lengths")
+    return sum(tensor.numel() for name, tensor in tensors if name not in beside)
