@@ -235,7 +235,8 @@ def test_plots(compared: tuple[Comparison, PreTrainedModel], tmp_path: Path) -> 
 
 
 def test_without_text_the_perplexity_is_that_of_every_write() -> None:
-    result = compare(tiny_model(), byte_tokenizer(), RECORDS[1:], {"edit": edit()}, **{**CHEAP, "text": None})
+    measured = WrittenMemory(edit(), {"measure": True})
+    result = compare(tiny_model(), byte_tokenizer(), RECORDS[1:], {"edit": measured}, **{**CHEAP, "text": None})
     found = result.methods["edit"]
     assert found.write is not None
     assert found.report is not None

@@ -99,7 +99,7 @@ def test_kept_results_are_read_instead(tmp_path: Path, monkeypatch: pytest.Monke
     assert files == {f"{name}-{kind}.json" for name in ("nothing", "a%2Fb", "prompt") for kind in kinds}
     for measuring in ("evaluate_edits", "applied_at_cost", "speeds"):
         monkeypatch.setattr(f"memory_adapters.evaluation.comparison.tasks.{measuring}", refuse)
-    louder = {**given, "a/b": WrittenMemory(edit(), {"progress": True})}
+    louder = {**given, "a/b": WrittenMemory(edit(), {"progress": True, "measure": True})}
     assert compare(model, tokenizer, RECORDS, louder, **{**settings, "progress": True}) == first
     (tmp_path / "prompt-documents-1.json").unlink()
     (tmp_path / "prompt-curve-1.json").unlink()

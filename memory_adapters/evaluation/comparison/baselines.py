@@ -143,7 +143,8 @@ class WrittenMemory(Baseline):
     ) -> Iterator[AppliedBaseline]:
         memory = self._attach(model, tokenizer, adapter_name)
         try:
-            report = memory.write(list(items), **self.write_options)
+            # What a report measures is measured by the comparison, and is no cost of writing.
+            report = memory.write(list(items), **{"measure": False, **self.write_options})
             yield AppliedBaseline(report, memory.save_pretrained, memory.disabled, memory.forget)
         finally:
             memory.remove()

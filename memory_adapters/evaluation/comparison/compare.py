@@ -109,7 +109,7 @@ def compare(
         other_things: Things that are not written, about which is asked too.
         documents: Texts, which are written by themselves, and asked about in the chat template.
         costs: Measure bytes on disk, speed and forgetting too.
-        fact_counts: Curves: the first so many records, for each count; scores and perplexity alone.
+        fact_counts: Curves: the first so many records, for each count; scores of at most 1,000 of them, and perplexity.
         max_seconds: Leave out a count of facts that a baseline would take longer to write, by the seconds a fact of its
             next smaller count; the reason is in the result. None to write every count.
         folder: Where to store each result as soon as it is there, a JSON file a write. A second call with the same

@@ -16,7 +16,7 @@ from memory_adapters.training.distributed import is_main_process
 
 __all__ = ["StoredResults", "digest"]
 
-WITHOUT_EFFECT = {"progress", "disable_tqdm", "peft_version"}  # settings that change no result
+WITHOUT_EFFECT = {"progress", "measure", "disable_tqdm", "peft_version"}  # settings that change no result
 SHOWN = 3
 
 

@@ -36,6 +36,7 @@ from memory_adapters.items import Document, as_items
 
 __all__ = ["Curve", "Documents", "Full", "Portability", "Task", "Things"]
 
+CURVE_RECORDS = 1000  # that are judged where more are written
 KL_TOKENS = 2048  # on which predictions of the base are kept, in half precision
 
 
@@ -70,7 +71,7 @@ class Task(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Curve(Task):
-    """Write some of the facts: scores and perplexity alone, to see how they go with the number of facts.
+    """Write some of the facts: scores of the first 1,000, and perplexity, to see how they go with the number of facts.
 
     Attributes:
         text: See `compare`.
@@ -94,7 +95,7 @@ class Curve(Task):
             report = evaluate_edits(
                 self.model,
                 self.tokenizer,
-                self.records,
+                self.records[:CURVE_RECORDS],
                 text=self.text,
                 max_text_tokens=self.max_text_tokens,
                 greedy=False,
