@@ -22,10 +22,10 @@ from memory_adapters.base_model.exclusive import exclusive_use
 from memory_adapters.base_model.fingerprint import Fingerprint
 from memory_adapters.base_model.item_rows import Row, ScoredRow, plain_rows
 from memory_adapters.base_model.modes import generating, own_settings
-from memory_adapters.base_model.partial_forward import CACHE, keeps_keys_alone, positioned
+from memory_adapters.base_model.partial_forward import keeps_keys_alone
 from memory_adapters.base_model.scoring import Scores
 from memory_adapters.base_model.tokens import tokenize
-from memory_adapters.base_model.trial import differs, is_runnable, trial
+from memory_adapters.base_model.trial import is_runnable, trial
 from memory_adapters.files.exports import Exporter
 from memory_adapters.files.names import PEFT_KEY_PREFIX, WEIGHTS_FILE
 from memory_adapters.files.strict_json import SAVE_AGAIN, file_in
@@ -36,17 +36,19 @@ from memory_adapters.memory import Memory, Outcome
 from memory_adapters.memory_slots.cached_reading import PromptStarts
 from memory_adapters.memory_slots.config import MemorySlotsConfig
 from memory_adapters.memory_slots.encoder import BATCH_TOKENS, Encoder, EncoderParts
-from memory_adapters.memory_slots.entries import Chooser, Retriever, SlotEntry, make_entries
+from memory_adapters.memory_slots.entries import Chooser, Retriever, SlotEntry
 from memory_adapters.memory_slots.entries_file import ENTRIES_FILE, load_entries
+from memory_adapters.memory_slots.entry_writer import EntryWriter, renewed
 from memory_adapters.memory_slots.export import prompt_tuning
 from memory_adapters.memory_slots.layer import Entry, SlotReader, padded, reading_module
 from memory_adapters.memory_slots.loss import as_queries
 from memory_adapters.memory_slots.prompts import as_text
 from memory_adapters.memory_slots.reading import Reading
+from memory_adapters.memory_slots.reading_trial import try_reading
 from memory_adapters.memory_slots.slots import MemorySlots
-from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text, keep_keys_values
+from memory_adapters.memory_slots.write import Compressed, compress_texts, embedded_text
 from memory_adapters.peft_layers.rollback import Restore, rollback_on_error
-from memory_adapters.validation import cut, shown
+from memory_adapters.validation import shown
 
 __all__ = ["SlotMemory"]
 
@@ -119,40 +121,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             if self._config.space != "kv":
                 tokens = range(5, 5 + min(self._config.span_length, 8))
                 self.encoder.slots([[token % decoder.vocab_size for token in tokens]])
-        entry, reader = self._entry, SlotReader.of(self._stack)
-        before = entry.vectors, entry.mask
-        ids = torch.tensor([[9, 7, 8]], device=self.encoder.device) % decoder.vocab_size
         with trial(self.model, NOT_READ, REMEDY):
-            try:
-                # Between two tokens: some models look up what else they read of a token by its very embedding.
-                entry.vectors = (
-                    decoder.embeddings(torch.cat([ids, ids + 1])).detach().float().mean(0, keepdim=True)[:, :2]
-                )
-                entry.mask = torch.ones(1, 2, dtype=torch.long, device=ids.device)
-                if not reader.as_embeddings and not self._reads_alike(ids):
-                    reader.as_embeddings = True
-                if reader.as_embeddings and not self._reads_alike(ids):
-                    raise ValueError("other logits")
-            finally:
-                entry.vectors, entry.mask = before
-
-    def _reads_alike(self, ids: Tensor) -> bool:
-        """Return whether two rows of tokens, one of them padded, are read in parts with a cache as they are whole."""
-        rows = torch.cat([torch.nn.functional.pad(ids[:, 1:], (1, 0)), ids])  # the first begins with padding
-        mask = torch.ones_like(rows)
-        mask[0, 0] = 0
-        whole = [
-            self.model(input_ids=row[own.bool()][None], use_cache=False).logits[0, -1]
-            for row, own in zip(rows, mask, strict=True)
-        ]
-        first = self.model(input_ids=rows[:, :-1], **positioned(self.model, mask[:, :-1]), use_cache=True)
-        if first.get(CACHE) is None:
-            raise ValueError("its passes give no cache of keys and values")
-        rest = {**positioned(self.model, mask, rows.shape[1] - 1), CACHE: first[CACHE]}
-        in_parts = self.model(input_ids=rows[:, -1:], **rest, use_cache=True).logits[:, -1]
-        without_positions = self.model(input_ids=rows, attention_mask=mask, use_cache=True).logits[:, -1]
-        found = zip([*in_parts, *without_positions], whole * 2, strict=True)
-        return not any(differs(one, other) for one, other in found)
+            try_reading(self.model, decoder, SlotReader.of(self._stack), self._entry)
 
     def tuner_layers(self) -> list[SlotReader]:
         """Return the reader: the encoder's LoRA takes no part in the model's own passes."""
@@ -200,7 +170,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
                 for one in self._entries
             ]
             if mark != before:
-                self._keep_again(entries)
+                entries = renewed(entries, self._writer() if self.tokenizer else None, self.adapter_name)
             self._read_entries(entries)
         else:
             self._read([dataclasses.replace(row, base_fingerprint=mark) for row in self.slots])
@@ -240,7 +210,10 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         compress: bool | None = None,
     ) -> Outcome:
         if self._config.has_entries:
-            return self._write_entries(items, bool(compress), refine_steps, progress)
+            every, steps = [*self._kept(items), *items], self._steps(refine_steps)
+            entries, outcome = self._writer().write(every, self._entries, bool(compress), steps, progress)
+            self._read_entries(entries)
+            return outcome
         text, before, tokenizer = as_text(items), self.slots, self._require_tokenizer()
         if compress is not False:
             steps = self._steps(refine_steps)
@@ -255,62 +228,8 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         )
         return Outcome(losses=made.losses, notes=[note], reconstruction=made.accuracy)
 
-    def _write_entries(
-        self, items: Sequence[Item], compress: bool, refine_steps: int | None, progress: bool
-    ) -> Outcome:
-        """Make entries of all that is written; those of things of which nothing is new stay."""
-        tokenizer, steps = self._require_tokenizer(), self._steps(refine_steps)
-        every = [*self._kept(items), *items]
-        entries = make_entries(every, tokenizer, self._config.part_tokens, self._entries)
-        kept = {id(entry) for entry in self._entries}
-        new = [i for i, entry in enumerate(entries) if id(entry) not in kept]
-        losses: list[float] = []
-        if compress and self._config.resolved_space == "kv":
-            losses = self._keep(entries, new, steps, progress)
-        elif compress and new:
-            texts = [str(tokenizer.decode(list(entries[i].input_ids))) for i in new]
-            for i, made in zip(new, compress_texts(self.encoder, tokenizer, texts, [], steps, progress), strict=True):
-                entries[i] = dataclasses.replace(entries[i], slots=made.slots)
-                losses = losses or made.losses
-        self._read_entries(entries)
-        unread = [entry for entry in entries if self._config.read == "names" and not entry.names and not entry.terms]
-        tokens, slots = (sum(getattr(entries[i], count) for i in new) for count in ("num_tokens", "num_slots"))
-        notes = [f"{len(new)} entries made of {tokens:,} tokens" + (f", in {slots:,} slots" if slots < tokens else "")]
-        if self._config.read == "names":
-            notes += _found_names([entries[i] for i in new], tokenizer)
-        if unread:
-            notes.append(
-                f"{len(unread)} entries have no name that a prompt could have, such as {unread[0].title!r}: they are "
-                "read with `read='bm25'`, or where `use` is given them"
-            )
-        return Outcome(losses=losses, notes=notes)
-
-    def _keep(self, entries: list[SlotEntry], places: Sequence[int], steps: int, progress: bool) -> list[float]:
-        """Choose keys and values of some entries; return the loss before each step of the first that was refined."""
-        texts = [(entries[i].title, entries[i].input_ids) for i in places]
-        found = keep_keys_values(self.encoder, self._stack, self._require_tokenizer(), texts, steps, progress)
-        for i, (kept, _) in zip(places, found, strict=True):
-            entries[i] = dataclasses.replace(entries[i], kept=kept)
-        return next((losses for _, losses in found if losses), [])
-
-    def _keep_again(self, entries: list[SlotEntry]) -> None:
-        """Choose the keys and values of those entries that have some anew: they are of weights that have changed."""
-        old = [i for i, entry in enumerate(entries) if entry.kept is not None]
-        refined = any(entry.kept is not None and entry.kept.refine_steps for entry in entries)
-        if not old:
-            return
-        if self.tokenizer is None:
-            for i in old:
-                entries[i] = dataclasses.replace(entries[i], kept=None)
-        else:
-            self._keep(entries, old, 0, progress=False)
-        if refined or self.tokenizer is None:
-            how = "chosen anew, without refinement" if self.tokenizer else "dropped: their texts are read whole"
-            warnings.warn(
-                f"The weights of the model have changed: keys and values of {len(old)} entries of "
-                f"{self.adapter_name!r} were {how}. Write the items again to compress them as before.",
-                stacklevel=4,
-            )
+    def _writer(self) -> EntryWriter:
+        return EntryWriter(self.encoder, self._stack, self._require_tokenizer())
 
     @property
     def entries(self) -> list[SlotEntry]:
@@ -370,43 +289,20 @@ class SlotMemory(Memory[MemorySlotsConfig]):
             NotImplementedError: If what is left was compressed with them: no slot is of one item alone.
             ValueError: If an item is not written; nothing is forgotten then.
         """
-        if self._config.has_entries:
-            self._forget_of_entries(items)
-            return
         kept_whole = self.slots and all(slots.num_slots == slots.num_tokens for slots in self.slots)
-        if len(self.slots) != 1 or not kept_whole:
+        if not self._config.has_entries and (len(self.slots) != 1 or not kept_whole):
             super().forget(items)
         with exclusive_use(self.model), own_settings():
             self._check_writable()
             gone, tokenizer = set(self._listed_written(items)), self._require_tokenizer()
             left = [item for item in self.items if item not in gone]
             with rollback_on_error(*self._saved_state()):
-                self._read([embedded_text(self.encoder, tokenizer, as_text(left) + "\n")] if left else [])
+                if self._config.has_entries:
+                    self._read_entries(self._writer().forget(left, self._entries, gone))
+                else:
+                    self._read([embedded_text(self.encoder, tokenizer, as_text(left) + "\n")] if left else [])
                 self._config.items = []
                 self._set_items(left)
-
-    def _forget_of_entries(self, items: Items) -> None:
-        with exclusive_use(self.model), own_settings():
-            self._check_writable()
-            without, tokenizer = set(self._listed_written(items)), self._require_tokenizer()
-            left = [item for item in self.items if item not in without]
-            entries = make_entries(left, tokenizer, self._config.part_tokens, self._entries)
-            kept = {id(entry) for entry in entries}
-            changed = [entry for entry in self._entries if id(entry) not in kept and set(entry.items) - without]
-            if torn := [entry for entry in changed if entry.slots is not None]:
-                raise NotImplementedError(
-                    f"The entry {torn[0].title!r} is compressed, and holds items that are to stay: forget all of its "
-                    "`items`, and write again what is to stay."
-                )
-            known = set(map(id, self._entries))
-            steps = {item: entry.kept.refine_steps for entry in changed if entry.kept for item in entry.items}
-            for i, entry in enumerate(entries):
-                if id(entry) not in known and (own := [steps[item] for item in entry.items if item in steps]):
-                    self._keep(entries, [i], max(own), progress=False)
-            with rollback_on_error(*self._saved_state()):
-                self._read_entries(entries)
-                self._config.set_items(left)
-                self._written = (self.slots, self._config.items)
 
     def _saved_state(self) -> list[Restore]:
         before, entries, choose, slots = self.slots, self._entries, self._entry.choose, self._config.slots
@@ -604,20 +500,3 @@ def _put_before(parent: nn.Module, name: str, blocks: nn.ModuleList) -> None:
     ordered = list(children.items())
     parent._modules.clear()
     parent._modules.update([*ordered[:place], *moved.items(), *ordered[place:]])
-
-
-def _found_names(entries: Sequence[SlotEntry], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a note on the names by which documents are read, where the user did not give them."""
-    unnamed = (
-        entry.names[0]
-        for entry in entries
-        for item in entry.items[:1]
-        if entry.names and isinstance(item, Document) and item.subject is None
-    )
-    names = dict.fromkeys(repr(str(tokenizer.decode(list(ids))).strip()) for ids in unnamed)
-    if not names:
-        return []
-    return [
-        f"a text is read where a prompt has the name that it has most often, {cut(', '.join(names))}: give another "
-        "with `Document(text, subject=...)`"
-    ]
