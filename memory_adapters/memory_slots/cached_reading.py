@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from memory_adapters.memory_slots.slot_cache import KeyValue, State, first_token
 
 __all__ = ["Begun", "PromptStarts", "Segment"]
 
-MOST_STARTS = 16
+MOST_KEYS = 4096  # of a head, that are kept of all starts together
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,10 @@ class _Start:
     position: int
     read: Sequence[Segment] = field(repr=False)  # held, so that what it is known by stays
 
+    @property
+    def num_keys(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
 
 class PromptStarts:
     """Begin prompts, and keep the last starts as long as nothing that they depend on changes."""
@@ -89,7 +94,7 @@ class PromptStarts:
         for row, first, place, own in zip(ids, padding.tolist(), places, read, strict=True):
             start = self._start(stack, row[first:place].tolist(), own, starts)
             layers, states = start.layers, start.states
-            count = (layers[0][0].shape[2] if layers else 0) - (place - first)
+            count = start.num_keys - (place - first)
             if place < done:
                 output, layers = run_behind(stack, layers, start.position, input_ids=row[None, place:done])
                 states = [*states, output.last_hidden_state[0]]
@@ -134,33 +139,49 @@ class PromptStarts:
         found = starts.get(key)
         if found is None:
             found = starts[key] = _begun(stack, prefix, read)
-            if len(starts) > MOST_STARTS:
+            while len(starts) > 1 and sum(start.num_keys for start in starts.values()) > MOST_KEYS:
                 starts.popitem(last=False)
         return found
 
 
 def _begun(stack: PreTrainedModel, prefix: list[int], read: Sequence[Segment]) -> _Start:
+    embeddings = stack.get_input_embeddings()
+    ids = torch.tensor([prefix], dtype=torch.long, device=execution_device(embeddings))
+    groups = [(whole, list(own)) for whole, own in groupby(read, lambda segment: segment.kept is None)]
     layers: list[KeyValue] = []
     states: list[Tensor] = []
-    embeddings = stack.get_input_embeddings()
-    if prefix:
-        ids = torch.tensor([prefix], device=execution_device(embeddings))
+    position = len(prefix)
+    if prefix and groups and groups[0][0]:  # the prefix and the texts behind it are run in one pass
+        first = embeddings(ids)
+        texts = [segment.vectors[None].to(first) for segment in groups.pop(0)[1]]
+        output, layers = run_behind(stack, [], 0, inputs_embeds=torch.cat([first, *texts], 1))
+        states = [output.last_hidden_state[0, :position]]
+        position += sum(text.shape[1] for text in texts)
+    elif prefix:
         output, layers = run_behind(stack, [], 0, input_ids=ids)
         states = [output.last_hidden_state[0]]
-    position = len(prefix)
-    for i, segment in enumerate(read):
-        kept = segment.kept
-        if kept is not None and i == 0 and kept.prefix == tuple(prefix):
-            layers = joined(layers or _nothing(stack), kept.layers)
-        else:
-            # The text itself, behind what stands before it here; of its keys and values those of the same tokens stay.
-            first = layers[0][0].shape[2] if layers else 0
-            like = embeddings(torch.zeros(1, 1, dtype=torch.long, device=segment.vectors.device))
-            _, layers = run_behind(stack, layers, position, inputs_embeds=segment.vectors[None].to(like))
-            if kept is not None:
-                layers = [_thinned(own, first, places) for own, places in zip(layers, kept.places, strict=True)]
-        position += len(segment.vectors)
+    for whole, segments in groups:
+        if whole:
+            layers = _behind(stack, layers, position, [segment.vectors for segment in segments])
+        for segment in [] if whole else segments:
+            kept = segment.kept
+            assert kept is not None
+            if position == len(prefix) and kept.prefix == tuple(prefix):
+                layers = joined(layers or _nothing(stack), kept.layers)
+            else:
+                # The text itself, behind what stands before it here; of its keys and values those of the same tokens.
+                first_key = layers[0][0].shape[2] if layers else 0
+                layers = _behind(stack, layers, position, [segment.vectors])
+                layers = [_thinned(own, first_key, places) for own, places in zip(layers, kept.places, strict=True)]
+            position += len(segment.vectors)
+        position += sum(len(segment.vectors) for segment in segments if whole)
     return _Start(layers, states, position, tuple(read))
+
+
+def _behind(stack: PreTrainedModel, layers: list[KeyValue], position: int, texts: Sequence[Tensor]) -> list[KeyValue]:
+    """Return keys and values with those of embeddings (tokens, embedding_size), which are run in one pass."""
+    like = stack.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=texts[0].device))
+    return run_behind(stack, layers, position, inputs_embeds=torch.cat(list(texts))[None].to(like))[1]
 
 
 def _nothing(stack: PreTrainedModel) -> list[KeyValue]:

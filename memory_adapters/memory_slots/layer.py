@@ -46,6 +46,7 @@ class Choose(Protocol):
     def __call__(self, rows: Sequence[Sequence[int]], /) -> list[list[Segment]]: ...
 
 
+LONG_TEXT = 512  # tokens, that are run once rather than in each of some rows of other lengths
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text; what multimodal models take for each token
 
 
@@ -75,7 +76,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     embedded: Any = given.get("inputs_embeds")
     batch, tokens = (ids if embedded is None else embedded).shape[:2]
     segments = (read and read.segments) or []
-    if _takes_keys(stack, given, segments):
+    if _takes_keys(stack, given, rows, segments):
         return (), _with_keys(stack, given, segments, reader.starts(rows))
     vectors: Any  # (rows, slots, embedding_size)
     own: Any  # (rows, slots)
@@ -133,9 +134,19 @@ def _recomputes(stack: PreTrainedModel) -> bool:
     return stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
 
 
-def _takes_keys(stack: PreTrainedModel, given: dict[str, Any], read: Sequence[Sequence[Segment]]) -> bool:
-    """Return whether a pass reads keys and values that were kept of entries: if it cannot, it reads their texts."""
-    if all(segment.kept is None for own in read for segment in own):
+def _takes_keys(
+    stack: PreTrainedModel,
+    given: dict[str, Any],
+    rows: Sequence[Sequence[int]] | None,
+    read: Sequence[Sequence[Segment]],
+) -> bool:
+    """Return whether a pass reads keys and values that were kept of entries, or that are worth keeping of their texts.
+
+    If it does not, or cannot, it reads their texts.
+    """
+    if rows is None or not (
+        any(one.kept is not None for own in read for one in own) or _begins_alike(stack, rows, read)
+    ):
         return False
     reader, ids, config = SlotReader.of(stack), given.get("input_ids"), stack.config.get_text_config(decoder=True)
     if torch.compiler.is_compiling() or reader.as_embeddings or reader.rows is not None or ids is None:
@@ -147,6 +158,21 @@ def _takes_keys(stack: PreTrainedModel, given: dict[str, Any], read: Sequence[Se
     others = (m for m in stack.modules() if isinstance(m, MemoryLayer) and m is not reader)
     # Memories that act by the prompt have to see it whole.
     return ids.shape[1] + taken <= attention_window(config) and not any(used_adapters(other) for other in others)
+
+
+def _begins_alike(stack: PreTrainedModel, rows: Sequence[Sequence[int]], read: Sequence[Sequence[Segment]]) -> bool:
+    """Return whether all rows have the same beginning and entries: these are run once, also for the next prompts.
+
+    Rows of other lengths need a pass each for the tokens that the shorter ones have behind the entries: that is worth
+    it for long texts alone.
+    """
+    starts = SlotReader.of(stack).starts(rows)
+    beginnings = {
+        (tuple(row[: start or 0]), tuple(id(segment.source) for segment in own))
+        for row, start, own in zip(rows, starts or [0] * len(rows), read, strict=False)
+    }
+    length = sum(len(segment.vectors) for segment in read[0]) if read else 0
+    return len(beginnings) == 1 and (len({len(row) for row in rows}) == 1 or length >= LONG_TEXT)
 
 
 def _with_keys(

@@ -102,6 +102,36 @@ def test_rows_of_a_batch_read_their_own() -> None:
     assert beams[1].tolist() == one.tolist()
 
 
+def test_what_rows_begin_with_alike_is_run_once() -> None:
+    model: Any = tiny_model()
+    memory = memory_on(model)
+    memory.write([FERRY, PARK], progress=False)
+    run: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda _block, _args, out: run.append(out.shape[0] * out.shape[1]))
+    asked, text = chat("Lumo Ferry?"), "Lumo Ferry sails from Oslo.\n\n"
+    length, before = asked["input_ids"].shape[1], len("Xuser: ")
+    first = logits(model, asked)
+    assert run == [before + len(text), length - before]
+    run.clear()
+    assert torch.equal(logits(model, asked), first)
+    assert run == [length - before]
+    run.clear()
+    twice = {name: torch.cat([one, one]) for name, one in asked.items()}
+    torch.testing.assert_close(logits(model, twice)[1:], first)
+    assert run == [2 * (length - before)]
+    run.clear()
+    both = {
+        name: torch.cat([one, two])
+        for (name, one), two in zip(asked.items(), chat("Mira Park?!").values(), strict=True)
+    }
+    torch.testing.assert_close(logits(model, both)[:1], first)
+    assert len(run) == 1, "rows that read other entries are read in one pass"
+    memory.forget(PARK)
+    run.clear()
+    torch.testing.assert_close(logits(model, asked), first)
+    assert len(run) == 2, "a start is known no longer once anything was forgotten"
+
+
 def test_a_chat_reads_in_the_turn_that_is_answered() -> None:
     model: Any = tiny_model()
     text = "Mira Park has deer.\n\n"
