@@ -8,7 +8,8 @@ with facts about `--others` other subjects in the store, WikiText-2's perplexity
 things that are not written stay as they were. *Records*: exact match and neighbourhood score of 100 records.
 *Portability*: what follows from 50 zsRE facts, with entries and with all facts before every prompt. *Manual*: ten
 questions about a text of 718 words. *Time*: milliseconds to make an entry, and, for growing stores, a prompt that names
-nothing in them ÷ the same without a memory. Rows are saved as they come.
+nothing in them ÷ the same without a memory. *Repeated*: a pass over a question about a thing ÷ the same without a
+memory, where its facts are read for the first time, and where they were read before. Rows are saved as they come.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ from memory_adapters.evaluation.records import load_zsre
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions, score_own_words
 from memory_adapters.evaluation.scores.perplexity import perplexity
+from memory_adapters.memory_slots.cached_reading import PromptStarts
 from memory_adapters.memory_slots.entries import make_entries
+from memory_adapters.memory_slots.layer import SlotReader
 
 MANUAL, MANUAL_OF = Path(__file__).with_name("manual.json"), "Tamarin 6"
-PARTS = ("own_words", "others", "records", "portability", "manual", "time")
+PARTS = ("own_words", "others", "records", "portability", "manual", "time", "repeated")
 
 
 def main() -> None:
@@ -65,6 +68,7 @@ def main() -> None:
         "portability": portability,
         "manual": manual,
         "time": times,
+        "repeated": repeated,
     }
     save_parts(arguments, measures, model, tokenizer, dtype=str(model.dtype))
 
@@ -197,6 +201,42 @@ def times(arguments: Any, model: Any, tokenizer: Any) -> Any:
             {
                 "milliseconds to make one": 1000 * making.cpu / count,
                 "prompt": (found["memory"] / found["base"])._asdict(),
+            },
+        )
+    memory.remove()
+
+
+def repeated(arguments: Any, model: Any, tokenizer: Any) -> Any:
+    thing = load_things(arguments.data / "things" / "things.json")[0]
+    memory = written(model, tokenizer, [one.fact for one in thing.facts])
+    chat = [{"role": "user", "content": thing.facts[0].questions[0].prompt}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    reader = SlotReader.of(memory._stack)
+    for batch in (1, 8):
+        inputs = {name: own.repeat(batch, 1).to(DEVICE) for name, own in ids.items()}
+
+        @torch.no_grad()
+        def read(inputs: dict[str, Any] = inputs) -> None:
+            model(**inputs, logits_to_keep=1)
+
+        def without_memory(read: Callable[[], None] = read) -> None:
+            with memory.disabled():
+                read()
+
+        def first(read: Callable[[], None] = read) -> None:
+            reader.prompt_starts = PromptStarts()
+            read()
+
+        rounds = 3 if arguments.quick else 25
+        found = in_turn({"base": without_memory, "again": read, "first": first}, rounds)
+        yield (
+            f"repeated, batch {batch}",
+            {
+                "tokens of the question": ids["input_ids"].shape[1],
+                "tokens of the entry": memory.entries[0].num_tokens,
+                "seconds without": found["base"].wall,
+                "first": (found["first"] / found["base"])._asdict(),
+                "again": (found["again"] / found["base"])._asdict(),
             },
         )
     memory.remove()
