@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -147,41 +146,42 @@ class PromptStarts:
 def _begun(stack: PreTrainedModel, prefix: list[int], read: Sequence[Segment]) -> _Start:
     embeddings = stack.get_input_embeddings()
     ids = torch.tensor([prefix], dtype=torch.long, device=execution_device(embeddings))
-    groups = [(whole, list(own)) for whole, own in groupby(read, lambda segment: segment.kept is None)]
+    embedded = embeddings(ids)
+    waiting = [embedded]  # what the next pass runs (1, tokens, embedding_size): texts that follow on each other
     layers: list[KeyValue] = []
     states: list[Tensor] = []
-    position = len(prefix)
-    if prefix and groups and groups[0][0]:  # the prefix and the texts behind it are run in one pass
-        first = embeddings(ids)
-        texts = [segment.vectors[None].to(first) for segment in groups.pop(0)[1]]
-        output, layers = run_behind(stack, [], 0, inputs_embeds=torch.cat([first, *texts], 1))
-        states = [output.last_hidden_state[0, :position]]
-        position += sum(text.shape[1] for text in texts)
-    elif prefix:
-        output, layers = run_behind(stack, [], 0, input_ids=ids)
-        states = [output.last_hidden_state[0]]
-    for whole, segments in groups:
-        if whole:
-            layers = _behind(stack, layers, position, [segment.vectors for segment in segments])
-        for segment in [] if whole else segments:
-            kept = segment.kept
-            assert kept is not None
-            if position == len(prefix) and kept.prefix == tuple(prefix):
-                layers = joined(layers or _nothing(stack), kept.layers)
-            else:
-                # The text itself, behind what stands before it here; of its keys and values those of the same tokens.
-                first_key = layers[0][0].shape[2] if layers else 0
-                layers = _behind(stack, layers, position, [segment.vectors])
-                layers = [_thinned(own, first_key, places) for own, places in zip(layers, kept.places, strict=True)]
-            position += len(segment.vectors)
-        position += sum(len(segment.vectors) for segment in segments if whole)
+    position = 0
+
+    def run() -> None:
+        nonlocal layers, position
+        texts = torch.cat(waiting, 1)
+        waiting.clear()
+        if not texts.shape[1]:
+            return
+        output, layers = run_behind(stack, layers, position, inputs_embeds=texts)
+        if position == 0:
+            states.append(output.last_hidden_state[0, : len(prefix)])
+        position += texts.shape[1]
+
+    for segment in read:
+        kept, text = segment.kept, segment.vectors[None].to(embedded)
+        if kept is None:
+            waiting.append(text)
+            continue
+        if waiting:
+            run()
+        if position == len(prefix) and kept.prefix == tuple(prefix):
+            layers = joined(layers or _nothing(stack), kept.layers)
+            position += text.shape[1]
+        else:
+            # The text itself, behind what stands before it here; of its keys and values those of the same tokens stay.
+            first = layers[0][0].shape[2] if layers else 0
+            waiting.append(text)
+            run()
+            layers = [_thinned(own, first, places) for own, places in zip(layers, kept.places, strict=True)]
+    if waiting:
+        run()
     return _Start(layers, states, position, tuple(read))
-
-
-def _behind(stack: PreTrainedModel, layers: list[KeyValue], position: int, texts: Sequence[Tensor]) -> list[KeyValue]:
-    """Return keys and values with those of embeddings (tokens, embedding_size), which are run in one pass."""
-    like = stack.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=texts[0].device))
-    return run_behind(stack, layers, position, inputs_embeds=torch.cat(list(texts))[None].to(like))[1]
 
 
 def _nothing(stack: PreTrainedModel) -> list[KeyValue]:
