@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 from accelerate import PartialState
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -369,7 +370,7 @@ def test_info(here: Path, tmp_path: Path, method: str) -> None:
     assert known["settings"].get("layers") == {"residual": [0], "memit": [1], "slots": None}[method]
     assert known["settings"].get("refine_steps") == (2 if method == "slots" else None)
     stored = known["stored_numbers"]["adapter_model.safetensors"]
-    assert stored == load_memory(tiny_model(), here / method).num_parameters()
+    assert stored == sum(tensor.numel() for tensor in load_file(here / method / "adapter_model.safetensors").values())
     assert [fact["target"] for fact in known["items"]] == ["Rome", "piano"]
     assert known["writes"][0]["num_items"] == {"Fact": 2}
     text = run("info", here / method).stdout

@@ -182,5 +182,5 @@ def test_a_failed_write_leaves_nothing_and_settings_reach_it(monkeypatch: pytest
     baseline = WrittenMemory(edit(), {"progress": False})
     result = compare(model, byte_tokenizer(), RECORDS, {"edit": baseline}, **CHEAP)
     assert result.methods["edit"].failed == "RuntimeError: out of luck"
-    assert given == [{"progress": False}]
+    assert given == [{"progress": False, "measure": False}]
     assert fingerprint(model) == state
