@@ -66,7 +66,7 @@ docs-serve: $(VENV)/.installed ## the same on http://127.0.0.1:8000, made again 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 # Both experiments keep what is finished in $(RESULTS) and go on from there; fever takes two to three hours of a core,
-# compare a night (less what docs/results has already).
+# compare many hours more than that, but for what docs/results has already.
 fever: $(VENV)/.installed ## the FEVER experiment on 4 pages; FULL=1 takes 99
 	$(BIN)/python examples/fever/run.py --data "$(DATA)" --results $(RESULTS)/fever --output docs/results \
 		$(if $(MODEL),--model $(MODEL)) $(if $(FULL),--full)

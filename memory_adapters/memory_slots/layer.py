@@ -144,12 +144,11 @@ def _takes_keys(
 
     If it does not, or cannot, it reads their texts.
     """
-    if rows is None or not (
-        any(one.kept is not None for own in read for one in own) or _begins_alike(stack, rows, read)
-    ):
-        return False
     reader, ids, config = SlotReader.of(stack), given.get("input_ids"), stack.config.get_text_config(decoder=True)
     if torch.compiler.is_compiling() or reader.as_embeddings or reader.rows is not None or ids is None:
+        return False
+    kept = any(segment.kept is not None for own in read for segment in own)
+    if rows is None or not (kept or _begins_alike(stack, rows, read)):
         return False
     states = ("output_attentions", "output_hidden_states")  # of the tokens before the entries, too
     if _recomputes(stack) or any(given.get(one, getattr(config, one, False)) for one in states):

@@ -27,6 +27,7 @@ from memory_adapters.evaluation.records import load_facts
 from memory_adapters.evaluation.scores.edits import score_edits
 from memory_adapters.memit.tracing import TraceTable
 from memory_adapters.registry import method_of, methods
+from tests.support.contract import memory_size
 from tests.support.hub import HubServer
 from tests.support.models import byte_tokenizer, tiny_model
 
@@ -371,6 +372,7 @@ def test_info(here: Path, tmp_path: Path, method: str) -> None:
     assert known["settings"].get("refine_steps") == (2 if method == "slots" else None)
     stored = known["stored_numbers"]["adapter_model.safetensors"]
     assert stored == sum(tensor.numel() for tensor in load_file(here / method / "adapter_model.safetensors").values())
+    assert load_memory(tiny_model(), here / method).num_parameters() == memory_size(here / method)
     assert [fact["target"] for fact in known["items"]] == ["Rome", "piano"]
     assert known["writes"][0]["num_items"] == {"Fact": 2}
     text = run("info", here / method).stdout
