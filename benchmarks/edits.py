@@ -38,9 +38,8 @@ from benchmarks.common import (
 from benchmarks.plain_memit import PlainMemit
 from memory_adapters import Covariance, MemitConfig, MemorySlotsConfig, inject_memory, load_memory
 from memory_adapters.base_model.decoder import find_decoder
-from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.records import EditRecord, without_contradictions
 from memory_adapters.evaluation.scores.edits import score_edits
-from memory_adapters.items import asked_by
 from memory_adapters.memit.solvers import SOLVERS
 from memory_adapters.memit.write import LedgerBuilder
 
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=0, quick=1, help="facts to write by the authors' MEMIT, too")
     arguments = parser.parse()
     model, tokenizer = load_model(arguments)
-    records = consistent(counterfact(arguments, max(arguments.records)))
+    records = without_contradictions(counterfact(arguments, max(arguments.records)))
     study = Study(arguments, model, tokenizer, records, wikitext(arguments, "test"), stored(arguments, "rows"))
     for count in arguments.records:
         if f"base, {count}" not in study.rows:
@@ -231,14 +230,6 @@ class Study:
                 spent, _ = timed(memory.write, facts, progress=False, measure=False)
                 self.keep(key, self.records[:count], spent.wall)
                 memory.remove()
-
-
-def consistent(records: Sequence[EditRecord]) -> list[EditRecord]:
-    """Return records without those that ask the same of a subject as an earlier one: two targets cannot both hold."""
-    first: dict[tuple[str, ...], EditRecord] = {}
-    for record in records:
-        first.setdefault(asked_by(record.fact), record)
-    return list(first.values())
 
 
 def changes(memory: Any) -> dict[str, Tensor]:

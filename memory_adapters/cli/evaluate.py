@@ -9,7 +9,13 @@ from memory_adapters.cli.messages import wrong
 from memory_adapters.cli.run import Run
 from memory_adapters.evaluation.edit_report import answer_table, evaluate_edits, item_table, kind_table, score_table
 from memory_adapters.evaluation.questions import BUILTIN, Thing, load_things, record_questions, thing_questions
-from memory_adapters.evaluation.records import EditRecord, load_counterfact, load_facts, load_zsre
+from memory_adapters.evaluation.records import (
+    EditRecord,
+    load_counterfact,
+    load_facts,
+    load_zsre,
+    without_contradictions,
+)
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
 from memory_adapters.files.text_files import read_text
 from memory_adapters.inject import load_memory
@@ -71,7 +77,7 @@ def read_judged(
         raise wrong("--things", "give either RECORDS or --things.")
     if records is not None:
         judged = read_records(records, limit if num_records is None else num_records)
-        return judged, record_questions(judged[:limit])
+        return judged, record_questions(without_contradictions(judged[:limit]))
     given, others = read_things(str(things), limit)
     return [EditRecord(fact.fact) for thing in given for fact in thing.facts], thing_questions(given, others)
 

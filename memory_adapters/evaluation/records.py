@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memory_adapters.files.text_files import csv_rows, read_text
-from memory_adapters.items import Fact
+from memory_adapters.items import Fact, asked_by
 
-__all__ = ["EditRecord", "Question", "load_counterfact", "load_facts", "load_zsre"]
+__all__ = ["EditRecord", "Question", "load_counterfact", "load_facts", "load_zsre", "without_contradictions"]
 
 
 class Question(NamedTuple):
@@ -63,6 +63,12 @@ class EditRecord:
     def __post_init__(self) -> None:
         if not self.relation:
             object.__setattr__(self, "relation", self.fact.template)
+
+
+def without_contradictions(records: Sequence[EditRecord]) -> list[EditRecord]:
+    """Return the records, in their order, without those whose facts have another target than an earlier one has."""
+    first: dict[tuple[str, ...], str] = {}
+    return [one for one in records if first.setdefault(asked_by(one.fact), one.fact.target) == one.fact.target]
 
 
 def load_counterfact(

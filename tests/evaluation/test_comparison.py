@@ -363,6 +363,28 @@ def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
+def test_of_contradicting_records_the_first_counts() -> None:
+    other = replace(RECORDS[0], fact=replace(RECORDS[0].fact, target="Oslo"))
+    memory = {"slots": MemorySlotsConfig()}
+    with pytest.warns(UserWarning, match="1 of 4 records contradict earlier ones"):
+        result = compare(
+            tiny_model(),
+            byte_tokenizer(),
+            [RECORDS[0], other, RECORDS[0], RECORDS[1]],
+            memory,
+            **CHEAP,
+            num_facts=2,
+            fact_counts=[2, 4],
+        )
+    assert not result.failures()
+    assert result.num_facts == 1
+    line = result.curves["slots"]
+    assert list(line) == [1, 3]
+    write = line[3].write
+    assert write is not None
+    assert write.num_items == {"Fact": 2}
+
+
 def test_a_page_escapes_names_and_advice(compared: tuple[Comparison, PreTrainedModel]) -> None:
     edit = compared[0].methods["edit"]
     page = Comparison(2, {**compared[0].methods, "<edit>": edit, "<b>": MethodResult(failed="<i>")}).html()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from memory_adapters.evaluation.comparison.results import NOTHING, Comparison, M
 from memory_adapters.evaluation.comparison.stored_results import StoredResults
 from memory_adapters.evaluation.comparison.tasks import Curve, Documents, Full, Portability, Task, Things
 from memory_adapters.evaluation.questions import DocumentQuestions, Thing
-from memory_adapters.evaluation.records import EditRecord
+from memory_adapters.evaluation.records import EditRecord, without_contradictions
 from memory_adapters.evaluation.scores.choices import Choice
 from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
 
@@ -84,9 +85,10 @@ def compare(
 ) -> Comparison:
     """Score the model, then give it the records' facts by each baseline in turn, score, and take them out again.
 
-    Every baseline gets all facts in one write. A baseline that does not fit the model or tokenizer is refused before
-    anything is measured. A baseline that fails while it is measured has the reason in its result, and the others go on.
-    The model is left as it was, also on failure and interruption.
+    Every baseline gets all facts in one write. Of records that contradict each other the first counts, and a warning
+    says how many are left out. A baseline that does not fit the model or tokenizer is refused before anything is
+    measured. A baseline that fails while it is measured has the reason in its result, and the others go on. The model
+    is left as it was, also on failure and interruption.
 
     Args:
         model: A causal LM; memories that are active on it stay active, and belong to the base.
@@ -109,7 +111,8 @@ def compare(
         other_things: Things that are not written, about which is asked too.
         documents: Texts, which are written by themselves, and asked about in the chat template.
         costs: Measure bytes on disk, speed and forgetting too.
-        fact_counts: Curves: the first so many records, for each count; scores of at most 1,000 of them, and perplexity.
+        fact_counts: Curves: the first so many records, for each count, without what contradicts earlier ones; scores of
+            at most 1,000 of them, and perplexity.
         max_seconds: Leave out a count of facts that a baseline would take longer to write, by the seconds a fact of its
             next smaller count; the reason is in the result. None to write every count.
         folder: Where to store each result as soon as it is there, a JSON file a write. A second call with the same
@@ -125,12 +128,7 @@ def compare(
     """
     if not records:
         raise ValueError("`records` is empty: give at least one EditRecord.")
-    count = len(records) if num_facts is None else num_facts
-    for argument, number in [("num_facts", count), *(("fact_counts", number) for number in fact_counts)]:
-        if not 1 <= number <= len(records):
-            raise ValueError(
-                f"`{argument}` has {number}: it must be at least 1 and at most {len(records)}, as there are records."
-            )
+    compared, counted = _consistent(records, num_facts, fact_counts)
     if portability is not None and not any(record.portability for record in portability):
         raise ValueError("`portability` has no record with questions of its own: give those of zsRE, or None.")
     named = {name: one if isinstance(one, Baseline) else WrittenMemory(one) for name, one in baselines.items()}
@@ -143,7 +141,7 @@ def compare(
     shown = {**base, "progress": progress}
     scored = {**shown, "text": text, "max_text_tokens": max_text_tokens}
     full = Full(
-        records=records[:count],
+        records=compared,
         greedy=greedy,
         fluency_prompts=fluency_prompts,
         choices=choices,
@@ -152,11 +150,11 @@ def compare(
         **scored,
     )
     others: list[Task] = [
-        Portability(records=portability or (), **shown),
+        Portability(records=without_contradictions(portability or ()), **shown),
         Things(records=things or (), others=other_things, **base),
         Documents(records=documents or (), **base),
     ]
-    curves = [Curve(records=records[:number], **scored) for number in sorted({*fact_counts} - {count})]
+    curves = [Curve(records=counted[number], **scored) for number in sorted({*counted} - {len(compared)})]
     tasks: list[Task] = [full, *(task for task in others if task.records), *curves]
     parts = [_Part(name, baseline, task) for task in tasks for name, baseline in named.items()]
     found: dict[str, MethodResult] = {}
@@ -179,7 +177,25 @@ def compare(
             f"`folder` ({folder}) has no {parts[0].label}.json, the result of the model alone: call without "
             "`only_stored` first."
         )
-    return _assembled(parts, found, count, fact_counts)
+    return _assembled(parts, found, len(compared), [*counted])
+
+
+def _consistent(
+    records: Sequence[EditRecord], num_facts: int | None, fact_counts: Sequence[int]
+) -> tuple[list[EditRecord], dict[int, list[EditRecord]]]:
+    """Return the records that are compared in full, and those of each curve, without what contradicts earlier ones."""
+    count = len(records) if num_facts is None else num_facts
+    for argument, number in [("num_facts", count), *(("fact_counts", number) for number in fact_counts)]:
+        if not 1 <= number <= len(records):
+            raise ValueError(
+                f"`{argument}` has {number}: it must be at least 1 and at most {len(records)}, as there are records."
+            )
+    compared = without_contradictions(records[:count])
+    counted = {len(own): own for own in (without_contradictions(records[:number]) for number in fact_counts)}
+    most = max([count, *fact_counts])
+    if left_out := most - max([len(compared), *counted]):
+        warnings.warn(f"{left_out} of {most} records contradict earlier ones, and are left out.", stacklevel=3)
+    return compared, counted
 
 
 def _too_long(
