@@ -4,12 +4,12 @@
 
 FOLDER holds wikitext2 and qa/contexts.jsonl. *Continuation*: perplexity of the 32 tokens of WikiText-2 behind a context
 ÷ that behind the whole context, inside the user's turn, at several rates: keys and values chosen, made by the encoder,
-refined, and the first and last tokens. *Answers*: F1 of the first question about each of the last 100 contexts, in a
-chat, by rate, beside the context in the message. *Given back*: how well the first 64 tokens of such contexts follow the
-request to repeat them, and the check of the ICAE paper, whether the model's own knowledge of language does it: texts
-with other tokens. *Repetition*: how many steps of refinement bring back texts of 64 tokens, word for word, from 16 keys
-and values a head. *Speed*: seconds to generate behind 2,048 tokens and behind what was kept of them. Rows are saved as
-they come.
+refined (what the encoder made, if there is one), and the first and last tokens. *Answers*: F1 of the first question
+about each of the last 100 contexts, in a chat, by rate, beside the context in the message. *Given back*: how well the
+first 64 tokens of such contexts follow the request to repeat them, and the check of the ICAE paper, whether the model's
+own knowledge of language does it: texts with other tokens. *Repetition*: how many steps of refinement bring back texts
+of 64 tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048 tokens and behind
+what was kept of them. Rows are saved as they come.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
                     with torch.no_grad():
                         made_by = trained.encoder.keys_values(prefix, ids, kept.places)
                     add(f"{rate}: encoder", joined(before, made_by))
+                    keys, values = zip(*made_by, strict=True)
+                    kept = replace(kept, keys=keys, values=values)
                 if number < arguments.refined:
                     memory = memory_on(model, tokenizer, rate, read="all")
                     made, _ = refine_keys_values(
@@ -126,8 +128,9 @@ def continuation(arguments: Any, model: Any, tokenizer: Any) -> Any:
         for name, own in losses.items():
             row[name] = row["whole"] if name == "whole" else round(ratio(own, losses["whole"]), 3)
             if name.endswith("refined"):
-                chosen = losses[name.replace("refined", "chosen")][: len(own)]
-                row[f"{name} (of the same texts, chosen)"] = round(ratio(chosen, losses["whole"]), 3)
+                begun = "chosen" if trained is None else "encoder"
+                of_same = losses[name.replace("refined", begun)][: len(own)]
+                row[f"{name} (of the same texts, {begun})"] = round(ratio(of_same, losses["whole"]), 3)
         yield f"continuation, {length} tokens", row
     if trained is not None:
         trained.remove()

@@ -76,8 +76,9 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     embedded: Any = given.get("inputs_embeds")
     batch, tokens = (ids if embedded is None else embedded).shape[:2]
     segments = (read and read.segments) or []
-    if _takes_keys(stack, given, rows, segments):
-        return (), _with_keys(stack, given, segments, reader.starts(rows))
+    starts = reader.starts(rows) if continued is None else []
+    if _takes_keys(stack, given, rows, starts, segments):
+        return (), _with_keys(stack, given, segments, starts)
     vectors: Any  # (rows, slots, embedding_size)
     own: Any  # (rows, slots)
     taken: Any  # positions that a row's slots take (rows, 1)
@@ -94,7 +95,7 @@ def read_slots(  # noqa: C901  # the cases of one call, one after another
     check_length(stack, taken, most, prompt_mask)
     if continued is None:
         leading = padding_before_slots(stack, prompt_mask, count, reader.as_embeddings)
-        leading = behind_turns(leading, prompt_mask, reader.starts(rows))
+        leading = behind_turns(leading, prompt_mask, starts)
     if "position_ids" in names:
         positions: Any = given.get("position_ids")
         if positions is None:
@@ -138,6 +139,7 @@ def _takes_keys(
     stack: PreTrainedModel,
     given: dict[str, Any],
     rows: Sequence[Sequence[int]] | None,
+    starts: Sequence[int | None],
     read: Sequence[Sequence[Segment]],
 ) -> bool:
     """Return whether a pass reads keys and values that were kept of entries, or that are worth keeping of their texts.
@@ -148,7 +150,7 @@ def _takes_keys(
     if torch.compiler.is_compiling() or reader.as_embeddings or reader.rows is not None or ids is None:
         return False
     kept = any(segment.kept is not None for own in read for segment in own)
-    if rows is None or not (kept or _begins_alike(stack, rows, read)):
+    if rows is None or not (kept or _begins_alike(rows, starts, read)):
         return False
     states = ("output_attentions", "output_hidden_states")  # of the tokens before the entries, too
     if _recomputes(stack) or any(given.get(one, getattr(config, one, False)) for one in states):
@@ -159,13 +161,14 @@ def _takes_keys(
     return ids.shape[1] + taken <= attention_window(config) and not any(used_adapters(other) for other in others)
 
 
-def _begins_alike(stack: PreTrainedModel, rows: Sequence[Sequence[int]], read: Sequence[Sequence[Segment]]) -> bool:
+def _begins_alike(
+    rows: Sequence[Sequence[int]], starts: Sequence[int | None], read: Sequence[Sequence[Segment]]
+) -> bool:
     """Return whether all rows have the same beginning and entries: these are run once, also for the next prompts.
 
     Rows of other lengths need a pass each for the tokens that the shorter ones have behind the entries: that is worth
     it for long texts alone.
     """
-    starts = SlotReader.of(stack).starts(rows)
     beginnings = {
         (tuple(row[: start or 0]), tuple(id(segment.source) for segment in own))
         for row, start, own in zip(rows, starts or [0] * len(rows), read, strict=False)
