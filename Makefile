@@ -81,7 +81,7 @@ compare: $(VENV)/.installed ## every method on the same 100 facts
 		test -e $(RESULTS)/comparison/results/$$(basename $$row) || cp $$row $(RESULTS)/comparison/results; done)
 	$(BIN)/memory-adapters compare $(or $(MODEL),embedded) $(DATA)/counterfact/edit.json \
 		$(if $(MODEL),,--methods $(COMPARED) --start slots=examples/slot-encoder) \
-		--limit 100 --fact-counts 1,10,100,1000 --dtype bfloat16 \
+		--limit 100 --fact-counts 1,10,100,1000,10000 --dtype bfloat16 \
 		--portability $(DATA)/zsre/edit.json --portability-limit 50 --max-seconds 1200 \
 		--things builtin --things-limit 16 --documents benchmarks/manual.json \
 		--choices $(DATA)/counterfact/known_1000.json --choices-limit 100 --fluency 20 \
