@@ -283,7 +283,7 @@ def judged(seconds: float = 1.0, **scores: Any) -> MethodResult:
 @pytest.mark.parametrize(
     ("methods", "advice"),
     [
-        ({"a": dict(own_words=0.5), "b": dict(own_words=0.8)}, "Take b: .* 80% .* Behind it: a, 50%"),
+        ({"a": dict(own_words=0.5), "b": dict(own_words=0.8)}, "Take b: the most .* 80% .* Next: a, 50%"),
         (
             {"a": dict(own_words=0.5), "b": dict(own_words=0.8, same=0.2)},
             "Take a: .* More, at a price: b, 80% .*20% of",
@@ -293,7 +293,10 @@ def judged(seconds: float = 1.0, **scores: Any) -> MethodResult:
             r"Take a: .*b, 80% .*perplexity \+5.0%",
         ),
         ({"a": dict(own_words=0.5), "b": dict(own_words=0.8, neighbourhood=0.5)}, "Take a: .*neighbours 50% for 60%"),
-        ({"a": dict(own_words=0.81, seconds=9), "b": dict(own_words=0.8)}, "Take b: .* Behind it: a, 81%"),
+        (
+            {"a": dict(own_words=0.81, seconds=9), "b": dict(own_words=0.8)},
+            "Take b: nearly the most .* is written fastest, 80% .* Next: a, 81%",
+        ),
         ({"a": dict(own_words=0.81, seconds=9), "b": dict(own_words=0.7)}, "Take a: "),
         ({"a": dict(own_words=0.5, same=0.1)}, "None of the methods leaves the rest as it was. .*: a, 50%"),
         ({"a": dict(own_words=0.1)}, "None of the methods raises questions in other words answered: 10% without"),
@@ -321,6 +324,10 @@ def test_advice_names_the_best_of_each_task() -> None:
     said = Comparison(9, {NOTHING: base, "read": read, "wild": wild}).advice()
     assert said.endswith("Of questions about things: read, 40%. Of questions about documents: read and wild, 60%.")
     assert "things" not in Comparison(9, {NOTHING: base, "edit": judged(own_words=0.5)}).advice()
+    fast = replace(judged(own_words=0.51, seconds=0.1), things=OwnWordsScores(0.3, 1.0))
+    said = Comparison(9, {NOTHING: base, "fast": fast, "read": read}).advice()
+    assert said.startswith("Take read: nearly the most questions in other words answered of those")
+    assert "and it answers more about things, 50%" in said
 
 
 def test_own_words_have_a_figure_and_examples(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ SCORES = (
     "GE",
     "ability",
 )
+CLOSE = 0.02  # shares of questions answered that advice takes for equal
 LEAST_SAME = 0.9  # of the answers about other things, for a method that leaves the rest as it was
 SHOWN_CHARACTERS = 80  # of an answer
 COSTS = ("write, s", "CPU, s", "forget, s", "on disk", "prefill", "decode", "peak memory", "stored numbers")
@@ -237,8 +238,9 @@ class Comparison:
         It is the one with the highest share of questions in other words answered (or, where none was asked, of
         paraphrases, or else of prompts) among those that leave the rest as it was: at least 90% of the chat answers
         about other things letter for letter, neighbours preferred at most 5 percentage points less, and a perplexity
-        that rises by at most 3%, as far as that was measured. Of those within 2 points the one that writes fastest. Of
-        things and documents, the method that answers most, and leaves 90% of the answers about other things.
+        that rises by at most 3%, as far as that was measured. Of those within 2 points of it those that answer most
+        about things, again within 2 points, and of these the one that writes fastest. Of things and documents, the
+        method that answers most, and leaves 90% of the answers about other things.
         """
         found = [_Judged.of(name, self) for name, result in self.methods.items() if result.report and name != NOTHING]
         base = _Judged.of(NOTHING, self)
@@ -248,11 +250,18 @@ class Comparison:
         harmless = [one for one in better if one.harmless]
         if not harmless:
             return f"None of the methods leaves the rest as it was. The most {base.label}: {better[0]}."
-        taken = min((one for one in harmless if one.quality >= harmless[0].quality - 0.02), key=lambda one: one.seconds)
-        text = f"Take {taken.name}: the most {base.label} of those that leave the rest as it was, {taken.shown}."
+        near = [one for one in harmless if one.quality >= harmless[0].quality - CLOSE]
+        most = max(one.things for one in near)
+        nearest = [one for one in near if one.things >= most - CLOSE]
+        taken = min(nearest, key=lambda one: one.seconds)
+        why = f"the most {base.label} of those that leave the rest as it was"
+        if taken is not harmless[0]:
+            better_at = "is written fastest" if harmless[0] in nearest else "answers more about things"
+            why = f"nearly {why}, and it {better_at}"
+        text = f"Take {taken.name}: {why}, {taken.shown}."
         others = [str(one) for one in harmless if one is not taken][:2]
-        dearer = [str(one) for one in better if one.quality > taken.quality + 0.02 and not one.harmless][:2]
-        text += f" Behind it: {'; '.join(others)}." if others else ""
+        dearer = [str(one) for one in better if one.quality > taken.quality + CLOSE and not one.harmless][:2]
+        text += f" Next: {'; '.join(others)}." if others else ""
         text += f" More, at a price: {'; '.join(dearer)}." if dearer else ""
         return text + self._best_of_task("things") + self._best_of_task("documents")
 
@@ -318,6 +327,7 @@ class _Judged:
         name: Of the method.
         label: What `quality` is, in words.
         quality: The share that it answers, in [0, 1].
+        things: The share of the questions about things, in [0, 1].
         prices: What else changed, in words.
         harmless: Whether that is little.
         seconds: To write the facts.
@@ -326,6 +336,7 @@ class _Judged:
     name: str
     label: str
     quality: float
+    things: float
     prices: tuple[str, ...]
     harmless: bool
     seconds: float
@@ -353,7 +364,8 @@ class _Judged:
             prices.append(f"perplexity {drift:+.1%}")
             harmless &= drift <= 0.03
         seconds = float("inf") if result.costs is None else result.costs.seconds
-        return cls(name, label, quality, tuple(prices), harmless, seconds)
+        things = 0.0 if result.things is None else result.things.own_words or 0.0
+        return cls(name, label, quality, things, tuple(prices), harmless, seconds)
 
     @property
     def shown(self) -> str:
