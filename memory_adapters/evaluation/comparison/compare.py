@@ -26,6 +26,8 @@ from memory_adapters.evaluation.scores.own_words import OwnWordsQuestions
 
 __all__ = ["NOTHING", "Comparison", "MethodResult", "compare"]
 
+UNMEASURED = "not measured yet"
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -166,7 +168,7 @@ def compare(
     with tqdm(missing, desc="comparing", unit="write", disable=not progress) as bar:
         for part in bar:
             bar.set_postfix_str(part.label)
-            if why := "not measured yet" if only_stored else _too_long(part, parts, found, max_seconds):
+            if why := _too_long(part, parts, found, max_seconds) or (UNMEASURED if only_stored else None):
                 found[part.label] = MethodResult(skipped=why)
                 continue
             found[part.label] = result = part.measure()
@@ -209,7 +211,7 @@ def _too_long(
     found = [(len(one.task.records), results.get(one.label)) for one in same]
     timed = [(n, r.costs.seconds) for n, r in found if r is not None and r.costs is not None and n < number]
     if not timed:
-        if any(r is not None and r.skipped for n, r in found if n < number):
+        if any(r is not None and r.skipped not in (None, UNMEASURED) for n, r in found if n < number):
             return "fewer facts would take too long already"
         return None
     most_written, seconds = max(timed)
