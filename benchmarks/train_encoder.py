@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32, help="of a full span")
     parser.add_argument("--span", type=int, default=64, help="tokens of a full span")
     parser.add_argument("--longest", type=int, default=640, quick=192, help="tokens of a text; kv alone")
+    parser.add_argument("--bidirectional", action="store_true", help="the encoder's tokens attend to all of the text")
     parser.add_argument("--rank", type=int, default=16, help="of the encoder's LoRA")
     parser.add_argument("--steps", type=int, default=600, quick=2)
     parser.add_argument("--evaluate-every", type=int, default=50)
@@ -59,7 +60,12 @@ def main() -> None:
     ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
     held_out = [tokenizer(row["context"], add_special_tokens=False)["input_ids"] for row in rows[-HELD_OUT:]]
 
-    settings: dict[str, Any] = dict(num_slots=arguments.slots, span_length=arguments.span, lora_rank=arguments.rank)
+    settings: dict[str, Any] = dict(
+        num_slots=arguments.slots,
+        span_length=arguments.span,
+        lora_rank=arguments.rank,
+        bidirectional=arguments.bidirectional,
+    )
     in_kv = arguments.space == "kv"
     if in_kv:
         settings |= dict(space="kv", target_modules=MATRICES, objective="distillation")

@@ -54,6 +54,8 @@ class MemorySlotsConfig(MemoryConfig):
         pooling: Where slots are read: `"tokens"`, the last hidden states at memory tokens appended to the span (as in
             the paper), or `"mean"`, the mean of neighbouring tokens' embeddings plus a learned sum of their states: an
             encoder that was never trained then gives pooled embeddings.
+        bidirectional: Whether the encoder's tokens also attend to those behind them (as in SAC, ICLR 2026), where
+            the model takes an attention mask (1, 1, tokens, tokens). It has to be trained so.
         lora_rank: Rank of the encoder's LoRA (paper: 128).
         lora_alpha: Its scale (paper: 32).
         target_modules: Names of the matrices it sits on; by default PEFT's for the architecture (q and v in most),
@@ -89,6 +91,7 @@ class MemorySlotsConfig(MemoryConfig):
     num_slots: int = 128
     span_length: int = 512
     pooling: str = "mean"
+    bidirectional: bool = False
     lora_rank: int = 32
     lora_alpha: int = 32
     target_modules: list[str] | None = None
@@ -134,6 +137,7 @@ class MemorySlotsConfig(MemoryConfig):
         check_choice("precision", self.precision, ("model", "bfloat16"))
         check_number("encoder_steps", self.encoder_steps, low=0, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
+        check_flag("bidirectional", self.bidirectional)
         check_flag("has_slots", self.has_slots)
         check_target_modules(self.target_modules)
 

@@ -160,6 +160,8 @@ class Encoder:
         inputs = {"inputs_embeds": torch.stack(rows), "attention_mask": mask}
         if takes_positions(self.stack):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if self.config.bidirectional:
+            inputs["attention_mask"] = both_ways(mask, 0, inputs["inputs_embeds"].dtype)
         with self.active():
             states = self.stack(**inputs, use_cache=False).last_hidden_state.float()
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-12)  # padding may be 0
@@ -186,13 +188,26 @@ class Encoder:
         Returns:
             Of each block keys and values (heads, kept, head_dim).
         """
-        tokens, first = torch.tensor([[*prefix, *ids]], device=self.device), len(prefix)
-        with self.active():
-            layers = run_behind(self.stack, [], 0, input_ids=tokens)[1]
+        first = len(prefix)
         return [
             (at_places(keys[0, :, first:], own), at_places(values[0, :, first:], own))
-            for (keys, values), own in zip(layers, places, strict=True)
+            for (keys, values), own in zip(self._read(prefix, ids), places, strict=True)
         ]
+
+    def _read(self, prefix: Sequence[int], ids: Sequence[int]) -> list[KeyValue]:
+        """Return keys and values of a text and what stands before it, of each block (1, heads, tokens, head_dim)."""
+        inputs = {"input_ids": torch.tensor([[*prefix, *ids]], device=self.device)}
+        if self.config.bidirectional:
+            dtype = self.decoder.embeddings(inputs["input_ids"]).dtype
+            inputs["attention_mask"] = both_ways(torch.ones_like(inputs["input_ids"]), len(prefix), dtype)
+        with self.active():
+            return run_behind(self.stack, [], 0, **inputs)[1]
+
+    def check_bidirectional(self) -> None:
+        """Raise a `ValueError` unless a token's keys and values depend on the tokens behind it."""
+        (keys, _), (others, _) = (self._read([], [5, 6, last])[-1] for last in (7, 8))
+        if self.decoder.num_layers > 1 and torch.equal(keys[:, :, 0], others[:, :, 0]):
+            raise ValueError("the mask changes nothing")
 
     @torch.no_grad()
     def compress(self, spans: Sequence[Sequence[int]], progress: bool) -> list[Tensor]:
@@ -259,6 +274,21 @@ def stretches(lengths: Sequence[int], counts: Sequence[int], device: torch.devic
         torch.tensor(offsets, device=device),
         torch.tensor(shares, device=device, dtype=torch.float32),
     )
+
+
+def both_ways(mask: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """Return an attention mask (rows, 1, tokens, tokens), to be added, with which all tokens but the first see all.
+
+    Args:
+        mask: 0 for padding (rows, tokens).
+        first: Tokens at the beginning of each row that see those before them alone.
+        dtype: Of the result.
+    """
+    length = mask.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    seen[first:] = True
+    seen = seen[None] & mask.bool()[:, None]
+    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
 def takes_positions(stack: PreTrainedModel) -> bool:

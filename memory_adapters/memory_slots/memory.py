@@ -54,6 +54,7 @@ __all__ = ["SlotMemory"]
 
 SLOTS_FILE = MemorySlots.file
 NOT_READ = "does not read slots before a prompt in the same way with a cache and without"
+ONE_WAY = "Set `bidirectional=False`."
 REMEDY = "Memory slots need that; MemoryAdapterConfig does not."
 OTHER_ENCODER = "These slots were made by another encoder: the model reads them, but `reconstruct` may fail."
 
@@ -117,6 +118,9 @@ class SlotMemory(Memory[MemorySlotsConfig]):
 
     def _try_model(self, decoder: Decoder) -> None:
         """Compress a few tokens, and read two slots with a cache and padding, and without either."""
+        if self._config.bidirectional:
+            with trial(self.model, "takes no mask with which tokens attend to those behind them", ONE_WAY):
+                self.encoder.check_bidirectional()
         with trial(self.model, "does not compress tokens into slots", REMEDY):
             if self._config.space != "kv":
                 tokens = range(5, 5 + min(self._config.span_length, 8))

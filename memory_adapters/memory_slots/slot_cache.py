@@ -116,7 +116,8 @@ def run_behind(
         stack: The decoder stack.
         layers: Of each block, with one row for all, or one each; none to begin with.
         position: Of the first token.
-        inputs: `input_ids` or `inputs_embeds`, and what else the stack takes.
+        inputs: `input_ids` or `inputs_embeds`, and what else the stack takes, such as another attention mask than that
+            of rows without padding.
 
     Returns:
         The stack's output, and all keys and values now.
@@ -129,7 +130,7 @@ def run_behind(
     if "position_ids" in inspect.signature(stack.forward).parameters:
         inputs["position_ids"] = torch.arange(position, position + tokens, device=given.device).expand(rows, -1)
     setattr(cache, MARK, FILLED)
-    output = stack(attention_mask=mask, **inputs, **{CACHE: cache}, use_cache=True)
+    output = stack(**{"attention_mask": mask, **inputs}, **{CACHE: cache}, use_cache=True)
     return output, _layers(cache)
 
 

@@ -237,6 +237,38 @@ def test_a_trained_encoder_makes_them(tmp_path: Path) -> None:
         loaded.compress("a text")
 
 
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", "gpt_neox", "gptj", "opt", "falcon", "phi", "gemma2", "qwen3"]
+)
+def test_an_encoder_attends_both_ways(architecture: str) -> None:
+    prefix, ids = [5, 6], list(range(30, 40))
+    for bidirectional in (False, True):
+        model: Any = tiny_model(architecture)
+        encoder = memory_on(model, space="kv", bidirectional=bidirectional).encoder
+        every = [torch.arange(len(ids)).expand(model.config.num_attention_heads, -1)] * encoder.decoder.num_layers
+        every = [own[: keys.shape[1]] for own, (keys, _) in zip(every, encoder._read(prefix, ids), strict=True)]
+        with torch.no_grad():
+            made, other = (encoder.keys_values(prefix, [*ids[:-1], last], every) for last in (39, 77))
+            causal = encoder.stack(torch.tensor([[*prefix, *ids]]), use_cache=True).past_key_values.layers
+            before = encoder._read(prefix, ids)[-1][0][0, :, : len(prefix)]
+        torch.testing.assert_close(before, causal[-1].keys[0, :, : len(prefix)], msg="what stands before sees no text")
+        assert torch.allclose(made[-1][1][:, 0], other[-1][1][:, 0]) is not bidirectional
+        assert torch.allclose(made[-1][0], causal[-1].keys[0, :, len(prefix) :], atol=1e-6) is not bidirectional
+
+
+def test_an_encoder_of_embeddings_attends_both_ways() -> None:
+    ids, other = list(range(30, 36)), [30, 31, 32, 33, 34, 77]
+    for bidirectional in (False, True):
+        encoder = memory_on(tiny_model(), space="embeddings", pooling="tokens", bidirectional=bidirectional).encoder
+        with torch.no_grad():
+            together, alone = encoder.slots([ids, [*ids, 40, 41]])[0], encoder.slots([ids])[0]
+            changed = encoder.slots([other])[0]
+        torch.testing.assert_close(together, alone, msg="padding is not attended to")
+        assert not torch.allclose(changed, alone)
+    with pytest.raises(ValueError, match=r"BloomForCausalLM takes no mask .* Set `bidirectional=False`"):
+        memory_on(tiny_model("bloom"), space="kv", bidirectional=True)
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["with a tokenizer", "without"])
 def test_keys_and_values_are_those_of_the_weights_after_a_merge(known: bool) -> None:
     model = tiny_model()
