@@ -4,9 +4,9 @@
 
 FOLDER holds wikitext2/valid.txt, fever/pages.jsonl and qa/contexts.jsonl; the last 100 contexts are held out. Into
 embeddings: of the examples, 70% ask for the text itself, 15% for its continuation, and 15% are questions about it. Into
-keys and values: a third are continuations of texts of up to three spans, a third of texts of up to `--longest` tokens,
-and a third questions, all learned from the model that reads the whole text. Resumes from the newest checkpoint in the
-output folder. `benchmarks/slots.py` and `benchmarks/keys_values.py` score them.
+keys and values: two thirds are continuations of texts of up to `--longest` tokens, and one third questions, all learned
+from the model that reads the whole text. Resumes from the newest checkpoint in the output folder. `benchmarks/slots.py`
+and `benchmarks/keys_values.py` score them.
 """
 
 from __future__ import annotations
@@ -84,10 +84,7 @@ def main() -> None:
     questions: Any = instruction_examples(queries[:: max(1, len(queries) // asked)], tokenizer)
     span = arguments.span
     if in_kv:
-        texts_asked = [
-            TextExamples(ids, (span // 2, 3 * span), 48, 0.0, asked),
-            TextExamples(ids, (3 * span, arguments.longest), 48, 0.0, count - 2 * asked),
-        ]
+        texts_asked = [TextExamples(ids, (span // 2, arguments.longest), 48, 0.0, count - asked)]
     else:
         texts_asked = [
             TextExamples(ids, (span // 4, span), 0, 1.0, count * 70 // 100),

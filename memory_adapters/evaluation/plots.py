@@ -25,6 +25,7 @@ _DRIFT, _SECONDS = "perplexity drift, %", "seconds to write"
 _OWN_WORDS, _CHANGED = "questions in other words answered", "answers about other things that changed, %"
 _LINEAR_DRIFT = 0.1  # percent: below it the axis of the drift is linear
 _LETTER_WIDTH, _LABEL_HEIGHT = 4.6, 9  # of a method's name, in points
+_LEGEND_LINES = 14  # of a figure's height
 _PANELS = {"hidden": "Block outputs", "mlp": "MLP outputs", "attention": "Attention outputs"}
 
 
@@ -123,7 +124,7 @@ def score_curves(
     """
     scored = [scores for line in points.values() for _, scores in line]
     _check(metrics, lambda metric: any(scores.get(metric) is not None for scores in scored))
-    figure = _figure(1.5 + 3.0 * len(metrics), 3.2)
+    figure = _figure(1.5 * _legend_columns(len(points)) + 3.0 * len(metrics), 3.2)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
         for i, (name, line) in enumerate(points.items()):
@@ -382,7 +383,11 @@ def _label(metric: str) -> str:
 
 def _tidy(figure: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, ncols=_legend_columns(len(labels)))
+
+
+def _legend_columns(lines: int) -> int:
+    return math.ceil(lines / _LEGEND_LINES)
 
 
 def _saved(figure: Figure, path: Path | None) -> Figure:
