@@ -55,7 +55,7 @@ class MemorySlotsConfig(MemoryConfig):
             the paper), or `"mean"`, the mean of neighbouring tokens' embeddings plus a learned sum of their states: an
             encoder that was never trained then gives pooled embeddings.
         bidirectional: Whether the encoder's tokens also attend to those behind them (as in SAC, ICLR 2026), where
-            the model takes an attention mask (1, 1, tokens, tokens). It has to be trained so.
+            the model takes an attention mask (1, 1, tokens, tokens). An encoder is used as it was trained.
         lora_rank: Rank of the encoder's LoRA (paper: 128).
         lora_alpha: Its scale (paper: 32).
         target_modules: Names of the matrices it sits on; by default PEFT's for the architecture (q and v in most),

@@ -258,6 +258,7 @@ def test_an_encoder_attends_both_ways(architecture: str) -> None:
 
 def test_an_encoder_of_embeddings_attends_both_ways() -> None:
     ids, other = list(range(30, 36)), [30, 31, 32, 33, 34, 77]
+    found = []
     for bidirectional in (False, True):
         encoder = memory_on(tiny_model(), space="embeddings", pooling="tokens", bidirectional=bidirectional).encoder
         with torch.no_grad():
@@ -265,6 +266,8 @@ def test_an_encoder_of_embeddings_attends_both_ways() -> None:
             changed = encoder.slots([other])[0]
         torch.testing.assert_close(together, alone, msg="padding is not attended to")
         assert not torch.allclose(changed, alone)
+        found.append(alone)
+    assert not torch.allclose(*found), "of the same weights"
     with pytest.raises(ValueError, match=r"BloomForCausalLM takes no mask .* Set `bidirectional=False`"):
         memory_on(tiny_model("bloom"), space="kv", bidirectional=True)
 

@@ -105,7 +105,8 @@ def compare(
         greedy: Decode greedily after each prompt and paraphrase, and look for the target.
         fluency_prompts: Generate a text of 100 tokens from so many prompts, for fluency.
         choices: Multiple-choice questions, for general ability.
-        portability: Records with questions about what follows from their facts, which are written by themselves.
+        portability: Records with questions about what follows from their facts, which are written by themselves,
+            without what contradicts earlier ones.
         own_words: Questions in other words about the facts compared in full, and about other things, to ask in the
             chat template; see `evaluation.questions.record_questions`.
         things: Things with several facts each, which are written by themselves, and asked about in the chat template,
