@@ -8,8 +8,8 @@ refined (what the encoder made, if there is one), and the first and last tokens.
 about each of the last 100 contexts, in a chat, by rate, beside the context in the message. *Given back*: how well the
 first 64 tokens of such contexts follow the request to repeat them, and the check of the ICAE paper, whether the model's
 own knowledge of language does it: texts with other tokens. *Repetition*: how many steps of refinement bring back texts
-of 64 tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048 tokens and behind
-what was kept of them. Rows are saved as they come.
+of 64 tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048 tokens, what
+was kept of them, and as many embeddings. Rows are saved as they come.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], quick=[1])
     parser.add_argument("--new-tokens", type=int, default=128, quick=4)
     parser.add_argument("--rounds", type=int, default=3, quick=1)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse()
-    model, tokenizer = load_model(arguments)
+    model, tokenizer = load_model(arguments, getattr(torch, arguments.dtype))
     measures: dict[str, Callable[[Any, Any, Any], Any]] = {
         "continuation": continuation,
         "answers": answers,
@@ -277,23 +278,34 @@ def speed(arguments: Any, model: Any, tokenizer: Any) -> Any:
     memory = memory_on(model, tokenizer, 4, read="all", part_tokens=arguments.tokens)
     memory.write(Document("A text."), progress=False, measure=False)
     (entry,) = memory.entries
+    counts = (arguments.tokens // 4, arguments.tokens // 16)
+    entries = {"whole": replace(entry, input_ids=tuple(text))}
+    embeddings, slots = {}, {}
+    for count in counts:
+        kept = select_keys_values(model.model, prefix, text, separator, count)
+        entries[f"{count} kept"] = replace(entry, input_ids=tuple(text), kept=kept)
+        config = MemorySlotsConfig(space="embeddings", num_slots=512 * count // arguments.tokens, span_length=512)
+        name = f"{count} embeddings"
+        embeddings[name] = inject_memory(model, config, tokenizer=tokenizer, adapter_name=f"embeddings{count}")
+        slots[name] = embeddings[name].compress(tokenizer.decode(text), progress=False)
+
+    def generate(name: str, inputs: Any) -> None:
+        # Nothing is known of earlier prompts.
+        memory._read_entries([entries[name]] if name in entries else [])
+        for own, reading in embeddings.items():
+            reading.use(slots[own] if own == name else None)
+        model.generate(**inputs, **settings)
+
     for batch in arguments.batches:
         inputs = {name: value.expand(batch, -1).to(DEVICE) for name, value in prompt.items()}
-        entries = {"whole": replace(entry, input_ids=tuple(text))}
-        for slots in (arguments.tokens // 4, arguments.tokens // 16):
-            kept = select_keys_values(model.model, prefix, text, separator, slots)
-            entries[f"{slots} kept"] = replace(entry, input_ids=tuple(text), kept=kept)
-
-        def generate(own: Any, inputs: Any = inputs) -> None:
-            memory._read_entries([own])  # nothing is known of earlier prompts
-            model.generate(**inputs, **settings)
-
-        times = in_turn({name: partial(generate, own) for name, own in entries.items()}, arguments.rounds)
+        times = in_turn({name: partial(generate, name, inputs) for name in [*entries, *slots]}, arguments.rounds)
         row = {
             name: {"seconds": round(own.wall, 2), "whole ÷ it": round((times["whole"] / own).wall, 2)}
             for name, own in times.items()
         }
-        yield f"speed, {arguments.tokens} tokens, batch {batch}", row
+        yield f"speed, {arguments.tokens} tokens, batch {batch}, {arguments.dtype}", row
+    for reading in reversed(embeddings.values()):
+        reading.remove()
     memory.remove()
 
 
