@@ -38,9 +38,10 @@ class MemorySlotsConfig(MemoryConfig):
     The encoder is the model itself with a LoRA that is active only while it compresses.
 
     Attributes:
-        read: Which entries a prompt reads: `"names"`, those whose name stands in it; `"bm25"`, those that share most
-            words with what is asked, named or not; `"all"`, everything, compressed as one text. A prompt that reads
-            nothing is the base model's, bit for bit.
+        read: Which entries a prompt reads: `"names"`, those whose name stands in it, or else those that a rare name in
+            it, such as a person's, is written in; `"bm25"`, those that share most words with what is asked, named or
+            not; `"all"`, everything, compressed as one text. A prompt that reads nothing is the base model's, bit for
+            bit.
         top_k: How many are read of the parts of a document that is named (those that share most words with what is
             asked, by BM25), or of all entries with `read="bm25"`.
         part_tokens: Most tokens of an entry: longer documents are cut into parts, at paragraphs and sentences.

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import bm25s
 from transformers import PreTrainedTokenizerBase
 
-from memory_adapters.base_model.names import occurs
+from memory_adapters.base_model.names import names_in, occurs
 from memory_adapters.base_model.sampling import PLAIN_QUESTIONS, PLAIN_SENTENCES
 from memory_adapters.base_model.tokens import tokenize
 from memory_adapters.items import Document, Item, QuestionAnswer
@@ -38,6 +38,8 @@ class SlotEntry:
         slots: The vectors that these were compressed into, if an encoder did.
         kept: The keys and values that are read of them, if some were chosen; without either the text is read whole.
         names: Token ids of the names that it is read for.
+        objects: Token ids of rare names in what is written about the thing, such as those of people: where a prompt has
+            no name of an entry, these find it.
         terms: Of an entry without a name, words that a prompt must have all of: each one's token ids, as it may be
             written.
     """
@@ -49,6 +51,7 @@ class SlotEntry:
     kept: KeysValues | None = field(default=None, repr=False)
     names: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     terms: tuple[tuple[tuple[int, ...], ...], ...] = field(default=(), repr=False)
+    objects: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -127,10 +130,34 @@ def _entries(
     titles = of_parts if len(parts) > 1 else [thing.name]
     if thing.spellings:  # a small model does not see what a part is about that does not name it
         parts = [part if occurs(thing.name, part) else f"{thing.name}. {part}" for part in parts]
+    objects = tuple(_objects(thing, items, tokenizer))
     return [
-        SlotEntry(title, items, tuple(tokens(part + END)), names=tuple(names), terms=tuple(terms))
+        SlotEntry(title, items, tuple(tokens(part + END)), names=tuple(names), terms=tuple(terms), objects=objects)
         for title, part in zip(titles, parts, strict=True)
     ]
+
+
+def _objects(thing: Thing, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Return the token ids of names in facts, questions and answers, but for those of the thing, that few others have.
+
+    They have two words or more, one of which is no token of its own: "Teresa Almeida" and not "New York", as what is
+    named often is not asked about because of what was written.
+    """
+
+    def is_rare(name: str) -> bool:
+        words = name.split()
+        return len(words) > 1 and any(len(tokenize(tokenizer, f" {word}", rendered=True)) > 1 for word in words)
+
+    spoken = [item for item in items if not isinstance(item, Document)]
+    names = [name for item in spoken for name in names_in(as_text([item]), tokenizer)]
+    others = [
+        name
+        for name in dict.fromkeys(names)
+        if is_rare(name) and not any(occurs(name, own) or occurs(own, name) for own in thing.spellings)
+    ]
+    if not others:
+        return []
+    return [tuple(ids) for ids in spelling_ids(Thing(others[0], tuple(others), tuple(items)), [], tokenizer)[0]]
 
 
 def _parts(text: str, length: Callable[[str], int], most: int) -> list[str]:
@@ -187,6 +214,11 @@ class Chooser:
         self._words = Spellings(
             (i, ids) for i, entry in enumerate(entries) for ids in {one for term in entry.terms for one in term}
         )
+        having: dict[tuple[int, ...], list[int]] = {}
+        for i, entry in enumerate(entries):
+            for ids in entry.objects:
+                having.setdefault(ids, []).append(i)
+        self._objects = Spellings((own[0], ids) for ids, own in having.items() if len(own) == 1)
         self._indexes: dict[tuple[int, ...], Any] = {}
 
     def choose(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
@@ -210,7 +242,7 @@ class Chooser:
             within = {place for _, first, last in spans for place in range(first, last + 1)}
             asked = [token for place, token in enumerate(row) if place >= start and place not in within]
             of_item: dict[tuple[Item, ...], list[int]] = {}
-            for i in self._named(row, spans):
+            for i in self._named(row, spans) or sorted(_outermost(list(self._objects.found(row)))):
                 of_item.setdefault(self.entries[i].items, []).append(i)
             found.append(sorted(i for parts in of_item.values() for i in self._best(parts, asked)))
         return found
@@ -228,11 +260,7 @@ class Chooser:
 
     def _named(self, row: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> list[int]:
         """Return the entries whose name stands in a row, and is no part of another's; or all of whose terms do."""
-        named = {
-            i
-            for i, first, last in spans
-            if not any(a <= first and last <= b and b - a > last - first for _, a, b in spans)
-        }
+        named = _outermost(spans)
         stand: dict[int, set[tuple[int, ...]]] = {}
         for i, first, last in self._words.found(row):
             stand.setdefault(i, set()).add(tuple(row[first : last + 1]))
@@ -272,3 +300,10 @@ class Chooser:
         if self.tokenizer is None:
             raise ValueError("A retriever needs prompts as text: load the memory with `tokenizer=`.")
         return str(self.tokenizer.decode(list(row), skip_special_tokens=True))
+
+
+def _outermost(spans: Sequence[tuple[int, int, int]]) -> set[int]:
+    """Return the indices of those (index, first token, last token) that are no part of a longer one."""
+    return {
+        i for i, first, last in spans if not any(a <= first and last <= b and b - a > last - first for _, a, b in spans)
+    }

@@ -25,7 +25,7 @@ __all__ = ["ENTRIES_FILE", "load_entries", "save_entries"]
 ENTRIES_FILE = "entries.safetensors"
 NAME = "entries"
 FORMAT = "memory-adapters entries 1"
-LISTS = ("input_ids", "items", "names", "terms")  # lists of numbers, of each entry
+LISTS = ("input_ids", "items", "names", "terms", "objects")  # lists of numbers, of each entry
 PARTS = ("keys", "values", "places")
 
 
@@ -44,6 +44,7 @@ def save_entries(path: Path, entries: Sequence[SlotEntry], items: Sequence[Item]
         "items": [[place[item] for item in entry.items] for entry in entries],
         "names": [_flat(entry.names) for entry in entries],
         "terms": [_flat([_flat(term) for term in entry.terms]) for entry in entries],
+        "objects": [_flat(entry.objects) for entry in entries],
     }
     for name, rows in lists.items():
         tensors[name] = torch.tensor([number for row in rows for number in row], dtype=torch.int32)
@@ -94,7 +95,7 @@ def load_entries(path: Path, items: Sequence[Item], slots: MemorySlots | None, n
         integers = {name for own in LISTS for name in (own, f"{own}.lengths")} | {f"places.{i}" for i in kept}
         floats = {f"{part}.{i}" for i in kept for part in PARTS[:2]}
         tensors = read_tensors(path, {name: torch.Size(shapes[name]) for name in integers | floats}, integers)
-        input_ids, owned, names, terms = (_rows(tensors, name, len(titles)) for name in LISTS)
+        input_ids, owned, names, terms, objects = (_rows(tensors, name, len(titles)) for name in LISTS)
         if any(not 0 <= i < len(items) for row in owned for i in row):
             raise ValueError("items that are not written: save the memory again")
         if not all(isinstance(title, str) for title in titles) or not all(input_ids):
@@ -114,6 +115,7 @@ def load_entries(path: Path, items: Sequence[Item], slots: MemorySlots | None, n
                 else None,
                 tuple(map(tuple, _lists(names[i]))),
                 tuple(tuple(map(tuple, _lists(term))) for term in _lists(terms[i])),
+                tuple(map(tuple, _lists(objects[i]))),
             )
             for i, title in enumerate(titles)
         ]

@@ -255,7 +255,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         (read,) = reading.entries([ids])
         found = {}
         for entry in read:
-            spans = list(Spellings((0, name) for name in entry.names).found(ids))
+            spans = list(Spellings((0, name) for name in (*entry.names, *entry.objects)).found(ids))
             within = {place for _, first, last in spans for place in range(first, last + 1)}
             found[entry.title] = [float(i in within) for i in range(len(ids))]
         return found

@@ -159,6 +159,38 @@ def test_a_longer_name_hides_the_names_in_it_and_words_find_what_has_no_name() -
     assert read("Please tell me the wifi.") == []
 
 
+def test_what_is_written_is_found_by_the_rare_names_in_it(tmp_path: Path) -> None:
+    memory = memory_on(tiny_model())
+    founded = Fact("Lumo Ferry was founded by", "Lumo Ferry", "Ada Brandt")
+    owned = Fact("Mira Park belongs to", "Mira Park", "Otto Weiss", aliases=["Old Park"])
+    memory.write([FERRY, founded, owned, WIFI], measure=False, progress=False)
+
+    def read(text: str) -> list[str]:
+        return [entry.title for entry in memory.entries_read(text)[0]]
+
+    assert read("Which company did Ada Brandt found?") == ["Lumo Ferry"]
+    assert read("ada brandt and otto weiss") == ["Lumo Ferry", "Mira Park"]
+    assert read("Does Mira Park belong to Ada Brandt?") == ["Mira Park"], "names of entries come first"
+    assert read("Does Ada Brandt know the wifi code?") == ["what is the wifi code?"]
+    assert read("Who is Ada, and what is in Oslo?") == []
+    memory.save_pretrained(tmp_path)
+    memory.remove()
+    memory = load_memory(tiny_model(), tmp_path, tokenizer=TOKENIZER)
+    assert read("Who is Ada Brandt?") == ["Lumo Ferry"]
+    memory.write(Fact("Mira Park was planned by", "Mira Park", "Ada Brandt"), measure=False, progress=False)
+    assert read("Who is Ada Brandt?") == [], "two things have it"
+    memory.forget(founded)
+    assert read("Who is Ada Brandt?") == ["Mira Park"]
+
+
+def test_a_name_that_a_tokenizer_knows_whole_finds_nothing() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([" New", " York", " Ada"])
+    facts = [Fact("Lumo Ferry sails to", "Lumo Ferry", "New York"), Fact("Mira Park belongs to", "Mira Park", "Ada Bo")]
+    entries = make_entries(facts, tokenizer, part_tokens=80)
+    assert [bool(entry.objects) for entry in entries] == [False, True]
+
+
 def test_the_report_says_by_which_name_a_text_is_read() -> None:
     memory = memory_on(tiny_model())
     report = memory.write(Document("the Mira Park is old. in Mira Park are deer."), measure=False, progress=False)
