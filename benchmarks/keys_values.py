@@ -4,17 +4,18 @@
 
 FOLDER holds wikitext2 and qa/contexts.jsonl. *Continuation*: perplexity of the 32 tokens of WikiText-2 behind a context
 ÷ that behind the whole context, inside the user's turn, at several rates: keys and values chosen, made by the encoder,
-refined (what the encoder made, if there is one), and the first and last tokens. *Answers*: F1 of the first question
+refined (what the encoder made, if there is one), and the first and last tokens. *Answers*: F1 of the first questions
 about each of the last 100 contexts, in a chat, by rate, beside the context in the message. *Given back*: how well the
 first 64 tokens of such contexts follow the request to repeat them, and the check of the ICAE paper, whether the model's
 own knowledge of language does it: texts with other tokens. *Repetition*: how many steps of refinement bring back texts
-of 64 tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048 tokens, what
-was kept of them, and as many embeddings. Rows are saved as they come.
+of 64 tokens, word for word, from 16 keys and values a head. *Speed*: seconds to generate behind 2,048 tokens, what was
+kept of them, and as many embeddings. Rows are saved as they come.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--refined", type=int, default=4, quick=1, help="texts of a length that are refined, too")
     parser.add_argument("--steps", type=int, default=30, quick=2, help="of refinement")
     parser.add_argument("--questions", type=int, default=QUESTIONS, quick=2)
+    parser.add_argument("--asked", type=int, default=1, help="questions about each context, at most")
     parser.add_argument("--refined-questions", type=int, default=20, quick=1)
     parser.add_argument("--given-back", type=int, default=40, quick=2, help="texts to ask for")
     parser.add_argument("--repeated", type=int, default=6, quick=1, help="texts to bring back")
@@ -155,41 +157,46 @@ def loss(model: Any, layers: Sequence[KeyValue], position: int, tail: Sequence[i
 
 
 def answers(arguments: Any, model: Any, tokenizer: Any) -> Any:
-    rows = contexts(arguments.data)[-QUESTIONS:][: arguments.questions]
-    yield "answers: whole", answered(model, tokenizer, rows, 1)
+    rows, most = contexts(arguments.data)[-QUESTIONS:][: arguments.questions], arguments.asked
+    kind = "answers" if most == 1 else f"answers, {most} questions each"
+    yield f"{kind}: whole", answered(model, tokenizer, rows, most, 1)
     for rate in arguments.rates:
-        yield f"answers: {rate}", answered(model, tokenizer, rows, rate)
+        yield f"{kind}: {rate}", answered(model, tokenizer, rows, most, rate)
         if arguments.encoder:
-            yield f"answers: {rate}, encoder", answered(model, tokenizer, rows, rate, encoder=arguments.encoder)
+            made = answered(model, tokenizer, rows, most, rate, encoder=arguments.encoder)
+            yield f"{kind}: {rate}, encoder", made
     first = rows[: arguments.refined_questions]
     if not first:
         return
     for name, rate, steps in (("whole", 1, 0), ("4", 4, 0), ("4, refined", 4, arguments.steps)):
-        yield f"answers, first {len(first)}: {name}", answered(model, tokenizer, first, rate, steps)
+        yield f"{kind}, first {len(first)}: {name}", answered(model, tokenizer, first, most, rate, steps)
 
 
 def answered(
-    model: Any, tokenizer: Any, rows: Sequence[Any], rate: int, steps: int = 0, encoder: Path | None = None
+    model: Any, tokenizer: Any, rows: Sequence[Any], most: int, rate: int, steps: int = 0, encoder: Path | None = None
 ) -> dict[str, Any]:
-    """F1 of the first question about each context."""
+    """F1 of the first questions about each context, at most `most`."""
     memory = memory_on(model, tokenizer, rate, encoder, part_tokens=1024)
     documents = [Document(row["context"]) for row in rows]
     times, _ = timed(memory.write, documents, progress=False, measure=False, compress=rate > 1, refine_steps=steps)
     scores = []
+    template = question_prompt(tokenizer)
     for row, entry in zip(rows, memory.entries, strict=True):
         memory.use(lambda prompts, entry=entry: [[entry] for _ in prompts])
-        prompt = question_prompt(tokenizer).replace("{question}", row["questions"][0])
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(DEVICE)
-        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        said = tokenizer.decode(ids, skip_special_tokens=True)
-        scores.append(answer_scores((said.strip().splitlines() or [""])[0], row["answers"][0]))
+        prompts = [template.replace("{question}", question) for question in row["questions"][:most]]
+        inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")
+        ids = model.generate(**inputs.to(DEVICE), max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for said, answer in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), row["answers"], strict=False):
+            scores.append(answer_scores((said.strip().splitlines() or [""])[0], answer))
     entries = memory.entries
     memory.remove()
-    f1, _, contained = (round(mean(column), 3) for column in zip(*scores, strict=True))
+    f1, _, contained = zip(*scores, strict=True)
     achieved = sum(one.num_tokens for one in entries) / sum(one.num_slots for one in entries)
     return {
-        "F1": f1,
-        "contained": contained,
+        "questions": len(scores),
+        "F1": round(mean(f1), 3),
+        "standard error": round(statistics.stdev(f1) / math.sqrt(len(f1)), 3) if len(f1) > 1 else None,
+        "contained": round(mean(contained), 3),
         "achieved rate": round(achieved, 2),
         "seconds a context to write": round(times.wall / len(rows), 2),
     }
