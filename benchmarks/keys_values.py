@@ -294,7 +294,7 @@ def speed(arguments: Any, model: Any, tokenizer: Any) -> Any:
         config = MemorySlotsConfig(space="embeddings", num_slots=512 * count // arguments.tokens, span_length=512)
         name = f"{count} embeddings"
         embeddings[name] = inject_memory(model, config, tokenizer=tokenizer, adapter_name=f"embeddings{count}")
-        slots[name] = embeddings[name].compress(tokenizer.decode(text), progress=False)
+        slots[name] = embeddings[name].compress(tokenizer.decode(text), refine_steps=0, progress=False)
 
     def generate(name: str, inputs: Any) -> None:
         # Nothing is known of earlier prompts.
