@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from memory_adapters.base_model.decoder import Decoder, attention_window, execution_device
 from memory_adapters.base_model.partial_forward import CACHE
 from memory_adapters.memory_slots.cached_reading import PromptStarts, Segment
+from memory_adapters.memory_slots.passes import TOKEN_TYPES, among_embeddings, make_room, pass_shape, prompt_mask_of
 from memory_adapters.memory_slots.placement import (
     behind_turns,
     check_length,
@@ -27,7 +28,6 @@ from memory_adapters.memory_slots.placement import (
     leading_padding,
     padding_before_slots,
     removed,
-    slot_positions,
     turn_starts,
 )
 from memory_adapters.memory_slots.slot_cache import FILLED, MARK, SlotCache, hide_slots, num_cached, show_slots
@@ -47,88 +47,91 @@ class Choose(Protocol):
 
 
 LONG_TEXT = 512  # tokens, that are run once rather than in each of some rows of other lengths
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text; what multimodal models take for each token
 
 
-def read_slots(  # noqa: C901  # the cases of one call, one after another
+def read_slots(
     stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Let a pass read the slots: the forward pre-hook of the decoder stack."""
     reader = SlotReader.of(stack)
     reader.note(None)
-    names = list(inspect.signature(stack.forward).parameters)
-    given = {**{names[i]: value for i, value in enumerate(args)}, **kwargs}
+    given = {**dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)), **kwargs}
     cache = given.get(CACHE)
     # A cache that holds slots goes on with them, whatever is active now; one that holds none goes on without.
     continued = _mark_of(cache)
     if continued is FILLED or (continued is None and num_cached(cache) > 0):
         return None
+    if continued is not None:
+        return (), _going_on(stack, given, continued)
     ids: Any = given.get("input_ids")
     rows = _unpadded(ids, given.get("attention_mask")) if ids is not None and reader.needs_ids() else None
-    read = None if continued is not None else reader.read(rows)
-    if continued is None and read is None:
+    read = reader.read(rows)
+    if read is None:
         return None
     if isinstance(cache, StaticCache):
         raise ValueError(
             f"`{CACHE}` is a static cache, which is made for the prompt alone while slots stand before it: use the "
             "default (dynamic) cache with slots."
         )
-    embedded: Any = given.get("inputs_embeds")
-    batch, tokens = (ids if embedded is None else embedded).shape[:2]
-    segments = (read and read.segments) or []
-    starts = reader.starts(rows) if continued is None else []
+    segments, starts = read.segments or [], reader.starts(rows)
     if _takes_keys(stack, given, rows, starts, segments):
         return (), _with_keys(stack, given, segments, starts)
-    vectors: Any  # (rows, slots, embedding_size)
-    own: Any  # (rows, slots)
-    taken: Any  # positions that a row's slots take (rows, 1)
-    vectors, own = (None, None) if read is None else (read.vectors, read.mask)
-    mask, leading, taken, most = continued or (own, None, own.sum(1, keepdim=True), own.shape[1])
-    repeats, rest = divmod(batch, len(mask))
-    if rest:
-        raise ValueError(f"Slots of {len(mask)} rows are read, but the batch has {batch}: give one prompt a row.")
-    mask = mask.repeat_interleave(repeats, 0)  # (batch, slots)
-    taken = taken.repeat_interleave(repeats, 0)  # (batch, 1)
-    count = mask.shape[1]
-    past = num_cached(cache) - (0 if continued is None else count)
-    prompt_mask = _prompt_mask(given.get("attention_mask"), mask, past + tokens)
-    check_length(stack, taken, most, prompt_mask)
-    if continued is None:
-        leading = padding_before_slots(stack, prompt_mask, count, reader.as_embeddings)
-        leading = behind_turns(leading, prompt_mask, starts)
-    if "position_ids" in names:
-        positions: Any = given.get("position_ids")
-        if positions is None:
-            positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        # Multimodal models have several positions a token: (kinds, batch, tokens).
-        positions = positions.expand(*positions.shape[:-2], batch, -1)
-        behind: Any = 1
-        if leading is not None:
-            behind = torch.arange(past, past + tokens, device=positions.device)[None] >= leading[:, None]
-        given["position_ids"] = positions + taken * behind
-    given["attention_mask"] = inserted(prompt_mask, mask.to(prompt_mask.dtype), leading)  # (batch, slots + tokens)
+    return (), _with_vectors(stack, given, read, starts)
 
+
+def _going_on(stack: PreTrainedModel, given: dict[str, Any], mark: tuple[Any, ...]) -> dict[str, Any]:
+    """Return a pass whose cache holds slots, and maybe a part of the prompt: it is that of the new tokens alone."""
+    own, leading, taken, most = mark
+    batch, tokens = pass_shape(given)
+    repeats = _repeats(batch, own)
+    mask, taken = own.repeat_interleave(repeats, 0), taken.repeat_interleave(repeats, 0)
+    past = num_cached(given[CACHE]) - mask.shape[1]
+    prompt_mask = prompt_mask_of(given.get("attention_mask"), mask, past + tokens)
+    check_length(stack, taken, most, prompt_mask)
+    return make_room(stack, given, prompt_mask, mask, taken, leading)
+
+
+def _with_vectors(
+    stack: PreTrainedModel, given: dict[str, Any], read: Read, starts: Sequence[int | None]
+) -> dict[str, Any]:
+    """Return a pass that reads embeddings: from its cache, or among those of the prompt."""
+    reader, cache = SlotReader.of(stack), given.get(CACHE)
+    batch, tokens = pass_shape(given)
+    own, vectors, count = read.mask, read.vectors, read.mask.shape[1]
+    repeats, positions = _repeats(batch, own), own.sum(1, keepdim=True)
+    mask, taken = own.repeat_interleave(repeats, 0), positions.repeat_interleave(repeats, 0)
+    prompt_mask = prompt_mask_of(given.get("attention_mask"), mask, tokens)
+    check_length(stack, taken, count, prompt_mask)
+    leading = padding_before_slots(stack, prompt_mask, count, reader.as_embeddings)
+    leading = behind_turns(leading, prompt_mask, starts)
+    given = make_room(stack, given, prompt_mask, mask, taken, leading)
     if _recomputes(stack):
         # Blocks that are computed again in the backward pass must not find their keys in a cache already.
         cache, given[CACHE], given["use_cache"] = None, None, False
     elif cache is None and _uses_cache(stack, given):
         # The stack would make an empty cache itself; made here, it can hold the slots first.
         cache = given[CACHE] = DynamicCache(config=stack.config)
-    if cache is not None and continued is not None:
-        # The cache holds the slots, and maybe a part of the prompt: the pass is that of the new tokens alone.
-        return (), given
     if cache is not None:
-        setattr(cache, MARK, (own, leading, own.sum(1, keepdim=True), most))
-    if cache is not None and leading is None and not reader.as_embeddings and not torch.compiler.is_compiling():
-        # The usual start: the slots' keys and values, known from an earlier pass, go into the empty cache.
-        reader.cache.fill(stack, cache, vectors, own, repeats, reader.sources(vectors))
-        return (), given
+        setattr(cache, MARK, (own, leading, positions, count))
+        if leading is None and not reader.as_embeddings and not torch.compiler.is_compiling():
+            # The usual start: the slots' keys and values, known from an earlier pass, go into the empty cache.
+            reader.cache.fill(stack, cache, vectors, own, repeats, reader.sources(vectors))
+            return given
     # No cache, or one that slots cannot be put into, a pass that is compiled, or slots that must stand behind a row's
     # padding: their embeddings are put in among the prompt's, and `cut_off` takes their outputs off again.
+    embedded = given.get("inputs_embeds")
     if embedded is None:
-        embedded = stack.get_input_embeddings()(ids)
+        embedded = stack.get_input_embeddings()(given["input_ids"])
     reader.note((count, leading))
-    return (), _with_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, prompt_mask, leading)
+    return among_embeddings(given, embedded, vectors.repeat_interleave(repeats, 0), mask, prompt_mask, leading)
+
+
+def _repeats(batch: int, mask: Tensor) -> int:
+    """Return how many rows of a batch read each row of slots."""
+    repeats, rest = divmod(batch, len(mask))
+    if rest:
+        raise ValueError(f"Slots of {len(mask)} rows are read, but the batch has {batch}: give one prompt a row.")
+    return repeats
 
 
 def _recomputes(stack: PreTrainedModel) -> bool:
@@ -185,7 +188,7 @@ def _with_keys(
     batch, tokens = ids.shape
     taken = [sum(len(segment.vectors) for segment in own) for own in read]
     most = max(taken)
-    prompt_mask = _prompt_mask(given.get("attention_mask"), torch.ones_like(ids[:, :0]), tokens)
+    prompt_mask = prompt_mask_of(given.get("attention_mask"), torch.ones_like(ids[:, :0]), tokens)
     check_length(stack, torch.tensor(taken, device=ids.device)[:, None], most, prompt_mask)
     padding = leading_padding(prompt_mask)
     before = torch.tensor([start or 0 for start in starts] or [0] * batch, device=ids.device)
@@ -234,42 +237,11 @@ def _mark_of(cache: Any) -> Any:
     return None
 
 
-def _prompt_mask(given: Any, mask: Tensor, length: int) -> Tensor:
-    """Return the attention mask (batch, tokens) of a prompt, which is all ones where none is given."""
-    if given is None:
-        return mask.new_ones(len(mask), length)
-    if not isinstance(given, Tensor) or given.ndim != 2:
-        form = f"of the shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-        raise ValueError(
-            f"`attention_mask` must be (batch, tokens) while slots are read, and is {form}, such as `generate_batch` "
-            "(continuous batching) makes: use `generate`, or switch the slots off (`memory.disabled()`)."
-        )
-    return given
-
-
 def _uses_cache(stack: PreTrainedModel, given: dict[str, Any]) -> bool:
     use_cache = given.get("use_cache")
     if use_cache is None:
         use_cache = getattr(stack.config.get_text_config(decoder=True), "use_cache", True)
     return bool(use_cache)
-
-
-def _with_embeddings(
-    given: dict[str, Any], embedded: Tensor, vectors: Tensor, mask: Tensor, prompt_mask: Tensor, leading: Tensor | None
-) -> dict[str, Any]:
-    """Return a pass with the slots' embeddings among those of the prompt, and what else it gives for each token."""
-    given["input_ids"], given["inputs_embeds"] = None, inserted(embedded, vectors.to(embedded), leading)
-    for kind in TOKEN_TYPES:
-        if isinstance(given.get(kind), Tensor):
-            given[kind] = inserted(given[kind], torch.zeros_like(mask, dtype=given[kind].dtype), leading)
-    if (positions := given.get("position_ids")) is not None:
-        own = slot_positions(mask)
-        if leading is not None:  # behind the prompt's tokens that stand before the slots
-            before = torch.arange(prompt_mask.shape[1], device=own.device) < leading[:, None]
-            own = own + (prompt_mask * before).sum(1, keepdim=True)
-        kinds = [inserted(one, own, leading) for one in positions.reshape(-1, *embedded.shape[:2])]
-        given["position_ids"] = torch.stack(kinds).view(*positions.shape[:-1], -1)
-    return given
 
 
 def cut_off(stack: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
