@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -48,7 +48,11 @@ class StoredResults:
             there, result = stored["settings"], stored["result"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"`{file}` is damaged: delete it, and it is measured again.") from None
-        now, then = dict(_flat(plain(settings))), dict(_flat(there))
+        now, then, defaults = (dict(_flat(one)) for one in (plain(settings), there, _defaults(settings)))
+        then = {
+            **{key: defaults[key] for key in now if key in defaults},
+            **then,
+        }  # a field may be newer than the result
         other = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         if other:
             differ = ", ".join(f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)" for key in other[:SHOWN])
@@ -85,8 +89,22 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value)) if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
+def _defaults(value: Any) -> Any:
+    """Return the defaults of the fields of dataclasses, as `plain` gives these."""
+    if isinstance(value, Mapping):
+        return {str(key): _defaults(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_defaults(one) for one in value]
+    if not is_dataclass(value):
+        return {}
+    of_fields = {own.name: own.default for own in fields(value) if own.default is not MISSING}
+    return plain(of_fields)
+
+
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the parts of nested mappings by dotted name."""
+    """Yield the parts of nested mappings, and of lists of these, by dotted name."""
+    if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        value = {str(place): one for place, one in enumerate(value)}
     if isinstance(value, Mapping):
         for key, one in value.items():
             yield from _flat(one, f"{name}.{key}" if name else key)
