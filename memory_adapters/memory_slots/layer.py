@@ -155,6 +155,8 @@ def _takes_keys(
     kept = any(segment.kept is not None for own in read for segment in own)
     if rows is None or not (kept or _begins_alike(rows, starts, read)):
         return False
+    if not reader.chooses() and all(start is None for start in starts):
+        return False  # slots that stand first are in a cache of their own, for prompts of any length
     states = ("output_attentions", "output_hidden_states")  # of the tokens before the entries, too
     if _recomputes(stack) or any(given.get(one, getattr(config, one, False)) for one in states):
         return False
@@ -336,7 +338,9 @@ class Entry(nn.Module):
     def read(self, ids: Sequence[Sequence[int]] | None) -> Read:
         """Return what is read now: of each row, if rows are known and read their own."""
         if self.choose is None:
-            return Read(self.vectors, self.mask)
+            alone = ids is not None and len(self.vectors) == 1 and self.vectors.shape[1] > 0
+            segments = [[Segment(self.vectors, self.vectors[0])]] * len(ids) if alone and ids is not None else None
+            return Read(self.vectors, self.mask, segments)
         segments = self.choose(ids) if ids is not None else []
         like = self.vectors
         rows = [torch.cat([like[0, :0], *(own.vectors.to(like) for own in row)]) for row in segments]
@@ -406,6 +410,10 @@ class SlotReader(MemoryLayer):
         """Return whether what is read, or where, depends on the prompt's tokens."""
         return any(entry is not None and bool(entry.choose or entry.opening) for entry in self._entries())
 
+    def chooses(self) -> bool:
+        """Return whether what is read depends on the prompt's tokens."""
+        return any(entry is not None and entry.choose is not None for entry in self._entries())
+
     def note(self, noted: tuple[int, Tensor | None] | Tensor | None) -> None:
         """Note how the outputs of the pass in progress differ from those of the prompt.
 
@@ -431,10 +439,9 @@ class SlotReader(MemoryLayer):
 
     def sources(self, read: Tensor) -> list[Tensor | None]:
         """Return the tensors that `read` put together, which stay the same as long as what is read does."""
-        entries = self._entries()
-        if any(entry is not None and entry.choose is not None for entry in entries):
+        if self.chooses():
             return [read]
-        return [None if entry is None else entry.vectors for entry in entries]
+        return [None if entry is None else entry.vectors for entry in self._entries()]
 
     def read(self, ids: Sequence[Sequence[int]] | None) -> Read | None:
         """Return the slots that are read now: the active memories' one after the other, or each row's own.

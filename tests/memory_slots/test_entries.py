@@ -132,6 +132,29 @@ def test_what_rows_begin_with_alike_is_run_once() -> None:
     assert len(run) == 2, "a start is known no longer once anything was forgotten"
 
 
+def test_what_all_prompts_read_is_run_once_in_chats_too() -> None:
+    model: Any = tiny_model()
+    memory = memory_on(model, read="all")
+    memory.write([FERRY, PARK], measure=False, progress=False)
+    slots, run = memory.slots[0].num_slots, []
+    model.model.layers[0].register_forward_hook(lambda _block, _args, out: run.append(out.shape[0] * out.shape[1]))
+    asked = chat("Lumo Ferry?")
+    length, before = asked["input_ids"].shape[1], len("Xuser: ")
+    first = logits(model, asked)
+    assert run == [before + slots, length - before]
+    run.clear()
+    assert torch.equal(logits(model, asked), first)
+    assert run == [length - before]
+    run.clear()
+    apart = logits(model, asked, output_hidden_states=True)  # in one pass, the slots among the prompt's embeddings
+    assert run == [slots + length]
+    torch.testing.assert_close(apart, first)
+    memory.use(memory.compress("another text", progress=False))
+    run.clear()
+    assert not torch.allclose(logits(model, asked), first)
+    assert len(run) == 2, "other slots begin anew"
+
+
 def test_a_chat_reads_in_the_turn_that_is_answered() -> None:
     model: Any = tiny_model()
     text = "Mira Park has deer.\n\n"
