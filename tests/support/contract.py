@@ -348,5 +348,5 @@ def memory_size(folder: Path) -> int:
     """Return how many numbers are saved, without those that say what they are of."""
     files = [folder / name for name in ("adapter_model.safetensors", "slots.safetensors", "entries.safetensors")]
     tensors = [tensor for file in files if file.exists() for tensor in load_file(file).items()]
-    beside = ("items", "names", "terms", "input_ids.lengths", "items.lengths", "names.lengths", "terms.lengths")
-    return sum(tensor.numel() for name, tensor in tensors if name not in beside)
+    labels = ("items", "names", "terms", "objects")
+    return sum(t.numel() for name, t in tensors if name not in labels and not name.endswith(".lengths"))
