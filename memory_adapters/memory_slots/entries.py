@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -138,10 +138,10 @@ def _entries(
 
 
 def _objects(thing: Thing, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Return the token ids of names in facts, questions and answers, but for those of the thing, that few others have.
+    """Return the token ids of rare names in a thing's facts, questions and answers, without its own names.
 
-    They have two words or more, one of which is no token of its own: "Teresa Almeida" and not "New York", as what is
-    named often is not asked about because of what was written.
+    A rare name has two words or more, one of which the tokenizer splits: "Teresa Almeida" and not "New York", as what
+    is named often is seldom asked about because of what was written.
     """
 
     def is_rare(name: str) -> bool:
@@ -157,7 +157,7 @@ def _objects(thing: Thing, items: Sequence[Item], tokenizer: PreTrainedTokenizer
     ]
     if not others:
         return []
-    return [tuple(ids) for ids in spelling_ids(Thing(others[0], tuple(others), tuple(items)), [], tokenizer)[0]]
+    return [tuple(ids) for ids in spelling_ids(replace(thing, spellings=tuple(others)), [], tokenizer)[0]]
 
 
 def _parts(text: str, length: Callable[[str], int], most: int) -> list[str]:

@@ -338,9 +338,9 @@ class Entry(nn.Module):
     def read(self, ids: Sequence[Sequence[int]] | None) -> Read:
         """Return what is read now: of each row, if rows are known and read their own."""
         if self.choose is None:
-            alone = ids is not None and len(self.vectors) == 1 and self.vectors.shape[1] > 0
-            segments = [[Segment(self.vectors, self.vectors[0])]] * len(ids) if alone and ids is not None else None
-            return Read(self.vectors, self.mask, segments)
+            if ids is None or len(self.vectors) > 1:
+                return Read(self.vectors, self.mask)
+            return Read(self.vectors, self.mask, [[Segment(self.vectors, self.vectors[0])] for _ in ids])
         segments = self.choose(ids) if ids is not None else []
         like = self.vectors
         rows = [torch.cat([like[0, :0], *(own.vectors.to(like) for own in row)]) for row in segments]

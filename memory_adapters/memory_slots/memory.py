@@ -270,7 +270,6 @@ class SlotMemory(Memory[MemorySlotsConfig]):
     def _choose(self, entries: Sequence[SlotEntry], retriever: Retriever | None = None) -> None:
         """Let prompts read those of some entries that they ask for, or that a retriever chooses."""
         self._read([])
-        SlotReader.of(self._stack).prompt_starts = PromptStarts()  # nothing is left of what is forgotten
         config = self._config
         chooser = Chooser(entries, config.read, config.top_k, self.tokenizer, retriever)
         embeddings = self.encoder.decoder.embeddings
@@ -385,6 +384,7 @@ class SlotMemory(Memory[MemorySlotsConfig]):
         """Do as `use`, with slots that fit."""
         vectors, mask = padded([row.vectors for row in rows], self._entry.vectors)
         self._entry.vectors, self._entry.mask = vectors, mask
+        SlotReader.of(self._stack).prompt_starts = PromptStarts()  # nothing is left of what is read no more
         self.slots = rows
         if not self._entries:
             self._config.slots = rows

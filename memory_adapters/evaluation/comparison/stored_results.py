@@ -49,10 +49,8 @@ class StoredResults:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"`{file}` is damaged: delete it, and it is measured again.") from None
         now, then, defaults = (dict(_flat(one)) for one in (plain(settings), there, _defaults(settings)))
-        then = {
-            **{key: defaults[key] for key in now if key in defaults},
-            **then,
-        }  # a field may be newer than the result
+        # A setting that is newer than the result had what is its default now.
+        then = {key: defaults[key] for key in now if key in defaults} | then
         other = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         if other:
             differ = ", ".join(f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)" for key in other[:SHOWN])
@@ -97,8 +95,7 @@ def _defaults(value: Any) -> Any:
         return [_defaults(one) for one in value]
     if not is_dataclass(value):
         return {}
-    of_fields = {own.name: own.default for own in fields(value) if own.default is not MISSING}
-    return plain(of_fields)
+    return plain({own.name: own.default for own in fields(value) if own.default is not MISSING})
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
